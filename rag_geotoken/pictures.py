@@ -1,0 +1,208 @@
+"""Pictures from files nobody has vetted: bounded in bytes and pixels, and a broken one costs one row, never the run."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import stat
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image
+
+from rag_geotoken.errors import GeoError
+
+BYTE_CAP = 50_000_000
+PIXEL_CAP = 100_000_000
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "MPO")
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".mpo")
+BLUE_MARBLE = "blue-marble:"
+THREADS = min(4, os.cpu_count() or 1)  # a picture at the cap takes 400 MB while it is decoded
+
+# EXIF orientation -> what brings the picture upright (CIPA DC-008, tag 0x0112).
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_one_batch = threading.Lock()
+
+
+def load_pictures(references: Sequence[str], size: int) -> tuple[NDArray[np.uint8], list[str | None]]:
+    """Loads pictures upright, in colour on white, their central square resized (bicubic, antialiased).
+
+    Args:
+        references: N paths of picture files, or `blue-marble:` references.
+        size: Side of the square in pixels.
+
+    Returns:
+        Pixels (N, size, size, 3), rows from the top, red-green-blue; and for each photo None, or one line that says
+        why it could not be loaded. Its pixels are zeros then.
+
+    Raises:
+        GeoError: the Blue Marble pictures are not there. A bad picture file raises nothing.
+    """
+    pixels = np.zeros((len(references), size, size, 3), np.uint8)
+    errors: list[str | None] = [None] * len(references)
+    cuts = [i for i, reference in enumerate(references) if reference.startswith(BLUE_MARBLE)]
+    if cuts:
+        from rag_geotoken.sources.blue_marble import cut_references
+
+        pixels[cuts] = cut_references([references[i] for i in cuts], size)
+
+    files = [i for i, reference in enumerate(references) if not reference.startswith(BLUE_MARBLE)]
+    with _strict_pillow(), ThreadPoolExecutor(THREADS) as pool:
+        for i, loaded in zip(files, pool.map(lambda i: _load(references[i], size), files), strict=True):
+            if isinstance(loaded, str):
+                errors[i] = loaded
+            else:
+                pixels[i] = loaded
+    return pixels, errors
+
+
+def list_pictures(path: Path | str) -> list[str]:
+    """The picture files under a folder, at any depth, sorted, hidden ones left out; or the one file itself.
+
+    Raises:
+        GeoError: the path is missing, or the folder holds no picture.
+    """
+    path = Path(path)
+    if path.is_file():
+        return [str(path)]
+    if not path.is_dir():
+        raise GeoError(f"there is no picture or folder {path}")
+    found = []
+    for folder, folders, files in os.walk(path):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(folder, name) for name in files if not name.startswith(".")]
+    pictures = sorted(file for file in found if file.suffix.lower() in ENDINGS and file.is_file())
+    if not pictures:
+        raise GeoError(f"folder {path} holds no picture: accepted endings are {' '.join(ENDINGS)}")
+    return [str(picture) for picture in pictures]
+
+
+def exif_lat_lon(path: Path | str) -> tuple[float, float] | None:
+    """Latitude and longitude in degrees from a picture's GPS tags; None where they are missing, broken or unset."""
+    try:
+        with _strict_pillow(), _open(path) as image:
+            gps = image.getexif().get_ifd(ExifTags.IFD.GPSInfo)
+    except Exception:  # as in _load: whatever a broken file makes the decoder raise
+        return None
+    lat = _degrees(gps.get(ExifTags.GPS.GPSLatitude), gps.get(ExifTags.GPS.GPSLatitudeRef), "N", "S", 90.0)
+    lon = _degrees(gps.get(ExifTags.GPS.GPSLongitude), gps.get(ExifTags.GPS.GPSLongitudeRef), "E", "W", 180.0)
+    if lat is None or lon is None:
+        return None
+    # Cameras without a fix write 0, 0; the only other thing there is open sea.
+    return None if lat == 0.0 == lon else (lat, lon)
+
+
+def _degrees(values: Any, ref: Any, positive: str, negative: str, limit: float) -> float | None:
+    """Degrees, minutes, seconds -> signed degrees. A zero denominator reads as NaN: no degrees, or no minutes."""
+    if isinstance(ref, bytes):
+        ref = ref.decode("latin-1")
+    sign = {positive: 1.0, negative: -1.0}.get(str(ref).strip(" \0").upper()[:1])
+    try:
+        parts = [float(value) for value in values][:3]
+    except (TypeError, ValueError, ArithmeticError):
+        return None
+    if sign is None or not parts or not math.isfinite(parts[0]):
+        return None
+    parts = [part if math.isfinite(part) else 0.0 for part in parts]
+    degrees = sum(part / 60.0**power for power, part in enumerate(parts))
+    return sign * degrees if min(parts) >= 0.0 and degrees <= limit else None
+
+
+@contextmanager
+def _strict_pillow() -> Iterator[None]:
+    # Warning filters belong to the whole process, so one batch at a time; the batch's threads share them.
+    with _one_batch, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+class _BadPictureError(Exception):
+    """Its message is the reason, for the row of this photo."""
+
+
+def _load(reference: str, size: int) -> NDArray[np.uint8] | str:
+    """The pixels (size, size, 3), or one line that says what is wrong."""
+    try:
+        with _open(reference) as image:
+            return _square(image, size)
+    except _BadPictureError as error:
+        reason = str(error)
+    except Exception:  # a decoder given broken bytes raises nearly anything: struct.error, IndexError, MemoryError
+        reason = "the picture is broken or cut short"
+    # A file's name may hold line ends or terminal codes.
+    return f"{re.sub(r'[^ -~ -\U0010ffff]+', ' ', reference)}: {reason}"
+
+
+def _open(path: Path | str) -> Image.Image:
+    """Opens a picture without decoding it; the caps are checked first."""
+    cap = min(PIXEL_CAP, Image.MAX_IMAGE_PIXELS or PIXEL_CAP)
+    too_large = f"more than {cap // 1_000_000} megapixels"
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # a pipe would block, a device never end
+            raise _BadPictureError("not a file")
+        if status.st_size == 0:
+            raise _BadPictureError("the file is empty")
+        if status.st_size > BYTE_CAP:
+            raise _BadPictureError(f"larger than {BYTE_CAP // 1_000_000} MB")
+        image = Image.open(path, formats=FORMATS)
+    except (FileNotFoundError, NotADirectoryError):
+        raise _BadPictureError("there is no such file") from None
+    except PermissionError:
+        raise _BadPictureError("the file may not be read") from None
+    except Image.UnidentifiedImageError:
+        raise _BadPictureError(f"not a picture that is read here ({', '.join(FORMATS)})") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise _BadPictureError(too_large) from None
+    if image.width * image.height > cap:
+        image.close()
+        raise _BadPictureError(too_large)
+    return image
+
+
+def _square(image: Image.Image, size: int) -> NDArray[np.uint8]:
+    orientation = _orientation(image)
+    # One resize from a box, not resize and crop: a picture of 1 x 100,000 stays small.
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    box = (left, top, left + side, top + side)
+    square = _rgb(image).resize((size, size), Image.Resampling.BICUBIC, box)
+    if orientation in UPRIGHT:
+        square = square.transpose(UPRIGHT[orientation])
+    return np.asarray(square)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # broken EXIF around good pixels is common: the picture is taken as it lies
+        return 1
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        # Pillow's own conversion would cut everything above 255 to white.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise _BadPictureError("32-bit grey values have no agreed white: save the picture with 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")

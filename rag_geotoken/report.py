@@ -1,0 +1,155 @@
+"""The report of a run: one HTML page that holds everything it shows and asks nothing of the network.
+
+Here the figures become tables and plots, in `maps` the places become pictures; every word and every mark is in
+`report.html.jinja`. The page has no script: maps and plots are SVG, and a policy in its head forbids loading anything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from rag_geotoken import maps, tables
+from rag_geotoken.metrics import RADII_KM
+
+
+def write_report(
+    path: str | Path,
+    *,
+    metrics: Mapping[str, Any],
+    errors: Mapping[str, Any],
+    examples: Sequence[Mapping[str, Any]],
+    notes: Sequence[str],
+) -> None:
+    """Write the page, whole or not at all.
+
+    Args:
+        path: of the HTML file.
+        metrics: what `metrics.json` holds: variants (rows of `metrics.summary`), seed, versions (name to version),
+            seconds (of the whole run); and, if there, stages (name to seconds) and calibration (`metrics.calibration`).
+            A variant named oracle-... is marked as an oracle and competes with none.
+        errors: the map: lat, lon, km, each (N,), true places and errors of one variant on the test split; km is NaN
+            without an answer. The key name says which variant; without it the best one at 200 km is taken.
+        examples: photos to show, each with id, split, crop (H, W, 3) uint8, true (lat, lon), answer (lat, lon) or None,
+            km (NaN without an answer), confidence (by radius), neighbours (crop or None, lat, lon, score, km to the
+            truth) and candidates (lat, lon, source, weight).
+        notes: paragraphs for the end of the page, as plain text.
+
+    Raises:
+        GeoError: the map's arrays differ in length, or the file cannot be written.
+    """
+    tables.write_text(Path(path), render(metrics, errors, examples, notes))
+
+
+def render(
+    metrics: Mapping[str, Any],
+    errors: Mapping[str, Any],
+    examples: Sequence[Mapping[str, Any]],
+    notes: Sequence[str],
+) -> str:
+    """The page as text; the arguments are those of `write_report`."""
+    from jinja2 import Environment, StrictUndefined
+
+    rows = list(metrics["variants"])
+    stages = metrics.get("stages") or {}
+    # The template is a file of the package, never a user's: what is shown comes in as values, which are escaped.
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["place"] = _place
+    environment.filters["km"] = maps.format_km
+    environment.filters["duration"] = _duration
+    text = resources.files("rag_geotoken").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    return environment.from_string(text).render(
+        radii=[str(r) for r in RADII_KM],
+        earth=maps.earth_picture(),
+        headline=_headline(rows, errors.get("name")),
+        error_map=maps.error_map(errors["lat"], errors["lon"], errors["km"]),
+        splits=_ablation(rows),
+        examples=[maps.draw_example(example) for example in examples],
+        reliability=_reliability(metrics.get("calibration") or {}),
+        run={
+            "seed": metrics["seed"],
+            "seconds": float(metrics["seconds"]),
+            "versions": dict(metrics["versions"]),
+            "stages": {name: float(s) for name, s in stages.items()},
+        },
+        notes=list(notes),
+    )
+
+
+def _is_oracle(row: Mapping[str, Any]) -> bool:
+    return str(row["name"]).startswith("oracle")
+
+
+def _headline(rows: Sequence[Mapping[str, Any]], name: str | None) -> dict[str, Any]:
+    """The variant that the page opens with, beside the nearest neighbour of the same split."""
+    split = "test" if any(row["split"] == "test" for row in rows) else rows[0]["split"]
+    here = [row for row in rows if row["split"] == split]
+    methods = [row for row in here if not _is_oracle(row)] or here
+    best = max(methods, key=lambda row: float(row["acc"]["200"]))
+    return {
+        "split": split,
+        "chosen": next((row for row in methods if row["name"] == name), best),
+        "nearest": next((row for row in here if row["name"] == "nearest"), None),
+    }
+
+
+def _ablation(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One table a split, in the order the rows come; the best that is no oracle marked in each column."""
+    out = []
+    for split in dict.fromkeys(row["split"] for row in rows):
+        here = [row for row in rows if row["split"] == split]
+        methods = [row for row in here if not _is_oracle(row)]
+        best = {str(r): max((float(row["acc"][str(r)]) for row in methods), default=None) for r in RADII_KM}
+        nearest = min((row["median_km"] for row in methods if row["median_km"] is not None), default=None)
+        lines = [
+            {
+                "name": row["name"],
+                "oracle": _is_oracle(row),
+                "median": row["median_km"],
+                "median_best": not _is_oracle(row) and row["median_km"] is not None and row["median_km"] == nearest,
+                "cells": [
+                    {
+                        "radius": r,
+                        "value": float(row["acc"][r]),
+                        "low": float(row["ci95"][r][0]),
+                        "high": float(row["ci95"][r][1]),
+                        "best": not _is_oracle(row) and float(row["acc"][r]) == best[r],
+                    }
+                    for r in best
+                ],
+            }
+            for row in here
+        ]
+        out.append({"name": split, "n": here[0]["n"], "rows": lines})
+    return out
+
+
+def _reliability(calibration: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One panel a radius: stated against found, dots grown with the photos in the bin, in units of 100."""
+    panels = []
+    for radius, table in calibration.items():
+        most = max((b["n"] for b in table["bins"]), default=1)
+        dots = [
+            {
+                "x": 100 * b["confidence"],
+                "y": 100 - 100 * b["correct"],
+                "r": 1.6 + 3.4 * math.sqrt(b["n"] / most),
+                "title": f"{b['n']:,} photos: stated {b['confidence']:.0%}, found {b['correct']:.0%}",
+            }
+            for b in table["bins"]
+        ]
+        panels.append({"radius": int(radius), "ece": table["ece"], "dots": dots})
+    return panels
+
+
+def _place(lat_lon: tuple[float, float]) -> str:
+    lat, lon = lat_lon
+    return f"{abs(lat):.2f}° {'N' if lat >= 0 else 'S'}, {abs(lon):.2f}° {'E' if lon >= 0 else 'W'}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"

@@ -1,0 +1,62 @@
+"""What passes between stages in memory: dataclasses of arrays. B photos, K neighbours, N candidates, C pool places."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+NEIGHBOUR, BEAM, SAMPLE = 0, 1, 2
+SOURCES = ("neighbour", "beam", "sample")
+
+
+@dataclass(frozen=True)
+class Neighbors:
+    """Gallery photos near each query, best first.
+
+    rows (B, K) int64 into the index, lat_lon (B, K, 2) degrees, scores (B, K) float32 weighted inner products.
+    """
+
+    rows: NDArray[np.int64]
+    lat_lon: NDArray[np.float64]
+    scores: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Generated cells of each photo, best first.
+
+    tokens (B, N, T) int64, log_prob (B, N) float32 untempered, source (B, N) int8 into ``SOURCES``.
+    """
+
+    tokens: NDArray[np.int64]
+    log_prob: NDArray[np.float32]
+    source: NDArray[np.int8]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Places one of which will be the answer, generated and retrieved together, one entry a cell.
+
+    lat_lon (B, C, 2) degrees, log_weight (B, C) float32 normalised over a photo's entries, source (B, C) int8 into
+    ``SOURCES``, mask (B, C) true where there is an entry.
+    """
+
+    lat_lon: NDArray[np.float64]
+    log_weight: NDArray[np.float32]
+    source: NDArray[np.int8]
+    mask: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The decision on each photo.
+
+    lat_lon (B, 2) degrees, confidence (B, R) the believed chance to lie within each of the R radii,
+    source (B,) int8 into ``SOURCES``.
+    """
+
+    lat_lon: NDArray[np.float64]
+    confidence: NDArray[np.float64]
+    source: NDArray[np.int8]

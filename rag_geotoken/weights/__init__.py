@@ -1,0 +1,47 @@
+"""Trained weights that travel with the package, and how weights are written and read: JSON beside safetensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from rag_geotoken.errors import GeoError
+from rag_geotoken.tables import read_json, write_json, write_whole
+
+EARTH = Path(__file__).parent / "earth"
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def save_weights(model: nn.Module, config: dict[str, Any], folder: Path, name: str) -> None:
+    """Write ``NAME.json`` and ``NAME.safetensors``: parameters in half precision, buffers as they are."""
+    from safetensors.torch import save_file
+
+    tensors = {key: value.detach().half().contiguous() for key, value in model.named_parameters()}
+    tensors |= {key: value.detach().contiguous() for key, value in model.named_buffers()}
+    write_whole(folder / f"{name}.safetensors", lambda path: save_file(tensors, path))
+    write_json(folder / f"{name}.json", config)
+
+
+def load_weights(model: type[Model], config: type[Any], folder: Path, name: str) -> Model:
+    """Build ``model(config(**NAME.json))`` and fill it from ``NAME.safetensors``, in evaluation mode.
+
+    Raises GeoError when a file is missing or broken, or when its tensors are not the model's.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / f"{name}.safetensors"
+    settings = read_json(folder / f"{name}.json")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            built = model(config(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}))
+        tensors = {key: value.float() if value.is_floating_point() else value for key, value in load_file(path).items()}
+        built.load_state_dict(tensors)
+    except (OSError, SafetensorError, RuntimeError, TypeError, json.JSONDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise GeoError(f"{path.name} in {folder.name} cannot be used as {model.__name__} weights: {reason}") from None
+    return built.eval()

@@ -1,0 +1,232 @@
+"""The report page: whole, self-contained, safe with hostile text, honest about the oracle."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rag_geotoken import maps, metrics, report
+from rag_geotoken.errors import GeoError
+
+HOSTILE = "<script>alert('x')</script>\"><img src=http://evil.example/a.png onerror=alert(1)>"
+NAMES = ("nearest", "density", "tokens-greedy", "tokens-beam", "tokens-samples", "pool", "pool+alignment", "oracle-20")
+
+
+def _metrics() -> dict[str, Any]:
+    """Each variant better than the one before it, the oracle best of all."""
+    base = np.random.default_rng(0).lognormal(5, 2, 300)
+    rows = [
+        metrics.summary(name, split, base / (1 + rank), draws=50)
+        for split in ("test", "unseen", "relief")
+        for rank, name in enumerate(NAMES)
+    ]
+    return {"variants": rows, "seed": 7, "versions": {"numpy": "2.4.0"}, "seconds": 83.0}
+
+
+def _example(**changes: Any) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    example = {
+        "id": "test-0-000001",
+        "split": "test",
+        "crop": rng.integers(0, 255, (64, 64, 3), np.uint8),
+        "true": (47.0, 8.0),
+        "answer": (47.5, 8.5),
+        "km": 67.3,
+        "neighbours": [
+            {"crop": rng.integers(0, 255, (64, 64, 3), np.uint8), "lat": 46.0, "lon": 7.0, "score": 0.9, "km": 135.0},
+            {"crop": None, "lat": -20.0, "lon": 130.0, "score": 0.8, "km": 13_000.0},
+        ],
+        "candidates": [{"lat": 47.4, "lon": 8.4, "source": "beam", "weight": 0.6}],
+        "confidence": {1: 0.1, 25: 0.4, 200: 0.9, 750: 0.95, 2500: 1.0},
+    }
+    return {**example, **changes}
+
+
+def _errors() -> dict[str, Any]:
+    rng = np.random.default_rng(1)
+    km = np.array([3.0, 100.0, 500.0, 2000.0, 9000.0, math.nan])
+    return {"lat": rng.uniform(-50, 70, 6), "lon": rng.uniform(-180, 180, 6), "km": km, "name": "pool+alignment"}
+
+
+def _page(folder: Path, **changes: Any) -> str:
+    path = folder / "report.html"
+    given = {"metrics": _metrics(), "errors": _errors(), "examples": [_example()], "notes": ["A note."], **changes}
+    report.write_report(path, **given)
+    return path.read_text(encoding="utf-8")
+
+
+class _Tags(HTMLParser):
+    """Every tag with its attributes, and whether what is opened is closed."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "link", "img", "input", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, tag
+
+
+def test_page_asks_nothing_of_the_network(tmp_path: Path) -> None:
+    page = _page(tmp_path)
+    parsed = _Tags(page)
+    assert not parsed.open
+    for tag, attributes in parsed.tags:
+        assert tag not in ("script", "iframe", "object", "embed", "base"), tag
+        for name, value in attributes.items():
+            assert not name.startswith("on"), name
+            if name in ("src", "href", "srcset", "action", "data", "xlink:href"):
+                assert str(value).startswith(("data:", "#")), (tag, name, str(value)[:60])
+    assert not re.search(r"https?://", page)
+    assert not re.search(r"@import|url\(", page)
+    policy = next(a for t, a in parsed.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy")
+    assert str(policy["content"]).startswith("default-src 'none'")
+
+
+def test_earth_is_embedded_once(tmp_path: Path) -> None:
+    page = _page(tmp_path, examples=[_example(), _example(), _example()])
+    assert page.count('id="earth"') == 1
+    assert page.count('href="#earth"') == 1 + 2 * 3  # the error map, and two maps an example
+    assert len(page) < 3_000_000
+
+
+def test_page_without_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(maps, "earth_picture", lambda: None)
+    page = _page(tmp_path)
+    assert '<rect id="earth"' in page and len(page) < 100_000
+
+
+def test_hostile_text_stays_text(tmp_path: Path) -> None:
+    figures = _metrics()
+    figures["variants"][0]["name"] = HOSTILE
+    figures["variants"][-1]["split"] = HOSTILE
+    figures["versions"] = {HOSTILE: HOSTILE}
+    figures["stages"] = {HOSTILE: 1.0}
+    example = _example(id=HOSTILE, split=HOSTILE)
+    example["candidates"][0]["source"] = HOSTILE
+    page = _page(tmp_path, metrics=figures, examples=[example], notes=[HOSTILE])
+    parsed = _Tags(page)
+    assert not parsed.open and "script" not in {tag for tag, _ in parsed.tags}
+    assert all("evil" not in str(attributes.get("src", "")) for _, attributes in parsed.tags)
+    assert "<script>" in html.unescape(page)  # it is shown, as text
+
+
+def test_all_variants_and_splits_with_their_figures(tmp_path: Path) -> None:
+    figures = json.loads(json.dumps(_metrics()))  # as read back from metrics.json
+    page = _page(tmp_path, metrics=figures)
+    assert page.count('<table class="ablation">') == 3
+    for name in NAMES:
+        assert page.count(f'<th scope="row"><b>{name}') == 3
+    for row in figures["variants"]:
+        for radius, value in row["acc"].items():
+            low, high = row["ci95"][radius]
+            assert f'<span class="n">{value:.1f}</span>' in page
+            assert f"<small>{low:.1f}–{high:.1f}</small>" in page
+
+
+def test_oracle_is_marked_and_competes_with_none(tmp_path: Path) -> None:
+    table = _page(tmp_path).split('<table class="ablation">')[1].split("</table>")[0]
+    rows = {name: next(r for r in table.split("<tr")[2:] if f"<b>{name}" in r) for name in NAMES}
+    assert 'class="oracle"' in rows["oracle-20"] and "not a method" in rows["oracle-20"]
+    assert 'class="best"' not in rows["oracle-20"]
+    assert rows["pool+alignment"].count('class="best"') == 6
+    assert "oracle" not in rows["nearest"]
+
+
+def test_headline_is_of_the_chosen_variant(tmp_path: Path) -> None:
+    figures = _metrics()
+    chosen = next(row for row in figures["variants"] if row["name"] == "pool+alignment")
+    best = figures["variants"][NAMES.index("tokens-beam")]
+    assert f"<h1>{chosen['acc']['200']:.1f} % of photos" in _page(tmp_path, metrics=figures)
+    errors = _errors() | {"name": "tokens-beam"}
+    assert f"<h1>{best['acc']['200']:.1f} % of photos" in _page(tmp_path, metrics=figures, errors=errors)
+    del errors["name"]  # then the best, which is never the oracle
+    assert f"<h1>{chosen['acc']['200']:.1f} % of photos" in _page(tmp_path, metrics=figures, errors=errors)
+
+
+def test_page_says_what_the_photos_are_and_how_to_use_it(tmp_path: Path) -> None:
+    page = _page(tmp_path)
+    assert "Blue Marble" in page and "not street photos" in page and "Use it with care" in page and "A note." in page
+
+
+def test_error_map_puts_every_photo_in_its_class() -> None:
+    drawn = maps.error_map([0, 0, 0, 0, 0, 90], [-180, 0, 90, 179.95, 0, 0], [25, 25.1, 750, 2500, 2501, math.nan])
+    assert [(layer["css"], layer["n"]) for layer in drawn["layers"]] == [
+        ("e0", 1), ("e1", 1), ("e2", 1), ("e3", 1), ("e4", 1), ("none", 1)
+    ]  # fmt: skip
+    assert drawn["layers"][0]["dots"] == "M0.0 180.0h0" and drawn["layers"][2]["dots"] == "M540.0 180.0h0"
+    assert drawn["layers"][5]["dots"] == "M360.0 0.0h0"
+    assert drawn["view"].startswith("0 0.0 720 ")  # the pole is on the map
+    assert "none" not in [layer["css"] for layer in maps.error_map([0], [0], [1])["layers"]]
+    with pytest.raises(GeoError, match="one length"):
+        maps.error_map([0, 1], [0], [1])
+
+
+def test_close_up_is_true_to_scale_across_the_date_line() -> None:
+    drawn = maps.draw_example(_example(true=(60.0, 179.9), answer=(60.0, -179.9), km=11.1))
+    truth = next(m for m in drawn["marks"] if m["kind"] == "truth")
+    answer = next(m for m in drawn["marks"] if m["kind"] == "answer")
+    assert (truth["inset_x"], truth["inset_y"]) == (150.0, 150.0)
+    km_per_unit = drawn["inset"]["bar_km"] / drawn["inset"]["bar"]
+    assert (answer["inset_x"] - 150) * km_per_unit == pytest.approx(
+        11.12, abs=0.01
+    )  # 0.2 degrees, half as long at 60 N
+    assert len(drawn["inset"]["shifts"]) == 2 and drawn["marks"][-1] is truth
+    assert maps.draw_example(_example())["inset"]["shifts"] == [0]
+    assert maps.draw_example(_example(answer=(-47.0, 8.0), km=10_450.0))["inset"]["outside"]
+
+
+def test_photo_without_an_answer(tmp_path: Path) -> None:
+    for answer in (None, (math.nan, math.nan)):
+        page = _page(tmp_path, examples=[_example(answer=answer, km=math.nan, confidence={1: math.nan})])
+        assert (
+            "<h3>no answer</h3>" in page and "nan" not in page.split("</style>")[1].replace("data:", "").lower()[-6000:]
+        )
+    drawn = maps.draw_example(_example(answer=None, km=math.nan))
+    assert "answer" not in [m["kind"] for m in drawn["marks"]] and drawn["css"] == "none"
+    with pytest.raises(GeoError, match=r"\(64, 64\)"):
+        maps.draw_example(_example(crop=np.zeros((64, 64), np.uint8)))
+
+
+def test_optional_parts_come_and_go(tmp_path: Path) -> None:
+    plain = _page(tmp_path, examples=[])
+    assert (
+        "Does it know when it knows" not in plain and "Photo by photo" not in plain and "Seconds a stage" not in plain
+    )
+    stated = np.random.default_rng(0).random((50, 5))
+    extra = {"stages": {"encode": 12.0, "search": 0.0}, "calibration": metrics.calibration(stated, np.full(50, 10.0))}
+    full = _page(tmp_path, metrics={**_metrics(), **extra})
+    assert full.count("ECE 0.") == 5 and "12.0 s" in full and "1 min 23 s" in full
+    _Tags(full)
+
+
+def test_median_that_is_infinite_is_a_dash(tmp_path: Path) -> None:
+    figures = _metrics()
+    figures["variants"][0]["median_km"] = None
+    assert '<span class="n">—</span>' in _page(tmp_path, metrics=figures)
+
+
+def test_page_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    _page(tmp_path)
+    before = (tmp_path / "report.html").read_bytes()
+    with pytest.raises(KeyError):
+        _page(tmp_path, metrics={"variants": _metrics()["variants"]})
+    assert (tmp_path / "report.html").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
