@@ -7,6 +7,7 @@ compared bit for bit at every level; exits 1 when one differs or when the speed 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import math
 import os
@@ -26,6 +27,8 @@ from rag_geotoken.cells import MAX_LEVEL, S2Tokenizer, cell_centers, cell_ids, p
 Floats = NDArray[np.float64]
 Ids = NDArray[np.uint64]
 
+SLICE = 20_000  # points that s2sphere is timed on at once
+
 
 def random_points(n: int, rng: np.random.Generator) -> tuple[Floats, Floats]:
     """Lat (n,), lon (n,) in degrees, uniform by area."""
@@ -33,7 +36,7 @@ def random_points(n: int, rng: np.random.Generator) -> tuple[Floats, Floats]:
 
 
 def special_points(rng: np.random.Generator) -> tuple[Floats, Floats]:
-    """About 11,000 places where a cell is easy to miss, each with the neighbouring floating-point numbers."""
+    """About 17,000 places where a cell is easy to miss, each with the neighbouring floating-point numbers."""
     grid_lat, grid_lon = np.meshgrid(np.arange(-90, 91, 7.5), np.arange(-180, 181, 7.5))
     tiny = [-1e-8, -1e-16, -5e-324, -0.0, 0.0, 5e-324, 1e-16, 1e-8]
     tiny_lat, tiny_lon = np.meshgrid(tiny, [*tiny, -180.0, 180.0, 90.0])
@@ -79,14 +82,56 @@ def parents_by_bits(leaves: Ids, level: int) -> Ids:
     return (leaves & np.uint64(2**64 - low)) | np.uint64(low)
 
 
-def timed(work: Callable[[], Any], repeat: int = 1) -> tuple[Any, float]:
-    """The result of `work` and the seconds of its quickest run."""
+def timed(repeat: int, work: Callable[..., Any], *args: Any) -> tuple[Any, float]:
+    """What `work(*args)` returns and the nanoseconds of its quickest run."""
     best = math.inf
     for _ in range(repeat):
-        start = time.perf_counter()
-        result = work()
-        best = min(best, time.perf_counter() - start)
+        start = time.perf_counter_ns()
+        result = work(*args)
+        best = min(best, time.perf_counter_ns() - start)
     return result, best
+
+
+def speed(lat: Floats, lon: Floats) -> tuple[dict[str, float], Ids]:
+    """Nanoseconds a point by name, the quickest of several so that other work does not count; s2sphere's leaves."""
+    parts = [slice(k, k + SLICE) for k in range(0, lat.size, SLICE)]
+    theirs = [timed(1, s2sphere_ids, lat[part], lon[part]) for part in parts]
+    theirs_20 = [timed(1, s2sphere_ids, lat[part], lon[part], 20) for part in parts[:5]]
+    per_point = {
+        "s2sphere level 20": min(ns / ids.size for ids, ns in theirs_20),
+        "s2sphere level 30": min(ns / ids.size for ids, ns in theirs),
+    }
+
+    tokenizer = S2Tokenizer()
+    tokens = tokenizer.encode(lat, lon)
+    ours: dict[str, tuple[Any, ...]] = {
+        "cell_ids level 20": (cell_ids, lat, lon, 20),
+        "cell_ids level 30": (cell_ids, lat, lon, 30),
+        "cell_ids level 30, all on an edge": (cell_ids, 0 * lat, lon, 30),
+        "encode level 20": (tokenizer.encode, lat, lon),
+        "decode level 20": (tokenizer.decode, tokens),
+    }
+    for name, call in ours.items():
+        per_point[name] = timed(7, *call)[1] / lat.size
+    return per_point, np.concatenate([ids for ids, _ in theirs])
+
+
+def differences(lat: Floats, lon: Floats, leaves: Ids, sample: NDArray[np.int64]) -> dict[str, Any]:
+    """How many ids differ from s2sphere's at each level, and how far centres are apart on the sample."""
+    different: dict[int, int] = {}
+    parents, degrees = 0, 0.0
+    for level in range(MAX_LEVEL + 1):
+        expected = parents_by_bits(leaves, level)
+        parents += int((s2sphere_ids(lat[sample], lon[sample], level) != expected[sample]).sum())
+        ids = cell_ids(lat, lon, level)
+        different[level] = int(((ids != expected) | (parent_ids(leaves, level) != expected)).sum())
+        pairs = zip(cell_centers(ids[sample]), s2sphere_centers(expected[sample]), strict=True)
+        degrees = max(degrees, *(float(np.abs(a - b).max()) for a, b in pairs))
+    return {
+        "different_ids_by_level": different,
+        "parents_checked": {"sample": sample.size, "different": parents},
+        "largest_center_difference_deg": degrees,
+    }
 
 
 def bench(points: int, seed: int) -> dict[str, Any]:
@@ -94,53 +139,25 @@ def bench(points: int, seed: int) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     lat, lon = random_points(points, rng)
     edge_lat, edge_lon = special_points(rng)
-    tokenizer = S2Tokenizer()
-    cell_ids(0, 0)  # builds the curve tables
-
-    leaves, slow_30 = timed(lambda: s2sphere_ids(lat, lon))
-    few = slice(0, min(points, 100_000))
-    _, slow_20 = timed(lambda: s2sphere_ids(lat[few], lon[few], 20))
-    _, fast_20 = timed(lambda: cell_ids(lat, lon, 20), 5)
-    _, fast_30 = timed(lambda: cell_ids(lat, lon, 30), 5)
-    seconds = {"cell_ids level 20": fast_20, "cell_ids level 30": fast_30}
-    tokens, seconds["encode level 20"] = timed(lambda: tokenizer.encode(lat, lon), 3)
-    _, seconds["decode level 20"] = timed(lambda: tokenizer.decode(tokens), 3)
-    nanoseconds = {name: 1e9 * s / points for name, s in seconds.items()}
-    nanoseconds["s2sphere level 20"] = 1e9 * slow_20 / lat[few].size
-    nanoseconds["s2sphere level 30"] = 1e9 * slow_30 / points
-    # every point on an edge, so that every sine is libm's
-    nanoseconds["cell_ids level 30, on an edge"] = 1e9 * timed(lambda: cell_ids(0 * lat, lon), 3)[1] / points
-
+    per_point, leaves = speed(lat, lon)
     lat, lon = np.concatenate([lat, edge_lat]), np.concatenate([lon, edge_lon])
     leaves = np.concatenate([leaves, s2sphere_ids(edge_lat, edge_lon)])
-    sample = rng.choice(lat.size, min(lat.size, 2_000), replace=False)
-    different, parents_differ, center_error = {}, 0, 0.0
-    for level in range(MAX_LEVEL + 1):
-        expected = parents_by_bits(leaves, level)
-        parents_differ += int((s2sphere_ids(lat[sample], lon[sample], level) != expected[sample]).sum())
-        ours = cell_ids(lat, lon, level)
-        different[level] = int(((ours != expected) | (parent_ids(leaves, level) != expected)).sum())
-        ours_at, theirs_at = cell_centers(ours[sample]), s2sphere_centers(expected[sample])
-        center_error = max(center_error, *(float(np.abs(a - b).max()) for a, b in zip(ours_at, theirs_at, strict=True)))
+    sample = rng.choice(lat.size, 2_000, replace=False)
     return {
         "seed": seed,
         "points": points,
         "special_points": edge_lat.size,
-        "different_ids_by_level": different,
-        "parents_checked": {"sample": sample.size, "different": parents_differ},
-        "largest_center_difference_deg": center_error,
-        "ns_per_point": {name: round(ns, 1) for name, ns in nanoseconds.items()},
+        **differences(lat, lon, leaves, sample),
+        "ns_per_point": {name: round(ns, 1) for name, ns in per_point.items()},
         "times_faster": {
-            k: round(nanoseconds[f"s2sphere level {k}"] / nanoseconds[f"cell_ids level {k}"], 1) for k in (20, 30)
+            k: round(per_point[f"s2sphere level {k}"] / per_point[f"cell_ids level {k}"]) for k in (20, 30)
         },
-        "versions": {"python": platform.python_version(), "numpy": np.__version__, "s2sphere": _s2sphere_version()},
+        "versions": {
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "s2sphere": importlib.metadata.version("s2sphere"),
+        },
     }
-
-
-def _s2sphere_version() -> str:
-    from importlib.metadata import version
-
-    return version("s2sphere")
 
 
 def main() -> int:
@@ -158,7 +175,7 @@ def main() -> int:
     print(f"{args.points:,} random and {record['special_points']:,} special points, levels 0-30: {wrong} different ids")
     print(f"centres differ by at most {record['largest_center_difference_deg']:.1e} degrees")
     for name, ns in sorted(record["ns_per_point"].items()):
-        print(f"  {name:32}{ns:12,.1f} ns a point")
+        print(f"  {name:34}{ns:12,.1f} ns a point")
     for level, ratio in record["times_faster"].items():
         print(f"  level {level}: {ratio:,.0f} times as fast as s2sphere")
     if args.json:

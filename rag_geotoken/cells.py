@@ -24,7 +24,6 @@ Ids = NDArray[np.uint64]
 MAX_LEVEL = 30
 LEAVES = 1 << MAX_LEVEL  # leaf cells along one edge of a face
 CHUNK = 8192  # points at a time: the working arrays stay in the second-level cache
-
 RADIAN = math.pi / 180
 
 # Sines and cosines of the multiples of STEP degrees; every angle is one of these and a rest of at most STEP / 2.
@@ -43,8 +42,7 @@ NUMERATORS = np.array([[1, 3, 3, 2, 2, 4], [2, 2, 4, 1, 3, 3]])
 VISITS = np.array([[0, 1, 3, 2], [0, 2, 3, 1], [3, 2, 0, 1], [3, 1, 0, 2]])
 TURNS = np.array([1, 0, 0, 3])
 
-libm_sin = np.vectorize(math.sin, otypes=[np.float64])
-libm_cos = np.vectorize(math.cos, otypes=[np.float64])
+libm_sin, libm_cos = (np.vectorize(function, otypes=[np.float64]) for function in (math.sin, math.cos))
 
 
 @dataclass(frozen=True)
@@ -104,10 +102,8 @@ class S2Tokenizer:
         """
         rows = np.asarray(tokens)
         width = rows.shape[-1] if rows.ndim else 0
-        if not 1 <= width <= self.length:
-            raise GeoError(f"tokens of shape {rows.shape}: the last axis must hold 1 to {self.length} tokens")
-        if rows.size and not np.issubdtype(rows.dtype, np.integer):
-            raise GeoError(f"tokens are {rows.dtype}: give integers")
+        if not 1 <= width <= self.length or (rows.size and not np.issubdtype(rows.dtype, np.integer)):
+            raise GeoError(f"tokens are {rows.dtype} {rows.shape}: give integers, 1 to {self.length} on the last axis")
         ids = np.full(rows.shape[:-1], 1 << (60 - 2 * self.levels[width - 1]), np.uint64)
         for column, (level, size) in enumerate(zip(self.levels[:width], self.vocab_sizes, strict=False)):
             values = rows[..., column]
@@ -118,11 +114,14 @@ class S2Tokenizer:
         return ids
 
     def _split(self, ids: Ids) -> Ints:
-        tokens = np.empty((*ids.shape, self.length), np.int64)
-        for column, (level, size) in enumerate(zip(self.levels, self.vocab_sizes, strict=True)):
-            mask = 7 if column == 0 else size - 1
-            tokens[..., column] = (ids >> np.uint64(61 - 2 * level)) & np.uint64(mask)
-        return tokens
+        flat = ids.ravel()
+        shifts = np.array([61 - 2 * level for level in self.levels], np.uint64)[:, None]
+        masks = np.array([7, *(size - 1 for size in self.vocab_sizes[1:])], np.uint64)[:, None]
+        tokens = np.empty((flat.size, self.length), np.int64)
+        for start in range(0, flat.size, CHUNK):
+            part = slice(start, start + CHUNK)
+            tokens[part] = ((flat[part] >> shifts) & masks).T
+        return tokens.reshape(*ids.shape, self.length)
 
 
 def cell_ids(lat: ArrayLike, lon: ArrayLike, level: int = MAX_LEVEL) -> Ids:
@@ -171,10 +170,9 @@ def parent_ids(ids: ArrayLike, level: int) -> Ids:
     """Ids (...) of the cells at `level` that contain the given cells; GeoError where a cell is coarser than that."""
     _check_level(level)
     checked = _check_ids(ids)
-    coarse = np.flatnonzero(_log2_size(checked) > MAX_LEVEL - level)
+    coarse = checked[_log2_size(checked) > MAX_LEVEL - level]
     if coarse.size:
-        found = checked.flat[coarse[0]]
-        raise GeoError(f"cell id {found} is of level {cell_level(found)}: its parents have lower levels, not {level}")
+        raise GeoError(f"cell id {coarse[0]} is of level {cell_level(coarse[0])}: it has no parent of level {level}")
     return _parents(checked, level)
 
 
@@ -186,7 +184,7 @@ def _check_level(level: int) -> None:
 def _check_ids(ids: ArrayLike) -> Ids:
     given = np.asarray(ids)
     if given.size and (not np.issubdtype(given.dtype, np.integer) or (given.dtype != np.uint64 and given.min() < 0)):
-        raise GeoError(f"cell ids are {given.dtype}: give unsigned 64-bit integers")
+        raise GeoError(f"cell ids are {given.dtype}: give an array of dtype uint64")
     checked = given.astype(np.uint64, copy=False)
     # The lowest set bit must stand at an even place, and there are six faces.
     flat = checked.ravel()
@@ -226,15 +224,11 @@ def _sin_cos(degrees: Floats) -> tuple[Floats, Floats]:
 def _leaf_ids(sin: Floats, cos: Floats) -> tuple[Ids, NDArray[np.bool_]]:
     """Sines and cosines of latitude and longitude (2, n) to leaf ids (n,), and which are too near an edge to tell."""
     n = sin.shape[1]
-    rows = np.empty((5, n))
-    np.multiply(cos[1], cos[0], out=rows[0])
-    np.multiply(sin[1], cos[0], out=rows[1])
-    rows[2] = sin[0]
-    np.negative(rows[:2], out=rows[3:])
-    x, y, z = np.abs(rows[:3])
+    x, y, z = cos[1] * cos[0], sin[1] * cos[0], sin[0]
+    flat, column = np.concatenate([x, y, z, -x, -y]), np.arange(n)
+    ax, ay, az = np.abs(flat[: 3 * n]).reshape(3, n)
     # The face looks along the largest coordinate; a tie goes to the later one.
-    axis = 2 - ((np.maximum(x, y) > z).astype(np.int64) << (x > y))
-    flat, column = rows.ravel(), np.arange(n)
+    axis = 2 - ((np.maximum(ax, ay) > az).astype(np.int64) << (ax > ay))
     along = flat.take(axis * n + column)
     face = axis + 3 * (along < 0)
     uv = flat.take((NUMERATORS * n).take(face, axis=1) + column) / along
@@ -262,7 +256,7 @@ def _centers(ids: Ids) -> tuple[Floats, Floats]:
     """Valid ids (...) to lat (...), lon (...) in degrees."""
     k = _log2_size(ids)
     face = (ids >> np.uint64(61)).astype(np.int64)
-    first = ids - _low_bit(ids)  # leaf in the cell, less its own lowest bit
+    first = ids - _low_bit(ids)  # leaf in the cell, without the lowest bit
     position = (first.astype(np.int64) >> 1) & ((1 << 60) - 1)
     turned = (face & 1) << 16
     i = j = np.zeros_like(face)
@@ -272,18 +266,14 @@ def _centers(ids: Ids) -> tuple[Floats, Floats]:
         j = j << 8 | found & 255
         turned = found & 0x30000
     # The first leaf is in one corner: round down to the low corner, go half an edge up, in half leaves.
-    u, v = (_st_to_uv((((c >> k << 1) | 1) << k) / (2.0 * LEAVES)) for c in (i, j))
+    s = (((np.stack([i, j]) >> k << 1) | 1) << k) / (2 * LEAVES)
+    far = 0.5 + np.abs(s - 0.5)  # the projection is odd about the middle of the face
+    u, v = np.copysign((4 * far * far - 1) / 3, s - 0.5)
     one = np.ones_like(u)
     x = np.choose(face, [one, -u, -u, -one, v, v])
     y = np.choose(face, [u, one, -v, -v, -one, u])
     z = np.choose(face, [v, v, one, -u, -u, -one])
     return np.degrees(np.arctan2(z, np.sqrt(x * x + y * y))), np.degrees(np.arctan2(y, x))
-
-
-def _st_to_uv(s: NDArray[np.floating]) -> Floats:
-    far = 0.5 + np.abs(s - 0.5)  # the projection is odd about the middle of the face
-    uv: Floats = np.copysign((4 * far * far - 1) / 3, s - 0.5)
-    return uv
 
 
 def _curve_tables() -> tuple[Ints, Ints]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,16 +120,21 @@ def check_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def build_index(folder: str | Path, photos: pa.Table, embeddings: pa.Table, encoder: str) -> dict[str, Any]:
+def build_index(folder: Path, photos_file: Path, embeddings_file: Path, encoder: str) -> dict[str, Any]:
     """Write an index of the photos that have an embedding and a place -> its manifest.
 
-    photos and embeddings are the stage tables, row for row. The manifest is written last, so a folder without one is
-    no index. Raises GeoError when no photo can be used.
+    The files are stage tables, row for row. The manifest is written last, so a folder without one is no index; one
+    made from the same tables is left as it is. Raises GeoError when no photo can be used.
     """
     import faiss
     import pyarrow.compute as pc
 
-    folder = Path(folder)
+    made_from = {"photos": file_sha256(photos_file), "embeddings": file_sha256(embeddings_file), "encoder": encoder}
+    with suppress(GeoError):
+        manifest = check_manifest(folder)
+        if manifest.get("made_from") == made_from:
+            return manifest
+    photos, embeddings = read_table(photos_file), read_table(embeddings_file)
     usable = pc.and_(pc.is_null(embeddings["error"]), pc.is_valid(photos["lat"])).to_numpy(zero_copy_only=False)
     if not usable.any():
         raise GeoError("no photo has both a readable picture and coordinates: nothing to index")
@@ -149,6 +155,7 @@ def build_index(folder: str | Path, photos: pa.Table, embeddings: pa.Table, enco
         "factory": "Flat",
         "rows": len(rows),
         "left_out": int((~usable).sum()),
+        "made_from": made_from,
         "bytes": {name: (folder / name).stat().st_size for name in (VECTORS, ROWS)},
         "sha256": {name: file_sha256(folder / name) for name in (VECTORS, ROWS)},
     }

@@ -22,7 +22,7 @@ from rag_geotoken.errors import GeoError
 
 BYTE_CAP = 50_000_000
 PIXEL_CAP = 100_000_000
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "MPO")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # MPO opens as the JPEG that it begins with
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".mpo")
 BLUE_MARBLE = "blue-marble:"
 THREADS = min(4, os.cpu_count() or 1)  # a picture at the cap takes 400 MB while it is decoded
@@ -37,6 +37,8 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# A file's name may hold line ends, terminal codes or bytes that are no text.
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
 _one_batch = threading.Lock()
 
 
@@ -112,9 +114,9 @@ def _degrees(values: Any, ref: Any, positive: str, negative: str, limit: float) 
     """Degrees, minutes, seconds -> signed degrees. A zero denominator reads as NaN: no degrees, or no minutes."""
     if isinstance(ref, bytes):
         ref = ref.decode("latin-1")
-    sign = {positive: 1.0, negative: -1.0}.get(str(ref).strip(" \0").upper()[:1])
+    sign = {positive: 1.0, negative: -1.0}.get(ref.strip(" \0").upper()[:1]) if isinstance(ref, str) else None
     try:
-        parts = [float(value) for value in values][:3]
+        parts = [float(value) for value in (values if isinstance(values, tuple) else (values,))][:3]
     except (TypeError, ValueError, ArithmeticError):
         return None
     if sign is None or not parts or not math.isfinite(parts[0]):
@@ -146,8 +148,7 @@ def _load(reference: str, size: int) -> NDArray[np.uint8] | str:
         reason = str(error)
     except Exception:  # a decoder given broken bytes raises nearly anything: struct.error, IndexError, MemoryError
         reason = "the picture is broken or cut short"
-    # A file's name may hold line ends or terminal codes.
-    return f"{re.sub(r'[^ -~ -\U0010ffff]+', ' ', reference)}: {reason}"
+    return f"{UNPRINTABLE.sub(' ', reference)}: {reason}"
 
 
 def _open(path: Path | str) -> Image.Image:

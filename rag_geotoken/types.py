@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-NEIGHBOUR, BEAM, SAMPLE = 0, 1, 2
-SOURCES = ("neighbour", "beam", "sample")
+SOURCES = ("neighbour", "greedy", "beam", "sample")
+NEIGHBOUR, GREEDY, BEAM, SAMPLE = range(4)
 
 
 @dataclass(frozen=True)
@@ -60,3 +60,23 @@ class Predictions:
     lat_lon: NDArray[np.float64]
     confidence: NDArray[np.float64]
     source: NDArray[np.int8]
+
+    def rows(self, ids: list[str]) -> list[Prediction]:
+        """One :class:`Prediction` a photo, with the given ids."""
+        columns = zip(ids, self.lat_lon.tolist(), self.confidence.tolist(), self.source.tolist(), strict=True)
+        return [Prediction(i, lat, lon, tuple(sure), SOURCES[source]) for i, (lat, lon), sure, source in columns]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer for one photo: degrees, and the believed chance to lie within 1, 25, 200, 750 and 2500 km of it.
+
+    A photo without an answer has ``error`` and no coordinates.
+    """
+
+    id: str
+    lat: float | None = None
+    lon: float | None = None
+    confidence: tuple[float, ...] | None = None
+    source: str | None = None
+    error: str | None = None

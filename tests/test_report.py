@@ -133,12 +133,12 @@ def test_all_variants_and_splits_with_their_figures(tmp_path: Path) -> None:
     page = _page(tmp_path, metrics=figures)
     assert page.count('<table class="ablation">') == 3
     for name in NAMES:
-        assert page.count(f'<th scope="row"><b>{name}') == 3
+        assert len(re.findall(f'<th scope="row"><b>{re.escape(name)}[ <]', page)) == 3
     for row in figures["variants"]:
         for radius, value in row["acc"].items():
             low, high = row["ci95"][radius]
             assert f'<span class="n">{value:.1f}</span>' in page
-            assert f"<small>{low:.1f}–{high:.1f}</small>" in page
+            assert f"<small>{low:.1f}\N{EN DASH}{high:.1f}</small>" in page
 
 
 def test_oracle_is_marked_and_competes_with_none(tmp_path: Path) -> None:
@@ -196,9 +196,8 @@ def test_close_up_is_true_to_scale_across_the_date_line() -> None:
 def test_photo_without_an_answer(tmp_path: Path) -> None:
     for answer in (None, (math.nan, math.nan)):
         page = _page(tmp_path, examples=[_example(answer=answer, km=math.nan, confidence={1: math.nan})])
-        assert (
-            "<h3>no answer</h3>" in page and "nan" not in page.split("</style>")[1].replace("data:", "").lower()[-6000:]
-        )
+        assert "<h3>no answer</h3>" in page
+        assert not re.search(r"\bnan\b", re.sub(r"data:[^\"]*", "", page))
     drawn = maps.draw_example(_example(answer=None, km=math.nan))
     assert "answer" not in [m["kind"] for m in drawn["marks"]] and drawn["css"] == "none"
     with pytest.raises(GeoError, match=r"\(64, 64\)"):

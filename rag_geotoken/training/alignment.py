@@ -22,7 +22,7 @@ TEXT_WEIGHT = 0.2
 
 
 def train_alignment(
-    steps: int = 1600, batch: int = 1024, rate: float = 2e-3, seed: int = 0, log: Callable[[str], None] = print
+    steps: int, batch: int, rate: float, seed: int, log: Callable[[str], None]
 ) -> GeoAlignment:
     """Train from nothing on ``steps * batch`` views of the split ``train`` -> the model in evaluation mode.
 

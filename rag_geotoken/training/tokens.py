@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.cells import S2Tokenizer
 from rag_geotoken.index import GeoIndex
+from rag_geotoken.selection import Tuning
 from rag_geotoken.sources import blue_marble
 from rag_geotoken.token_model import TokenConfig, TokenModel
 
@@ -21,13 +22,12 @@ from rag_geotoken.token_model import TokenConfig, TokenModel
 def train_tokens(
     alignment: GeoAlignment,
     index: GeoIndex,
-    weights: tuple[float, ...],
-    views: int = 400_000,
-    epochs: int = 3,
-    batch: int = 512,
-    rate: float = 1.5e-3,
-    seed: int = 1,
-    log: Callable[[str], None] = print,
+    views: int,
+    epochs: int,
+    batch: int,
+    rate: float,
+    seed: int,
+    log: Callable[[str], None],
 ) -> TokenModel:
     """Train on ``views`` photos of the split ``train``, drawn with another seed than the alignment's own.
 
@@ -38,7 +38,7 @@ def train_tokens(
     rng = np.random.default_rng(seed)
     config = TokenConfig()
     tokenizer = S2Tokenizer(config.level, config.group)
-    photo, rows, places = embed_views(alignment, index, weights, views, config.neighbors, seed, log)
+    photo, rows, places = embed_views(alignment, index, views, config.neighbors, seed, log)
     target = torch.from_numpy(tokenizer.encode(places[:, 0], places[:, 1]))
     gallery_tokens = torch.from_numpy(tokenizer.encode(*index.lat_lon.T))
     gallery = torch.from_numpy(index.vectors(np.arange(index.faiss_index.ntotal))).half()
@@ -71,7 +71,6 @@ def train_tokens(
 def embed_views(
     alignment: GeoAlignment,
     index: GeoIndex,
-    weights: tuple[float, ...],
     count: int,
     neighbors: int,
     seed: int,
@@ -85,7 +84,7 @@ def embed_views(
         part = slice(start, min(start + 4096, count))
         vectors = alignment.embed(blue_marble.cut(views[part]))
         photo[part] = torch.from_numpy(vectors).half()
-        rows[part] = torch.from_numpy(index.search(vectors, neighbors, weights).rows)
+        rows[part] = torch.from_numpy(index.search(vectors, neighbors, Tuning().search_weights).rows)
         if start % (4096 * 16) == 0:
             log(f"embedded {part.stop} of {count} views")
     return photo, rows, views[:, :2]

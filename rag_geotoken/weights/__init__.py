@@ -18,11 +18,12 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def save_weights(model: nn.Module, config: dict[str, Any], folder: Path, name: str) -> None:
     """Write ``NAME.json`` and ``NAME.safetensors``: parameters in half precision, buffers as they are."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    tensors = {key: value.detach().half().contiguous() for key, value in model.named_parameters()}
-    tensors |= {key: value.detach().contiguous() for key, value in model.named_buffers()}
-    write_whole(folder / f"{name}.safetensors", lambda path: save_file(tensors, path))
+    parameters = {key for key, _ in model.named_parameters()}
+    tensors = {key: value.half() if key in parameters else value for key, value in model.state_dict().items()}
+    packed = save({key: value.contiguous() for key, value in tensors.items()})
+    write_whole(folder / f"{name}.safetensors", lambda path: path.write_bytes(packed))
     write_json(folder / f"{name}.json", config)
 
 
@@ -42,6 +43,6 @@ def load_weights(model: type[Model], config: type[Any], folder: Path, name: str)
         tensors = {key: value.float() if value.is_floating_point() else value for key, value in load_file(path).items()}
         built.load_state_dict(tensors)
     except (OSError, SafetensorError, RuntimeError, TypeError, json.JSONDecodeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = " ".join(str(error).split())[:200]
         raise GeoError(f"{path.name} in {folder.name} cannot be used as {model.__name__} weights: {reason}") from None
     return built.eval()

@@ -1,0 +1,196 @@
+"""The command line: thin. Everything heavy is imported by the command that uses it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from rag_geotoken.errors import GeoError
+
+app = typer.Typer(
+    help="Where on Earth was a photo taken? Retrieve, propose, verify, decide.",
+    epilog="Start with: rag-geotoken demo --out runs/demo    Exit status: 0 done, 1 failed, 2 wrong usage.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+index_app = typer.Typer(help="Build an index of photos, look at one, search one.", no_args_is_help=True)
+train_app = typer.Typer(help="Train the embedded models again, from a seed.", no_args_is_help=True)
+app.add_typer(index_app, name="index")
+app.add_typer(train_app, name="train")
+
+Weights = Annotated[Path | None, typer.Option(help="Folder of model weights; the embedded Earth models unless given.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything the demo writes.")] = Path("runs/demo"),
+    test_n: Annotated[int, typer.Option(min=2, max=1_000_000, help="Test photos to draw.")] = 2000,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed draws fresh test photos.")] = 0,
+    weights: Weights = None,
+) -> None:
+    """Run the main job on satellite views of the Earth: index, locate, ablate, report.
+
+    Writes predictions.parquet, metrics.json and report.html. Run again, it goes on where it was stopped.
+    """
+    from rag_geotoken.demo import ablation_text, run_demo
+    from rag_geotoken.weights import EARTH
+
+    metrics = run_demo(out, test_n, seed, weights or EARTH)
+    typer.echo(ablation_text(metrics))
+    typer.echo(f"{metrics['seconds']:.0f} s in all; look at {out / 'report.html'}")
+
+
+@index_app.command("build")
+def index_build(
+    source: Annotated[str, typer.Argument(help="A recipe (indexes/NAME.toml) or a source, SCHEME:REST.")],
+    out: Annotated[Path, typer.Option(help="Folder of the index.")],
+    weights: Weights = None,
+) -> None:
+    """Read and encode photos with known places and index them; goes on where it was stopped.
+
+    Sources: blue-marble:gallery[,n=24000][,seed=0] or folder:DIR (places from photos.csv or EXIF).
+    """
+    from rag_geotoken.alignment import GeoAlignment
+    from rag_geotoken.demo import make_index
+    from rag_geotoken.recipes import index_source
+    from rag_geotoken.weights import EARTH
+
+    source = index_source(source)
+    folder = weights or EARTH
+    manifest = make_index(out, source, GeoAlignment.from_pretrained(folder), folder)
+    typer.echo(f"{manifest['rows']} photos indexed in {out}, {manifest['left_out']} left out")
+
+
+@index_app.command("info")
+def index_info(folder: Annotated[Path, typer.Argument(help="Folder of an index.")], as_json: Json = False) -> None:
+    """Check an index's files against its manifest and say what it holds."""
+    from rag_geotoken.index import GeoIndex
+
+    manifest = GeoIndex.load(folder).manifest
+    if as_json:
+        typer.echo(json.dumps(manifest, indent=2))
+        return
+    shown = ("format", "encoder", "rows", "left_out", "dim", "parts", "metric", "factory")
+    for name in shown:
+        value = manifest[name]
+        typer.echo(f"{name:>9}  {', '.join(value) if isinstance(value, list) else value}")
+    for name, size in manifest["bytes"].items():
+        typer.echo(f"{name:>13}  {size:,} bytes, SHA-256 {manifest['sha256'][name]}")
+
+
+@index_app.command("search")
+def index_search(
+    folder: Annotated[Path, typer.Argument(help="Folder of an index.")],
+    photo: Annotated[Path, typer.Argument(help="A picture file.")],
+    k: Annotated[int, typer.Option(min=1, help="Neighbours to show.")] = 10,
+    weights: Weights = None,
+    as_json: Json = False,
+) -> None:
+    """The k gallery photos most like a picture, with their places and scores; a photo never finds itself."""
+    from rag_geotoken.locate import neighbors_of
+    from rag_geotoken.weights import EARTH
+
+    rows = neighbors_of(folder, photo, k, weights or EARTH)
+    if as_json:
+        typer.echo(json.dumps(rows, ensure_ascii=False, indent=2))
+        return
+    for row in rows:
+        typer.echo(f"{row['rank']:>4}  {row['score']:.4f}  {row['lat']:9.4f} {row['lon']:10.4f}  {row['id']}  {row['place'] or ''}")
+
+
+@app.command()
+def locate(
+    photos: Annotated[list[str], typer.Argument(help="Pictures, folders, a CSV with a column 'image', or a source.")],
+    index: Annotated[Path, typer.Option(help="Folder of an index.")],
+    out: Annotated[Path, typer.Option(help="File: .parquet, .csv, .jsonl, .geojson or .kml.")],
+    propose: Annotated[str, typer.Option(help="How cells are generated: beam,sample,greedy or none.")] = "greedy,beam,sample",
+    beam_width: Annotated[int, typer.Option(min=1, max=1000)] = 10,
+    samples: Annotated[int, typer.Option(min=1, max=1000)] = 20,
+    temperature: Annotated[float, typer.Option(min=0.01, max=10.0, help="Of the samples.")] = 1.0,
+    neighbors: Annotated[int, typer.Option(min=1, max=1000, help="Gallery photos retrieved a photo.")] = 20,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    verify: Annotated[Literal["none", "alignment"], typer.Option(help="Who verifies the pool.")] = "alignment",
+    run: Annotated[Path | None, typer.Option(help="Folder of the stage tables; OUT with the ending .run unless given.")] = None,
+    weights: Weights = None,
+) -> None:
+    """Say where photos were taken. Stage tables are kept beside the answer, so a stopped run goes on.
+
+    A photo that cannot be read gets a line with its error and no place. EXIF places are never used as evidence.
+    """
+    from rag_geotoken.locate import locate_photos
+    from rag_geotoken.pipeline import Options
+    from rag_geotoken.weights import EARTH
+
+    ways = () if propose == "none" else tuple(propose.split(","))
+    options = Options(neighbors, ways, beam_width, samples, temperature, seed, verify)
+    done, failed = locate_photos(photos, index, out, options, weights or EARTH, run or out.with_suffix(".run"))
+    typer.echo(f"{done} photos located in {out}" + (f", {len(failed)} could not be read" if failed else ""))
+    for line in failed[:10]:
+        typer.echo(f"  {line}", err=True)
+
+
+@app.command()
+def evaluate(
+    predictions: Annotated[Path, typer.Argument(help="CSV with true_lat,true_lon,pred_lat,pred_lon, or a predictions table.")],
+    truth: Annotated[Path | None, typer.Option(help="CSV with id,lat,lon, where the predictions lack the truth.")] = None,
+    as_json: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this JSON file.")] = None,
+    geodesic: Annotated[bool, typer.Option(help="Distances on the WGS84 ellipsoid instead of the sphere.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
+) -> None:
+    """Shares of ALL photos within 1, 25, 200, 750 and 2500 km, median, GeoScore, 95 % intervals.
+
+    A photo without an answer stays in the denominator and counts as wrong.
+    """
+    from rag_geotoken.evaluation import evaluate_csv, format_evaluation
+    from rag_geotoken.tables import write_json
+
+    result = evaluate_csv(predictions, geodesic, truth=truth, seed=seed)
+    if as_json:
+        write_json(as_json, result)
+    typer.echo(format_evaluation(result))
+
+
+Recipe = Annotated[Path | None, typer.Argument(help="TOML recipe; the embedded models' own unless given.")]
+Out = Annotated[Path, typer.Option(help="Folder of the weights.")]
+
+
+@train_app.command("alignment")
+def train_alignment(recipe: Recipe = None, out: Out = Path("runs/weights")) -> None:
+    """Train image encoder, location encoder and text encoder by contrast (about 40 minutes on 2 cores)."""
+    _train("alignment", recipe, out)
+
+
+@train_app.command("tokens")
+def train_tokens(recipe: Recipe = None, out: Out = Path("runs/weights")) -> None:
+    """Train the token model on the alignment in OUT (about 30 minutes on 2 cores)."""
+    _train("tokens", recipe, out)
+
+
+@train_app.command("tuning")
+def train_tuning(recipe: Recipe = None, out: Out = Path("runs/weights")) -> None:
+    """Choose the pool's weights and scales on validation photos, for the models in OUT."""
+    _train("tuning", recipe, out)
+
+
+def _train(what: str, recipe: Path | None, out: Path) -> None:
+    from rag_geotoken.recipes import training_recipe
+    from rag_geotoken.training.run import train
+
+    train(what, training_recipe(recipe), out)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command; a GeoError becomes one line and exit status 1."""
+    result: Any
+    try:
+        result = app(arguments, standalone_mode=True)
+    except GeoError as error:
+        print(f"rag-geotoken: {error}", file=sys.stderr)
+        result = 1
+    sys.exit(result)

@@ -1,0 +1,80 @@
+"""Predictions to a file: Parquet, CSV, JSON lines, GeoJSON or KML, by the file's ending."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from xml.sax.saxutils import escape
+
+from rag_geotoken.errors import GeoError
+from rag_geotoken.tables import write_table, write_text
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Row = dict[str, Any]
+
+
+def check_format(path: Path) -> None:
+    """Raises GeoError, naming the endings, when predictions cannot be written to a file of this name."""
+    if path.suffix.lower() not in (".parquet", *_FORMATS):
+        raise GeoError(f"cannot write {path.name}: choose an ending among .parquet, {', '.join(_FORMATS)}")
+
+
+def write_predictions(path: Path, predictions: pa.Table) -> None:
+    """Write a predictions table whole. A photo without an answer keeps its line, with its error and no place."""
+    check_format(path)
+    if path.suffix.lower() == ".parquet":
+        write_table(path, predictions)
+    else:
+        write_text(path, _FORMATS[path.suffix.lower()](predictions.to_pylist()))
+
+
+def _csv(rows: list[Row]) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _json_lines(rows: list[Row]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _geojson(rows: list[Row]) -> str:
+    features = [
+        {
+            "type": "Feature",
+            "id": row["id"],
+            # GeoJSON is the one format that puts longitude first (RFC 7946).
+            "geometry": {"type": "Point", "coordinates": [row["lon"], row["lat"]]} if row["lat"] is not None else None,
+            "properties": {name: value for name, value in row.items() if name not in ("id", "lat", "lon")},
+        }
+        for row in rows
+    ]
+    return json.dumps({"type": "FeatureCollection", "features": features}, ensure_ascii=False) + "\n"
+
+
+def _kml(rows: list[Row]) -> str:
+    marks = [
+        f"<Placemark><name>{escape(str(row['id']))}</name>"
+        + (f"<Point><coordinates>{row['lon']},{row['lat']}</coordinates></Point>" if row["lat"] is not None else "")
+        + (f"<description>{escape(row['error'])}</description>" if row["error"] else "")
+        + "</Placemark>"
+        for row in rows
+    ]
+    head = '<?xml version="1.0" encoding="UTF-8"?>\n<kml xmlns="http://www.opengis.net/kml/2.2"><Document>\n'
+    return head + "\n".join(marks) + "\n</Document></kml>\n"
+
+
+_FORMATS: dict[str, Callable[[list[Row]], str]] = {
+    ".csv": _csv,
+    ".jsonl": _json_lines,
+    ".geojson": _geojson,
+    ".kml": _kml,
+}

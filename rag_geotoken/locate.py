@@ -1,0 +1,94 @@
+"""Locate a user's own photos: from paths to a file of answers, stage tables kept beside it."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rag_geotoken import stages
+from rag_geotoken.errors import GeoError
+from rag_geotoken.export import check_format, write_predictions
+from rag_geotoken.pictures import list_pictures, load_pictures
+from rag_geotoken.pipeline import Geolocator, Options, digests
+from rag_geotoken.sources import read_source
+from rag_geotoken.tables import file_sha256, read_table
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+def locate_photos(
+    photos: list[str], index: Path, out: Path, options: Options, weights: Path, run: Path
+) -> tuple[int, list[str]]:
+    """Locate pictures, folders, CSVs and sources, write ``out`` -> how many have an answer, errors of the others.
+
+    Raises GeoError when nothing can be located, a file cannot be written, or index and weights do not fit.
+    """
+    check_format(out)
+    table = read_photos(photos)
+    geolocator = Geolocator.from_pretrained(index, weights)
+    # The whole photos table is the stage's recipe: other pictures make another run.
+    stages.write_photos(run, str(table.to_pylist()), lambda: table)
+    stages.encode(run, geolocator.alignment, geolocator.encoder)
+    stages.search(run, geolocator, options)
+    if options.propose:
+        stages.propose(run, geolocator, options, file_sha256(weights / "tokens.safetensors"))
+    stages.pool(run, geolocator, generated=bool(options.propose))
+    inputs, entries, scores = ["pool"], stages.read_pool(run), None
+    if options.verify == "alignment":
+        stages.verify(run, geolocator)
+        scores = stages.read_verdicts(run, entries)
+        inputs.append("verdicts")
+    decision = stages.choose(geolocator, entries, scores)
+    predictions = read_table(stages.write_decision(run, options.verify, geolocator, inputs, decision))
+    write_predictions(out, predictions)
+    failed = [error for error in predictions["error"].to_pylist() if error]
+    return len(predictions) - len(failed), failed
+
+
+def read_photos(photos: list[str]) -> pa.Table:
+    """Pictures, folders, CSVs with a column ``image`` and sources -> one photos table, each photo once.
+
+    Coordinates of a source are kept as the truth to compare with; those in EXIF are not read. Raises GeoError for an
+    empty folder, a missing file or a CSV without the column.
+    """
+    import pyarrow as pa
+
+    tables, paths = [], list[str]()
+    for photo in photos:
+        if photo.startswith(("blue-marble:", "folder:")):
+            tables.append(read_source(photo))
+        elif photo.lower().endswith(".csv"):
+            paths += _csv_images(Path(photo))
+        else:
+            paths += list_pictures(photo)
+    unique = list(dict.fromkeys(paths))
+    if unique:
+        kinds = {"lat": pa.float64(), "lon": pa.float64(), "place": pa.string(), "author": pa.string()}
+        unknown = {name: pa.nulls(len(unique), kind) for name, kind in kinds.items()}
+        tables.append(pa.table({"id": unique, "image": unique} | unknown))
+    return pa.concat_tables(tables)
+
+
+def neighbors_of(index: Path, photo: Path, k: int, weights: Path) -> list[dict[str, Any]]:
+    """The k rows of an index most like a picture: rank, score, id, lat, lon, place. Raises GeoError."""
+    geolocator = Geolocator.from_pretrained(index, weights)
+    pixels, errors = load_pictures([str(photo)], 64)
+    if errors[0]:
+        raise GeoError(errors[0])
+    found = geolocator.search(geolocator.encode(pixels), k, digests(pixels))
+    rows = geolocator.index.rows.take(found.rows[0]).select(["id", "lat", "lon", "place"]).to_pylist()
+    scores = found.scores[0].tolist()
+    return [{"rank": i + 1, "score": score, **row} for i, (row, score) in enumerate(zip(rows, scores, strict=True))]
+
+
+def _csv_images(path: Path) -> list[str]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            if "image" not in (reader.fieldnames or []):
+                raise GeoError(f"{path} has no column 'image': name the pictures' paths in one")
+            return [str(path.parent / row["image"]) for row in reader if row["image"]]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise GeoError(f"cannot read {path}: {error}") from None

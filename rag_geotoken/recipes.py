@@ -1,0 +1,35 @@
+"""Recipes: TOML files that say what to index or how to train."""
+
+from __future__ import annotations
+
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from rag_geotoken.errors import GeoError
+
+
+def index_source(text: str) -> str:
+    """A source as it is, or that of a recipe file ``NAME.toml`` with ``source = "SCHEME:REST"``. Raises GeoError."""
+    if not text.endswith(".toml"):
+        return text
+    source = read_recipe(Path(text)).get("source")
+    if not isinstance(source, str):
+        raise GeoError(f'{text} names no source: write source = "blue-marble:gallery"')
+    return source
+
+
+def training_recipe(path: Path | None) -> dict[str, Any]:
+    """The settings of a training recipe; the embedded models' own unless a file is given. Raises GeoError."""
+    if path is not None:
+        return read_recipe(path)
+    return tomllib.loads(resources.files("rag_geotoken.training").joinpath("earth.toml").read_text(encoding="utf-8"))
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Read a TOML file. Raises GeoError when it is missing or broken."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise GeoError(f"cannot read the recipe {path}: {error}") from None

@@ -1,0 +1,57 @@
+"""Run one of the trainings of a recipe and write its weights into a folder."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rag_geotoken import selection
+from rag_geotoken.alignment import GeoAlignment
+from rag_geotoken.demo import make_index
+from rag_geotoken.errors import GeoError
+from rag_geotoken.index import GeoIndex
+from rag_geotoken.pipeline import Geolocator, encoder_id
+from rag_geotoken.tables import write_json
+from rag_geotoken.token_model import TokenModel
+
+GALLERY = "blue-marble:gallery"
+
+
+def train(what: str, recipe: dict[str, Any], out: Path) -> None:
+    """Train ``alignment``, ``tokens`` or ``tuning`` with the recipe's section of that name.
+
+    The three are made in this order in one folder; the gallery's index is kept beside it in ``OUT-index``. Raises
+    GeoError when an earlier one is missing or the recipe has a setting that does not exist.
+    """
+    settings = recipe.get(what, {})
+    begun = time.monotonic()
+
+    def log(line: str) -> None:
+        print(f"{time.monotonic() - begun:7.0f} s  {line}", file=sys.stderr, flush=True)
+
+    try:
+        if what == "alignment":
+            from rag_geotoken.training.alignment import train_alignment
+
+            train_alignment(**settings, log=log).save_pretrained(out)
+            return
+        alignment = GeoAlignment.from_pretrained(out)
+        folder = out.with_name(f"{out.name}-index")
+        make_index(folder, GALLERY, alignment, out)
+        index = GeoIndex.load(folder)
+        if what == "tokens":
+            from rag_geotoken.training.tokens import train_tokens
+
+            train_tokens(alignment, index, **settings, log=log).save_pretrained(out)
+            return
+        from rag_geotoken.training.tuning import tune
+
+        geolocator = Geolocator(
+            alignment, TokenModel.from_pretrained(out), index, selection.Tuning(), encoder_id(out)
+        )
+        write_json(out / "tuning.json", asdict(tune(geolocator, **settings, log=log)))
+    except TypeError as error:
+        raise GeoError(f"the recipe's section [{what}] does not fit: {error}") from None
