@@ -18,7 +18,7 @@ from rag_geotoken.metrics import RADII_KM, bootstrap, calibration, summary
 from rag_geotoken.pictures import load_pictures
 from rag_geotoken.pipeline import Geolocator, Options, encoder_id, load_tuning
 from rag_geotoken.sources import read_source
-from rag_geotoken.tables import file_sha256, read_table, versions, write_json, write_table
+from rag_geotoken.tables import check_writable, file_sha256, read_table, versions, write_json, write_table
 from rag_geotoken.token_model import TokenModel
 from rag_geotoken.types import SOURCES
 from rag_geotoken.weights import EARTH
@@ -56,6 +56,7 @@ def run_demo(out: Path, test_n: int = 2000, seed: int = 0, weights: Path = EARTH
     folder a split every stage's table. Raises GeoError for a folder that cannot be written or broken weights.
     """
     begun = time.perf_counter()
+    check_writable(out)
     clock = _Clock()
     alignment = GeoAlignment.from_pretrained(weights)
     clock("gallery: read, encode, index", lambda: make_index(out / "index", f"blue-marble:gallery,n={gallery}", alignment, weights))
@@ -90,6 +91,7 @@ def run_demo(out: Path, test_n: int = 2000, seed: int = 0, weights: Path = EARTH
 
 def make_index(folder: Path, source: str, alignment: GeoAlignment, weights: Path) -> dict[str, Any]:
     """Read and encode a source and index it under ``folder`` -> the manifest. Its stage tables lie in stages/."""
+    check_writable(folder)
     tables = folder / "stages"
     stages.write_photos(tables, source, lambda: read_source(source))
     stages.encode(tables, alignment, encoder_id(weights))

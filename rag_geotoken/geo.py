@@ -54,7 +54,7 @@ def _check(values: ArrayLike, name: str, limit: int, hint: str) -> Floats:
 def haversine_km(lat1: ArrayLike, lon1: ArrayLike, lat2: ArrayLike, lon2: ArrayLike) -> Floats:
     """Great-circle distance by the haversine formula (Sinnott, Sky and Telescope 68, 1984), broadcasting.
 
-    Exact to rounding at short distance, to 0.2 m beside the antipode. By hand: one degree of latitude is
+    Exact to rounding at short distance, to 0.3 m beside the antipode. By hand: one degree of latitude is
     6371 * pi / 180 = 111.1949 km.
     """
     phi1, lambda1, phi2, lambda2 = (np.radians(np.asarray(a, np.float64)) for a in (lat1, lon1, lat2, lon2))
@@ -101,7 +101,7 @@ def pairwise_km(lat_lon: ArrayLike) -> Floats:
     """Great-circle distances within each set of points: (..., C, 2) to (..., C, C), symmetric, zero on the diagonal.
 
     By the length of the chord, coordinate by coordinate, so that near points do not cancel: right to a micrometre
-    at short distance and to 0.2 m beside the antipode.
+    at short distance and to 0.3 m beside the antipode.
     """
     points = np.asarray(lat_lon, np.float64)
     xyz = to_unit(points[..., 0], points[..., 1])

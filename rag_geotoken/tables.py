@@ -48,6 +48,17 @@ def write_whole(path: Path | str, write: Callable[[Path], None]) -> None:
         _remove(beside)
 
 
+def check_writable(folder: Path | str) -> None:
+    """Makes a folder where it is missing and tries to write in it: better now than after the work.
+
+    Raises:
+        GeoError: the folder cannot be made or written.
+    """
+    probe = Path(folder) / f".{secrets.token_hex(4)}"
+    write_whole(probe, lambda beside: beside.touch())
+    _remove(probe)
+
+
 def _remove(path: Path) -> None:
     # Where a folder is read-only or no folder, the file was never written, and the first error says why.
     with contextlib.suppress(OSError):

@@ -186,6 +186,7 @@ def test_any_integer_type_decodes(dtype: Any) -> None:
         (lambda: cell_level(0), "0 at position 0 is not an S2 cell id"),
         (lambda: cell_centers([1, 2]), "2 at position 1"),
         (lambda: cell_centers(np.uint64(6 << 61 | 1)), "not an S2 cell id"),
+        (lambda: cell_centers(np.uint64(1 << 62)), "not an S2 cell id"),
         (lambda: cell_centers([-1]), "uint64"),
         (lambda: cell_centers([1.0]), "uint64"),
     ],

@@ -235,8 +235,10 @@ def test_listing_nothing_is_an_error(tmp_path: Path) -> None:
 def gps_exif(lat: Any, lat_ref: Any, lon: Any, lon_ref: Any) -> Image.Exif:
     exif = Image.Exif()
     values = {1: lat_ref, 2: lat, 3: lon_ref, 4: lon}
-    exif.get_ifd(ExifTags.IFD.GPSInfo).update({tag: value for tag, value in values.items() if value is not None})
-    return exif
+    exif[ExifTags.IFD.GPSInfo] = {tag: value for tag, value in values.items() if value is not None}
+    read = Image.Exif()
+    read.load(exif.tobytes())  # Pillow writes GPS tags into TIFF only from EXIF that it has read
+    return read
 
 
 def rational(*values: int | str | Fraction) -> tuple[TiffImagePlugin.IFDRational, ...]:

@@ -1,0 +1,162 @@
+"""The command line as a person uses it: what it writes, what it says, how it exits."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from rag_geotoken.cli import main
+from rag_geotoken.sources import blue_marble
+
+
+def call(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as end:
+        main([str(a) for a in arguments])
+    return int(end.value.code or 0)
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line of a command that exits with 1."""
+    capsys.readouterr()
+    assert call(*arguments) == 1
+    shown = capsys.readouterr().err.strip()
+    assert shown.startswith("rag-geotoken: ") and "\n" not in shown and "Traceback" not in shown
+    return shown
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("index")
+    assert call("index", "build", "blue-marble:gallery,n=1500", "--out", folder) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six gallery-like views as PNG files, one picture cut short, one that is no picture."""
+    folder = tmp_path_factory.mktemp("photos")
+    for i, pixels in enumerate(blue_marble.cut(blue_marble.draw_views("validation", 6, 3))):
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    (folder / "cut.png").write_bytes((folder / "0.png").read_bytes()[:2000])
+    (folder / "text.jpg").write_text("this is no picture")
+    return folder
+
+
+def test_locate_writes_every_format_and_keeps_failures(index: Path, photos: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for ending in ("parquet", "csv", "jsonl", "geojson", "kml"):
+        assert call("locate", photos, "--index", index, "--out", tmp_path / f"o.{ending}", "--run", run) == 0
+    rows = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    assert len(rows) == 8
+    failed = [row for row in rows if row["error"]]
+    assert len(failed) == 2 and all(row["lat"] is None and row["lon"] is None for row in failed)
+    assert all(-90 <= row["lat"] <= 90 for row in rows if not row["error"])
+    with (tmp_path / "o.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 8
+    assert len(json.loads((tmp_path / "o.geojson").read_text())["features"]) == 8
+
+
+def test_locate_without_generation_or_verification(index: Path, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "o.jsonl"
+    assert call("locate", photos, "--index", index, "--out", out, "--propose", "none", "--verify", "none") == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {row["source"] for row in rows if not row["error"]} == {"neighbour"}
+    assert not any(row["verified"] for row in rows)
+
+
+def test_search_shows_neighbours_and_not_the_photo_itself(
+    index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "gallery.png"
+    Image.fromarray(blue_marble.cut(blue_marble.draw_views("gallery", 1500, 0)[:1])[0]).save(picture)
+    capsys.readouterr()
+    assert call("index", "search", index, picture, "--k", 5, "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) == 5 and "gallery-0-000000" not in [row["id"] for row in rows]
+
+
+def test_info_and_help(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("index", "info", index, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == 1500
+    assert call("--help") == 0
+
+
+def test_wrong_usage_exits_2(tmp_path: Path) -> None:
+    assert call("locate") == 2
+    assert call("demo", "--seed", "-1") == 2
+    assert call("nonsense") == 2
+    assert call("locate", tmp_path, "--index", tmp_path, "--out", "o.csv", "--verify", "sometimes") == 2
+
+
+def test_missing_and_broken_pictures(
+    index: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "o.csv"
+    assert "missing.jpg" in fails(capsys, "locate", tmp_path / "missing.jpg", "--index", index, "--out", out)
+    assert "text.jpg" in fails(capsys, "locate", photos / "text.jpg", "--index", index, "--out", out)
+    assert "cut.png" in fails(capsys, "index", "search", index, photos / "cut.png")
+    (tmp_path / "empty").mkdir()
+    assert "empty" in fails(capsys, "locate", tmp_path / "empty", "--index", index, "--out", out)
+    assert "o.doc" in fails(capsys, "locate", photos, "--index", index, "--out", tmp_path / "o.doc")
+    assert not out.exists()
+
+
+def test_latitude_91(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "p.csv"
+    table.write_text("true_lat,true_lon,pred_lat,pred_lon\n1,2,3,4\n91,0,0,0\n")
+    assert "91" in fails(capsys, "evaluate", table)
+    folder = tmp_path / "gallery"
+    folder.mkdir()
+    (folder / "0.png").write_bytes((photos / "0.png").read_bytes())
+    (folder / "photos.csv").write_text("file,lat,lon\n0.png,91,0\n")
+    assert "91" in fails(capsys, "index", "build", f"folder:{folder}", "--out", tmp_path / "index")
+    assert not (tmp_path / "index" / "manifest.json").exists()
+
+
+def test_index_of_another_encoder_or_truncated(
+    index: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    other = tmp_path / "other"
+    shutil.copytree(index, other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps(manifest | {"encoder": "somebody-else"}))
+    out = tmp_path / "o.csv"
+    assert "encoder" in fails(capsys, "locate", photos, "--index", other, "--out", out)
+    shutil.copytree(index, tmp_path / "short")
+    with (tmp_path / "short" / "index.faiss").open("rb+") as file:
+        file.truncate(1000)
+    assert "truncated" in fails(capsys, "locate", photos, "--index", tmp_path / "short", "--out", out)
+    assert "no index" in fails(capsys, "locate", photos, "--index", tmp_path, "--out", out)
+    assert not out.exists()
+
+
+def test_folder_that_cannot_be_written(index: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # A file where a folder is needed stops every user, root too, whom a read-only folder would not.
+    (tmp_path / "file").write_text("")
+    assert "cannot write" in fails(capsys, "demo", "--out", tmp_path / "file", "--test-n", 10)
+    assert "cannot write" in fails(capsys, "locate", photos, "--index", index, "--out", tmp_path / "file" / "o.csv")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes into read-only folders")
+def test_read_only_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tmp_path.chmod(0o555)
+    assert "cannot write" in fails(capsys, "demo", "--out", tmp_path / "run", "--test-n", 10)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    program = (
+        "import sys\nfrom rag_geotoken.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'faiss', 'numpy', 'pyarrow', 'PIL', 'scipy') if m in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert shown.rstrip().endswith("[]")
