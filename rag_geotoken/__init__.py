@@ -1,1 +1,31 @@
-"""Retrieval-augmented image geolocalization."""
+"""Retrieval-augmented image geolocalization: where on Earth was a photo taken?"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rag_geotoken.cells import S2Tokenizer as S2Tokenizer
+    from rag_geotoken.errors import GeoError as GeoError
+    from rag_geotoken.index import GeoIndex as GeoIndex
+    from rag_geotoken.pipeline import Geolocator as Geolocator
+    from rag_geotoken.pipeline import Options as Options
+    from rag_geotoken.types import Prediction as Prediction
+
+_PUBLIC = {
+    "GeoError": "errors",
+    "GeoIndex": "index",
+    "Geolocator": "pipeline",
+    "Options": "pipeline",
+    "Prediction": "types",
+    "S2Tokenizer": "cells",
+}
+__all__ = sorted(_PUBLIC)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> object:
+    # Found when asked for, so that `rag-geotoken --help` does not wait for torch.
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'rag_geotoken' has no attribute {name!r}")
+    return getattr(import_module(f"rag_geotoken.{_PUBLIC[name]}"), name)

@@ -9,6 +9,7 @@ import math
 import re
 import zlib
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -112,8 +113,8 @@ class GeoAlignment(nn.Module):
     def embed_places(self, lat_lon: NDArray[np.float64], batch: int = 16_384) -> NDArray[np.float32]:
         """Places (N, 2) in degrees -> (N, dim) of length one."""
         places = torch.from_numpy(np.asarray(lat_lon, np.float64).reshape(-1, 2))
-        vectors = torch.cat([normalize(self.location(block), dim=-1) for block in places.split(batch)])
-        result: NDArray[np.float32] = vectors.numpy()
+        blocks = [places[i : i + batch] for i in range(0, len(places), batch)]
+        result: NDArray[np.float32] = torch.cat([normalize(self.location(block), dim=-1) for block in blocks]).numpy()
         return result
 
     @classmethod
@@ -128,7 +129,7 @@ class GeoAlignment(nn.Module):
 
 def _mlp(*widths: int) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for before, after in zip(widths, widths[1:], strict=False):
+    for before, after in pairwise(widths):
         layers += [nn.Linear(before, after), nn.GELU()]
     return nn.Sequential(*layers[:-1])
 

@@ -101,7 +101,8 @@ def index_search(
         typer.echo(json.dumps(rows, ensure_ascii=False, indent=2))
         return
     for row in rows:
-        typer.echo(f"{row['rank']:>4}  {row['score']:.4f}  {row['lat']:9.4f} {row['lon']:10.4f}  {row['id']}  {row['place'] or ''}")
+        place = f"{row['lat']:9.4f} {row['lon']:10.4f}  {row['id']}  {row['place'] or ''}"
+        typer.echo(f"{row['rank']:>4}  {row['score']:.4f}  {place}")
 
 
 @app.command()
@@ -109,14 +110,16 @@ def locate(
     photos: Annotated[list[str], typer.Argument(help="Pictures, folders, a CSV with a column 'image', or a source.")],
     index: Annotated[Path, typer.Option(help="Folder of an index.")],
     out: Annotated[Path, typer.Option(help="File: .parquet, .csv, .jsonl, .geojson or .kml.")],
-    propose: Annotated[str, typer.Option(help="How cells are generated: beam,sample,greedy or none.")] = "greedy,beam,sample",
+    propose: Annotated[str, typer.Option(help="How cells are generated: some of beam,sample,greedy, or none.")] = (
+        "greedy,beam,sample"
+    ),
     beam_width: Annotated[int, typer.Option(min=1, max=1000)] = 10,
     samples: Annotated[int, typer.Option(min=1, max=1000)] = 20,
     temperature: Annotated[float, typer.Option(min=0.01, max=10.0, help="Of the samples.")] = 1.0,
     neighbors: Annotated[int, typer.Option(min=1, max=1000, help="Gallery photos retrieved a photo.")] = 20,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     verify: Annotated[Literal["none", "alignment"], typer.Option(help="Who verifies the pool.")] = "alignment",
-    run: Annotated[Path | None, typer.Option(help="Folder of the stage tables; OUT with the ending .run unless given.")] = None,
+    run: Annotated[Path | None, typer.Option(help="Folder of the stage tables; else OUT with ending .run.")] = None,
     weights: Weights = None,
 ) -> None:
     """Say where photos were taken. Stage tables are kept beside the answer, so a stopped run goes on.
@@ -137,8 +140,12 @@ def locate(
 
 @app.command()
 def evaluate(
-    predictions: Annotated[Path, typer.Argument(help="CSV with true_lat,true_lon,pred_lat,pred_lon, or a predictions table.")],
-    truth: Annotated[Path | None, typer.Option(help="CSV with id,lat,lon, where the predictions lack the truth.")] = None,
+    predictions: Annotated[
+        Path, typer.Argument(help="CSV with true_lat,true_lon,pred_lat,pred_lon, or a predictions table.")
+    ],
+    truth: Annotated[
+        Path | None, typer.Option(help="CSV with id,lat,lon, where the predictions lack the truth.")
+    ] = None,
     as_json: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this JSON file.")] = None,
     geodesic: Annotated[bool, typer.Option(help="Distances on the WGS84 ellipsoid instead of the sphere.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,

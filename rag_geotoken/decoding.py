@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rag_geotoken.token_model import TokenModel
@@ -57,10 +58,14 @@ def sample(
     batch = len(memory)
     decoder = _Decoder(model, memory)
     chance = torch.from_numpy(_uniform(range(batch) if keys is None else keys, (n, len(model.vocab_sizes)), seed))
-    tokens = torch.empty(batch, n, 0, dtype=torch.int64)
+    tokens = torch.empty(batch, 1, 0, dtype=torch.int64)
     log_prob = torch.zeros(batch, n)
     for t in range(len(model.vocab_sizes)):
         logits = decoder.step(tokens)
+        if t == 0:  # all samples of a photo start alike: one step serves them
+            first = torch.zeros(batch, n, dtype=torch.int64)
+            decoder.reorder(first)
+            logits, tokens = _pick(logits, first), _pick(tokens, first)
         cumulative = (logits / temperature).softmax(-1).cumsum(-1)
         token = (cumulative < chance[:, :, t, None]).sum(-1).clamp(max=logits.shape[-1] - 1)
         log_prob += logits.log_softmax(-1).gather(-1, token[..., None])[..., 0]
@@ -74,7 +79,7 @@ class _Decoder:
 
     def __init__(self, model: TokenModel, memory: Tensor) -> None:
         self.model = model
-        self.memory = [block.memory_keys(memory) for block in model.decoder]
+        self.memory = [block.memory_keys(memory) for block in model.blocks]
         self.past: list[tuple[Tensor, Tensor]] = []
 
     def step(self, tokens: Tensor) -> Tensor:
@@ -82,7 +87,7 @@ class _Decoder:
         t = tokens.shape[-1]
         states = self.model.embed(tokens)[..., -1, :]
         present = []
-        for i, block in enumerate(self.model.decoder):
+        for i, block in enumerate(self.model.blocks):
             query, key, value = block.self_keys(states[..., None, :])
             if self.past:
                 key = torch.cat([self.past[i][0], key], dim=-2)
@@ -100,10 +105,10 @@ class _Decoder:
 
 
 def _pick(values: Tensor, order: Tensor) -> Tensor:
-    """values (B, M, ...) at order (B, N) -> (B, N, ...)."""
+    """Values (B, M, ...) at order (B, N) -> (B, N, ...)."""
     return values[torch.arange(len(values))[:, None], order]
 
 
-def _uniform(keys: range | list[int], shape: tuple[int, ...], seed: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+def _uniform(keys: range | list[int], shape: tuple[int, ...], seed: int) -> NDArray[np.float32]:
     """(len(keys), *shape) uniform numbers, each key's own stream."""
     return np.stack([np.random.default_rng([seed, key]).random(shape, np.float32) for key in keys])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,6 @@ from rag_geotoken.index import GeoIndex, build_index
 from rag_geotoken.metrics import RADII_KM, bootstrap, calibration, summary
 from rag_geotoken.pictures import load_pictures
 from rag_geotoken.pipeline import Geolocator, Options, encoder_id, load_tuning
-from rag_geotoken.sources import read_source
 from rag_geotoken.tables import check_writable, file_sha256, read_table, versions, write_json, write_table
 from rag_geotoken.token_model import TokenModel
 from rag_geotoken.types import SOURCES
@@ -36,20 +35,17 @@ NOTES = [
 ]
 
 
-@dataclass
-class _Clock:
-    """Seconds spent in each named part of the run."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def __call__(self, name: str, work: Callable[[], Any]) -> Any:
-        begun = time.perf_counter()
-        result = work()
-        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - begun, 2)
-        return result
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add what happens inside to the seconds of a named part of the run."""
+    begun = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - begun, 2)
 
 
-def run_demo(out: Path, test_n: int = 2000, seed: int = 0, weights: Path = EARTH, gallery: int = 24_000) -> dict[str, Any]:
+def run_demo(
+    out: Path, test_n: int = 2000, seed: int = 0, weights: Path = EARTH, gallery: int = 24_000
+) -> dict[str, Any]:
     """Run everything into ``out`` -> what ``metrics.json`` holds. What is already there is not done again.
 
     Writes predictions.parquet (of the best variant on ``test``), metrics.json and report.html, and under index/ and a
@@ -57,9 +53,10 @@ def run_demo(out: Path, test_n: int = 2000, seed: int = 0, weights: Path = EARTH
     """
     begun = time.perf_counter()
     check_writable(out)
-    clock = _Clock()
+    seconds: dict[str, float] = {}
     alignment = GeoAlignment.from_pretrained(weights)
-    clock("gallery: read, encode, index", lambda: make_index(out / "index", f"blue-marble:gallery,n={gallery}", alignment, weights))
+    with _timed(seconds, "gallery: read, encode, index"):
+        make_index(out / "index", f"blue-marble:gallery,n={gallery}", alignment, weights)
     index = GeoIndex.load(out / "index")
     tokens = TokenModel.from_pretrained(weights)
     geolocator = Geolocator(alignment, tokens, index, load_tuning(weights), encoder_id(weights))
@@ -68,9 +65,10 @@ def run_demo(out: Path, test_n: int = 2000, seed: int = 0, weights: Path = EARTH
     variants: list[dict[str, Any]] = []
     sizes = {"test": test_n, "unseen": few, "relief": few}
     for split, n in sizes.items():
-        source = f"blue-marble:{split},n={n},seed={seed}"
-        clock(f"{split}: read", lambda s=source, f=out / split: stages.write_photos(f, s, lambda: read_source(s)))
-        clock(f"{split}: crop to prediction", lambda f=out / split: run_road(f, geolocator, options, weights))
+        with _timed(seconds, f"{split}: read"):
+            stages.write_photos(out / split, f"blue-marble:{split},n={n},seed={seed}")
+        with _timed(seconds, f"{split}: crop to prediction"):
+            run_road(out / split, geolocator, options, weights)
         variants += score(out / split, split, seed)
     write_table(out / "predictions.parquet", read_table(out / "test" / f"predictions-{BEST}.parquet"))
     truth, answers, confidence = stages.read_predictions(out / "predictions.parquet")
@@ -80,7 +78,7 @@ def run_demo(out: Path, test_n: int = 2000, seed: int = 0, weights: Path = EARTH
         "seed": seed,
         "versions": versions() | {"weights": encoder_id(weights)},
         "seconds": round(time.perf_counter() - begun, 1),
-        "stages": clock.seconds,
+        "stages": seconds,
         "calibration": calibration(confidence, km),
     }
     _report(out, metrics, truth, km, index)
@@ -93,7 +91,7 @@ def make_index(folder: Path, source: str, alignment: GeoAlignment, weights: Path
     """Read and encode a source and index it under ``folder`` -> the manifest. Its stage tables lie in stages/."""
     check_writable(folder)
     tables = folder / "stages"
-    stages.write_photos(tables, source, lambda: read_source(source))
+    stages.write_photos(tables, source)
     stages.encode(tables, alignment, encoder_id(weights))
     return build_index(folder, tables / "photos.parquet", tables / "embeddings.parquet", encoder_id(weights))
 
@@ -121,15 +119,18 @@ def score(folder: Path, split: str, seed: int) -> list[dict[str, Any]]:
 
 def ablation_text(metrics: dict[str, Any]) -> str:
     """The ablation table of ``metrics.json`` as plain text."""
-    lines = [f"{'split':<8}{'variant':<18}{'n':>6}" + "".join(f"{'<=' + str(r) + ' km':>11}" for r in RADII_KM) + f"{'median km':>12}"]
+    radii = "".join(f"{f'<= {r} km':>12}" for r in RADII_KM)
+    lines = [f"{'split':<8}{'variant':<18}{'n':>6}{radii}{'median km':>12}"]
     for row in metrics["variants"]:
-        shares = "".join(f"{row['acc'][str(r)]:>10.2f}%" for r in RADII_KM)
+        shares = "".join(f"{row['acc'][str(r)]:>11.2f}%" for r in RADII_KM)
         median = "-" if row["median_km"] is None else f"{row['median_km']:.1f}"
         lines.append(f"{row['split']:<8}{row['name']:<18}{row['n']:>6}{shares}{median:>12}")
     return "\n".join(lines)
 
 
-def _report(out: Path, metrics: dict[str, Any], truth: NDArray[np.float64], km: NDArray[np.float64], index: GeoIndex) -> None:
+def _report(
+    out: Path, metrics: dict[str, Any], truth: NDArray[np.float64], km: NDArray[np.float64], index: GeoIndex
+) -> None:
     from rag_geotoken.report import write_report
 
     # Photos across the range of errors, the same for the same run: the report must not show the good ones only.

@@ -12,7 +12,7 @@ from rag_geotoken.export import check_format, write_predictions
 from rag_geotoken.pictures import list_pictures, load_pictures
 from rag_geotoken.pipeline import Geolocator, Options, digests
 from rag_geotoken.sources import read_source
-from rag_geotoken.tables import check_writable, file_sha256, read_table
+from rag_geotoken.tables import check_writable, file_sha256, read_table, write_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -29,8 +29,7 @@ def locate_photos(
     check_writable(out.parent)
     table = read_photos(photos)
     geolocator = Geolocator.from_pretrained(index, weights)
-    # The whole photos table is the stage's recipe: other pictures make another run.
-    stages.write_photos(run, str(table.to_pylist()), lambda: table)
+    write_table(run / "photos.parquet", table)
     stages.encode(run, geolocator.alignment, geolocator.encoder)
     stages.search(run, geolocator, options)
     if options.propose:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from rag_geotoken.errors import GeoError
 
@@ -168,7 +168,7 @@ def _open(path: Path | str) -> Image.Image:
         raise _BadPictureError("there is no such file") from None
     except PermissionError:
         raise _BadPictureError("the file may not be read") from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise _BadPictureError(f"not a picture that is read here ({', '.join(FORMATS)})") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise _BadPictureError(too_large) from None

@@ -71,8 +71,8 @@ def _merge(lat_lon: Floats, log_weight: Floats, source: NDArray[np.int8], cells:
     same = cells[:, :, None] == cells[:, None, :]
     total = np.log((same * np.exp(log_weight)[:, None, :]).sum(axis=2) + 1e-30)
     mask = ~_repeats(cells) & np.isfinite(log_weight)
-    log_weight = log_softmax(np.where(mask, total, -np.inf)).astype(np.float32)
-    return Pool(lat_lon, log_weight, source, mask)
+    log_weight = log_softmax(np.where(mask, total, -np.inf))
+    return Pool(lat_lon, log_weight.astype(np.float32), source, mask)
 
 
 def _repeats(ids: NDArray[np.uint64]) -> NDArray[np.bool_]:
@@ -85,8 +85,8 @@ def _repeats(ids: NDArray[np.uint64]) -> NDArray[np.bool_]:
 def align(pool: Pool, similarity: NDArray[np.float32], tuning: Tuning) -> Pool:
     """G3's verification as evidence: each entry's weight times exp(scale * image-GPS cosine (B, C)), normalised."""
     weight = pool.log_weight + tuning.alignment_scale * similarity.astype(np.float64)
-    weight = log_softmax(np.where(pool.mask, weight, -np.inf)).astype(np.float32)
-    return Pool(pool.lat_lon, weight, pool.source, pool.mask)
+    weight = log_softmax(np.where(pool.mask, weight, -np.inf))
+    return Pool(pool.lat_lon, weight.astype(np.float32), pool.source, pool.mask)
 
 
 def minimum_bayes_risk(pool: Pool, tuning: Tuning) -> Predictions:
@@ -143,7 +143,7 @@ def log_softmax(values: Floats) -> Floats:
 
 
 def _chances(distance: Floats, weight: Floats, spread: float) -> Floats:
-    """distance (B, M, C), weight (B, C) -> (B, M, R) chance that the true place lies within each radius."""
+    """Distance (B, M, C), weight (B, C) -> (B, M, R) chance that the true place lies within each radius."""
     grid, inside = _disk_chance(spread)
     columns = [(np.interp(distance, grid, inside[:, r]) @ weight[..., None])[..., 0] for r in range(len(RADII_KM))]
     return np.stack(columns, axis=-1)

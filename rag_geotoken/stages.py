@@ -35,9 +35,11 @@ BLOCK = 256
 Floats = NDArray[np.float64]
 
 
-def write_photos(folder: Path, source: str, read: Callable[[], pa.Table]) -> Path:
+def write_photos(folder: Path, source: str) -> Path:
     """The photos table of a source, written once: id, image, lat, lon, place, author."""
-    return stage(folder, "photos", {"source": source}, [], ["all"], lambda _: read())
+    from rag_geotoken.sources import read_source
+
+    return stage(folder, "photos", {"source": source}, [], ["all"], lambda _: read_source(source))
 
 
 def encode(folder: Path, alignment: GeoAlignment, encoder: str) -> Path:
@@ -293,7 +295,12 @@ def _source_numbers(column: pa.ChunkedArray) -> NDArray[np.int8]:
 
 
 def _run(
-    folder: Path, name: str, recipe: dict[str, Any], inputs: list[str], ids: list[str], work: Callable[[slice], pa.Table]
+    folder: Path,
+    name: str,
+    recipe: dict[str, Any],
+    inputs: list[str],
+    ids: list[str],
+    work: Callable[[slice], pa.Table],
 ) -> Path:
     files = [folder / f"{file}.parquet" for file in inputs]
     with progress_bar(len(ids), f"{folder.name}: {name}") as advance:

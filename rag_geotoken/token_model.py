@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,11 @@ class TokenModel(nn.Module):
 
     offsets: Tensor
 
+    @property
+    def blocks(self) -> list[Block]:
+        """The decoder's layers."""
+        return cast(list[Block], list(self.decoder))
+
     def memory(self, photo: Tensor, neighbors: Tensor, neighbor_tokens: Tensor) -> Tensor:
         """Encode what the decoder may look at.
 
@@ -80,7 +86,7 @@ class TokenModel(nn.Module):
         length = tokens.shape[1]
         states = self.embed(tokens[:, : length - 1])
         mask = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
-        for block in self.decoder:
+        for block in self.blocks:
             states = block(states, mask=mask, memory=block.memory_keys(memory))
         states = self.norm(states)
         return [head(states[:, t]) for t, head in enumerate(self.heads[:length])]
@@ -125,14 +131,16 @@ class Block(nn.Module):
 
     def attend(self, states: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """Self-attention's outcome added to the states (..., L, d)."""
-        return states + self.out(_merge(scaled_dot_product_attention(query, key, value, attn_mask=mask)))
+        heard: Tensor = self.out(_merge(scaled_dot_product_attention(query, key, value, attn_mask=mask)))
+        return states + heard
 
     def look_and_think(self, states: Tensor, memory: tuple[Tensor, Tensor] | None) -> Tensor:
         """What follows self-attention: states (B, L, d) look at the memory, then the feed-forward layer."""
         if memory is not None:
             query = _split(self.query(self.norm_cross(states)), self.n_heads)
             states = states + self.out_cross(_merge(scaled_dot_product_attention(query, *memory)))
-        return states + self.ff(self.norm_ff(states))
+        thought: Tensor = self.ff(self.norm_ff(states))
+        return states + thought
 
     def self_keys(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value of self-attention, each (B, heads, L, d / heads)."""
@@ -146,7 +154,7 @@ class Block(nn.Module):
 
 
 def _split(states: Tensor, heads: int) -> Tensor:
-    return states.unflatten(-1, (heads, -1)).transpose(-3, -2)
+    return states.view(*states.shape[:-1], heads, -1).transpose(-3, -2)
 
 
 def _merge(states: Tensor) -> Tensor:

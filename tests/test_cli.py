@@ -139,7 +139,9 @@ def test_index_of_another_encoder_or_truncated(
     assert not out.exists()
 
 
-def test_folder_that_cannot_be_written(index: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folder_that_cannot_be_written(
+    index: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     # A file where a folder is needed stops every user, root too, whom a read-only folder would not.
     (tmp_path / "file").write_text("")
     assert "cannot write" in fails(capsys, "demo", "--out", tmp_path / "file", "--test-n", 10)

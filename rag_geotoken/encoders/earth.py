@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +17,7 @@ class EarthEncoder(nn.Module):
     def __init__(self, dim: int = 256, widths: tuple[int, ...] = (32, 64, 128, 256)) -> None:
         super().__init__()
         stages: list[nn.Module] = [_conv(6, widths[0], stride=2)]
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in pairwise(widths):
             stages += [_conv(before, after, stride=2), Residual(after)]
         self.stages = nn.Sequential(*stages)
         self.narrow = _conv(widths[-1], 96, size=1)

@@ -10,7 +10,7 @@ import gzip
 import math
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,14 +95,16 @@ def draw_views(split: str, n: int, seed: int) -> NDArray[np.float64]:
     turn = rng.uniform(-TURN_DEG, TURN_DEG, n)
     light = rng.uniform(1.0 - LIGHT, 1.0 + LIGHT, (n, 2))
     # Six decimals are what the references carry (0.1 m), so both ways to a view see the same numbers.
-    return np.round(np.column_stack([place, width, turn, light]), 6)
+    views: NDArray[np.float64] = np.column_stack([place, width, turn, light]).round(6)
+    return views
 
 
 def is_unseen(lat: NDArray[np.float64], lon: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Whether each place lies in one of the level-5 S2 cells kept for ``unseen``."""
     held_out = np.random.default_rng(UNSEEN_SEED).random(6 * 4**UNSEEN_LEVEL) < UNSEEN_SHARE
     cell = cell_ids(lat, lon, UNSEEN_LEVEL) >> np.uint64(61 - 2 * UNSEEN_LEVEL)
-    return held_out[cell.astype(np.int64)]
+    unseen: NDArray[np.bool_] = held_out[cell.astype(np.int64)]
+    return unseen
 
 
 def cut_references(references: list[str], size: int = CROP_PIXELS) -> NDArray[np.uint8]:
@@ -160,7 +162,8 @@ def _cut_block(views: NDArray[np.float64], picture: str, size: int) -> NDArray[n
     pixels = torch.lerp(upper, lower, along)
     mean = pixels.mean(dim=(1, 2), keepdim=True)
     pixels = ((pixels - mean) * contrast[..., None] + mean) * bright[..., None]
-    return pixels.round().clamp(0, 255).to(torch.uint8).numpy()
+    rounded: NDArray[np.uint8] = pixels.round().clamp(0, 255).to(torch.uint8).numpy()
+    return rounded
 
 
 def _rgb(earth: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -193,10 +196,11 @@ def _land_mask() -> NDArray[np.bool_]:
     return mask
 
 
-def _is_land(lat: NDArray[np.float64], lon: NDArray[np.float64]) -> NDArray[Any]:
+def _is_land(lat: NDArray[np.float64], lon: NDArray[np.float64]) -> NDArray[np.bool_]:
     row = np.clip(((lat + 90.0) * 12.0).astype(int), 0, 2159)
     column = np.clip(((lon + 180.0) * 12.0).astype(int), 0, 4319)
-    return _land_mask()[row, column]
+    land: NDArray[np.bool_] = _land_mask()[row, column]
+    return land
 
 
 def _data_file(name: str) -> Path:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from dataclasses import asdict, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +15,7 @@ from rag_geotoken.pictures import load_pictures
 from rag_geotoken.pipeline import Geolocator, Options
 from rag_geotoken.selection import Tuning
 from rag_geotoken.sources import read_source
-from rag_geotoken.types import Neighbors, Predictions
+from rag_geotoken.types import Neighbors, Pool, Predictions
 
 # One setting after the other, twice around: what is best for the mean share within the radii that views can reach.
 GRID: dict[str, list[float]] = {
@@ -43,7 +42,7 @@ def tune(geolocator: Geolocator, source: str, log: Callable[[str], None]) -> Tun
     parts = [Neighbors(neighbors.rows[b], neighbors.lat_lon[b], neighbors.scores[b]) for b in blocks]
     candidates = [geolocator.propose(photo[b], n, options) for b, n in zip(blocks, parts, strict=True)]
 
-    def pools(tuning: Tuning) -> list[selection.Pool]:
+    def pools(tuning: Tuning) -> list[Pool]:
         pairs = zip(parts, candidates, strict=True)
         return [selection.make_pool(n, c, geolocator.tokenizer, tuning) for n, c in pairs]
 
@@ -55,16 +54,12 @@ def tune(geolocator: Geolocator, source: str, log: Callable[[str], None]) -> Tun
 
     for _ in range(2):
         for name, values in GRID.items():
-            tried = [replace(best, **_setting(name, value)) for value in values]
+            tried = [Tuning(**asdict(best) | {name: value}) for value in values]
             scores = [full(tuning) for tuning in tried]
             best = tried[int(np.argmax(scores))]
             log(f"{name} {getattr(best, name)}: {max(scores):.3f} " + " ".join(f"{s:.2f}" for s in scores))
     kernels = [replace(best, density_km=km) for km in (25.0, 50.0, 100.0, 150.0, 200.0)]
     return max(kernels, key=lambda tuning: _score([selection.density(n, tuning) for n in parts], truth))
-
-
-def _setting(name: str, value: float) -> dict[str, Any]:
-    return {name: value}
 
 
 def _score(decided: list[Predictions], truth: NDArray[np.float64]) -> float:
