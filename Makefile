@@ -1,0 +1,43 @@
+# make demo, make test: each sets up .venv first.
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Holds for build environments too, so that the same commands give the same environment tomorrow.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+
+.PHONY: help demo test lint weights clean
+
+help:
+	@echo "make demo     run the main job on the embedded Earth imagery, into runs/demo (a few minutes)"
+	@echo "make test     style, types and tests"
+	@echo "make lint     style and types only"
+	@echo "make weights  train the embedded models again, into runs/weights (about 80 minutes on 2 cores)"
+	@echo "make clean    remove .venv and runs/demo"
+
+# torch comes first and by its exact pin: a looser request may bring several GB of CUDA packages.
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "rag-geotoken needs Python 3.11 or newer: install it, or say make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/rag-geotoken demo --out runs/demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+weights: $(STAMP)
+	$(BIN)/rag-geotoken train alignment --out runs/weights
+	$(BIN)/rag-geotoken train tokens --out runs/weights
+	$(BIN)/rag-geotoken train tuning --out runs/weights
+
+clean:
+	rm -rf $(VENV) runs/demo

@@ -1,0 +1,162 @@
+"""Geo-alignment: places without seams, texts that share letters, and weights that load or say why not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ALIGNMENT, OneLine
+from torch.nn.functional import cosine_similarity
+
+from rag_geotoken.alignment import AlignmentConfig, GeoAlignment, LocationEncoder, TextEncoder
+from rag_geotoken.sources.blue_marble import cut, draw_views
+from rag_geotoken.token_model import TokenModel
+
+
+@pytest.fixture(scope="module")
+def location() -> LocationEncoder:
+    """The location encoder in its full size, high frequencies and all."""
+    torch.manual_seed(0)
+    return LocationEncoder(AlignmentConfig()).eval()
+
+
+def test_a_place_has_one_embedding_however_it_is_written(location: LocationEncoder) -> None:
+    lat = torch.tensor([-60.0, 0.0, 66.5, 90.0, 90.0, -90.0])
+    west = torch.stack([lat, torch.tensor([-180.0, -180.0, -180.0, 0.0, -180.0, 20.0])], dim=1)
+    east = torch.stack([lat, torch.tensor([180.0, 180.0, 180.0, 123.4, 90.0, -160.0])], dim=1)
+    with torch.no_grad():
+        first, second = location(west), location(east)
+    assert torch.isfinite(first).all()
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
+
+
+def test_near_places_are_nearer_than_far_ones(location: LocationEncoder) -> None:
+    with torch.no_grad():
+        here, near, far = location(torch.tensor([[48.85, 2.35], [48.86, 2.36], [-33.9, 151.2]]))
+    assert cosine_similarity(here, near, dim=0) > 0.99 > cosine_similarity(here, far, dim=0)
+
+
+def test_latitude_comes_first(location: LocationEncoder) -> None:
+    # Two places 1 m apart beside the pole, and the same numbers the other way round, far apart.
+    with torch.no_grad():
+        a, b = location(torch.tensor([[89.99999, 0.0], [89.99999, 90.0]]))
+        c, d = location(torch.tensor([[0.0, 89.99999], [90.0, 89.99999]]))
+    assert torch.dist(a, b) < 0.01 * torch.dist(c, d)
+
+
+def test_embeddings_have_length_one_and_their_shapes(alignment: GeoAlignment) -> None:
+    pixels = cut(draw_views("test", 5, 0))
+    photos, places = alignment.embed(pixels), alignment.embed_places(np.array([[90.0, 0.0], [-10.0, 180.0]]))
+    assert photos.shape == (5, 3, 32) and places.shape == (2, 32) and photos.dtype == places.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(photos, axis=-1), 1, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(places, axis=-1), 1, atol=1e-6)
+
+
+def test_batches_change_nothing(alignment: GeoAlignment) -> None:
+    pixels, places = cut(draw_views("test", 7, 0)), draw_views("test", 50, 1)[:, :2]
+    np.testing.assert_allclose(alignment.embed(pixels, batch=3), alignment.embed(pixels), atol=1e-6)
+    np.testing.assert_allclose(alignment.embed_places(places, batch=7), alignment.embed_places(places), atol=1e-6)
+
+
+def test_no_places_have_no_embeddings(alignment: GeoAlignment) -> None:
+    assert alignment.embed_places(np.empty((0, 2))).shape == (0, 32)
+
+
+def test_a_black_and_a_white_view_are_finite(alignment: GeoAlignment) -> None:
+    flat = np.stack([np.full((64, 64, 3), value, np.uint8) for value in (0, 255)])
+    assert np.isfinite(alignment.embed(flat)).all()
+
+
+def test_texts_are_embedded_alike_whatever_is_beside_them(alignment: GeoAlignment) -> None:
+    texts = ["An aerial view of Bamako, Mali, Africa", "", "São Paulo", "東京"]
+    with torch.no_grad():
+        together = alignment.text(texts)
+        alone = torch.cat([alignment.text([text]) for text in texts])
+    assert together.shape == (4, 32) and torch.isfinite(together).all()
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-6)
+    assert torch.equal(alignment.text(["BAMAKO, mali"]), alignment.text(["bamako Mali"]))
+
+
+def test_unknown_names_share_trigrams() -> None:
+    torch.manual_seed(0)
+    encoder = TextEncoder(AlignmentConfig())
+    with torch.no_grad():
+        name, misspelt, other = encoder(["Ouagadougou", "Wagadugu", "Reykjavik"])
+        assert cosine_similarity(name, misspelt, dim=0) > cosine_similarity(name, other, dim=0) + 0.1
+
+
+def test_half_precision_keeps_the_embeddings(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    made = GeoAlignment(ALIGNMENT)
+    made(torch.from_numpy(cut(draw_views("train", 16, 0))))  # batch statistics, saved as they are
+    made.eval().save_pretrained(tmp_path)
+    state = torch.get_rng_state()
+    loaded = GeoAlignment.from_pretrained(tmp_path)
+    assert torch.equal(state, torch.get_rng_state()), "loading draws no random numbers of the caller's"
+    assert not loaded.training and loaded.config == ALIGNMENT
+    pixels, places = cut(draw_views("test", 6, 0)), draw_views("test", 40, 1)[:, :2]
+    np.testing.assert_allclose(loaded.embed(pixels), made.embed(pixels), atol=1e-2)
+    np.testing.assert_allclose(loaded.embed_places(places), made.embed_places(places), atol=1e-2)
+    assert {path.name for path in tmp_path.iterdir()} == {"alignment.json", "alignment.safetensors"}
+    assert torch.equal(loaded.location.frequencies, made.location.frequencies)
+
+
+@pytest.fixture
+def broken(weights: Path, tmp_path: Path) -> Path:
+    """A copy of the weights, to be broken."""
+    return shutil.copytree(weights, tmp_path / "weights")
+
+
+@pytest.mark.parametrize("name", ["alignment.json", "alignment.safetensors"])
+def test_a_missing_file_is_named(broken: Path, name: str, one_line: OneLine) -> None:
+    (broken / name).unlink()
+    with one_line(name):
+        GeoAlignment.from_pretrained(broken)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 1000, -1])
+def test_broken_weights_are_named(broken: Path, kept: int, one_line: OneLine) -> None:
+    path = broken / "alignment.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    with one_line("alignment.safetensors in weights cannot be used"):
+        GeoAlignment.from_pretrained(broken)
+
+
+def test_weights_of_another_model_are_named(broken: Path, one_line: OneLine) -> None:
+    shutil.copy(broken / "tokens.safetensors", broken / "alignment.safetensors")
+    with one_line("alignment.safetensors in weights cannot be used as GeoAlignment weights"):
+        GeoAlignment.from_pretrained(broken)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "not JSON",
+        "[]",
+        '"dim"',
+        "{}",
+        '{"dim": 16}',
+        '{"dim": "32"}',
+        '{"dim": -1}',
+        '{"dim": 1e99}',
+        '{"depth": 3}',
+        '{"sigmas": 5}',
+        '{"sigmas": [[1, 2], [3]]}',
+    ],
+)
+def test_wrong_settings_are_named(broken: Path, settings: str, one_line: OneLine) -> None:
+    (broken / "alignment.json").write_text(settings)
+    with one_line("alignment"):
+        GeoAlignment.from_pretrained(broken)
+
+
+@pytest.mark.parametrize("change", [{"level": 31}, {"group": 0}, {"heads": 5}, {"heads": 0}, {"d_model": 48}, {"dim": []}])
+def test_wrong_settings_of_the_token_model_are_named(broken: Path, change: dict[str, object], one_line: OneLine) -> None:
+    settings = json.loads((broken / "tokens.json").read_text())
+    (broken / "tokens.json").write_text(json.dumps(settings | change))
+    with one_line(""):
+        TokenModel.from_pretrained(broken)
