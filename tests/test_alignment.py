@@ -62,10 +62,6 @@ def test_batches_change_nothing(alignment: GeoAlignment) -> None:
     np.testing.assert_allclose(alignment.embed_places(places, batch=7), alignment.embed_places(places), atol=1e-6)
 
 
-def test_no_places_have_no_embeddings(alignment: GeoAlignment) -> None:
-    assert alignment.embed_places(np.empty((0, 2))).shape == (0, 32)
-
-
 def test_a_black_and_a_white_view_are_finite(alignment: GeoAlignment) -> None:
     flat = np.stack([np.full((64, 64, 3), value, np.uint8) for value in (0, 255)])
     assert np.isfinite(alignment.embed(flat)).all()
