@@ -212,7 +212,16 @@ def test_no_references() -> None:
 
 
 def test_listing_is_sorted_and_skips_hidden_and_other_files(tmp_path: Path) -> None:
-    for name in ("b.JPG", "a/2.png", "a/10.webp", "a.b/x.gif", ".hidden/x.jpg", "a/.x.jpg", "photos.csv", "a/notes.txt"):
+    for name in (
+        "b.JPG",
+        "a/2.png",
+        "a/10.webp",
+        "a.b/x.gif",
+        ".hidden/x.jpg",
+        "a/.x.jpg",
+        "photos.csv",
+        "a/notes.txt",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "folder.jpg").mkdir()

@@ -74,7 +74,9 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
 
 def test_a_folder_that_cannot_be_made_gives_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(GeoError, match=r"cannot write .*x\.json: a file stands where a folder is needed; choose") as error:
+    with pytest.raises(
+        GeoError, match=r"cannot write .*x\.json: a file stands where a folder is needed; choose"
+    ) as error:
         tables.write_json(tmp_path / "file" / "x.json", {})
     assert "\n" not in str(error.value)
     (tmp_path / "taken").mkdir()
@@ -86,7 +88,7 @@ def test_a_folder_that_cannot_be_made_gives_one_line(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
 def test_a_read_only_folder_gives_one_line(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    with pytest.raises(GeoError, match="cannot write .*: permission denied; choose a folder that can be written"):
+    with pytest.raises(GeoError, match=r"cannot write .*: permission denied; choose a folder that can be written"):
         tables.write_text(tmp_path / "a.txt", "text")
 
 
@@ -200,7 +202,9 @@ def test_asked_again_a_stage_does_nothing(tmp_path: Path, source: Path) -> None:
     assert work.seen == [] and sum(told) == len(KEYS) and path.stat() == before
 
 
-@pytest.mark.parametrize("change", [{"recipe": RECIPE | {"seed": 8}}, {"keys": KEYS[:-1]}, {"block": 4}, {"inputs": []}])
+@pytest.mark.parametrize(
+    "change", [{"recipe": RECIPE | {"seed": 8}}, {"keys": KEYS[:-1]}, {"block": 4}, {"inputs": []}]
+)
 def test_another_recipe_keys_or_block_makes_it_anew(tmp_path: Path, source: Path, change: dict[str, object]) -> None:
     make(tmp_path / "run", source, Worker())
     work = Worker()
@@ -235,6 +239,7 @@ def test_stopped_and_resumed_gives_the_same_bytes(tmp_path: Path, source: Path, 
 
 def test_stopped_between_table_and_manifest(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(tmp_path / "through", source, Worker())
+
     def killed(path: Path, obj: object) -> None:
         raise KeyboardInterrupt
 
@@ -284,7 +289,7 @@ def test_killed_outright_and_resumed_gives_the_same_bytes(tmp_path: Path, source
 def test_no_keys_and_missing_inputs(tmp_path: Path, source: Path) -> None:
     with pytest.raises(GeoError, match="stage encode has no photos"):
         make(tmp_path / "run", source, Worker(), keys=[])
-    with pytest.raises(GeoError, match="cannot read .*none.parquet"):
+    with pytest.raises(GeoError, match=r"cannot read .*none.parquet"):
         make(tmp_path / "run", tmp_path / "none.parquet", Worker())
     assert not (tmp_path / "run").exists()
 

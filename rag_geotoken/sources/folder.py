@@ -41,7 +41,9 @@ def read(directory: Path | str) -> pa.Table:
     listed = _read_csv(directory / CSV_NAME, pictures) if (directory / CSV_NAME).exists() else {}
     photos = []
     for name, path in pictures.items():
-        lat, lon, place, author = listed[name] if name in listed else (*(exif_lat_lon(path) or (None, None)), None, None)
+        lat, lon, place, author = (
+            listed[name] if name in listed else (*(exif_lat_lon(path) or (None, None)), None, None)
+        )
         photos.append({"id": name, "image": path, "lat": lat, "lon": lon, "place": place, "author": author})
     return pa.Table.from_pylist(photos, schema=SCHEMA)
 

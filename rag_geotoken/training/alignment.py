@@ -21,9 +21,7 @@ NEARBY = 3  # wrong places near the right one, a photo: they make the embedding 
 TEXT_WEIGHT = 0.2
 
 
-def train_alignment(
-    steps: int, batch: int, rate: float, seed: int, log: Callable[[str], None]
-) -> GeoAlignment:
+def train_alignment(steps: int, batch: int, rate: float, seed: int, log: Callable[[str], None]) -> GeoAlignment:
     """Train from nothing on ``steps * batch`` views of the split ``train`` -> the model in evaluation mode.
 
     No view lies in a cell kept for ``unseen``, and no test or validation photo is drawn. AdamW, one cosine cycle.

@@ -49,9 +49,7 @@ def train(what: str, recipe: dict[str, Any], out: Path) -> None:
             return
         from rag_geotoken.training.tuning import tune
 
-        geolocator = Geolocator(
-            alignment, TokenModel.from_pretrained(out), index, selection.Tuning(), encoder_id(out)
-        )
+        geolocator = Geolocator(alignment, TokenModel.from_pretrained(out), index, selection.Tuning(), encoder_id(out))
         write_json(out / "tuning.json", asdict(tune(geolocator, **settings, log=log)))
     except TypeError as error:
         raise GeoError(f"the recipe's section [{what}] does not fit: {error}") from None
