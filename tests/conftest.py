@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from rag_geotoken.alignment import AlignmentConfig, GeoAlignment
+from rag_geotoken.cells import S2Tokenizer
 from rag_geotoken.demo import make_index
 from rag_geotoken.errors import GeoError
 from rag_geotoken.index import GeoIndex
@@ -38,6 +40,16 @@ def tiny_tokens(config: TokenConfig = TOKENS) -> TokenModel:
                 assert isinstance(head, torch.nn.Linear)
                 head.weight *= 4.0
     return model.eval()
+
+
+def inputs(batch: int, neighbors: int = 3, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """For the tiny token model: photo (B, 3, dim), neighbours (B, K, 3, dim) and their tokens (B, K, T)."""
+    generator = torch.Generator().manual_seed(seed)
+    photo = torch.randn(batch, 3, TOKENS.dim, generator=generator)
+    near = torch.randn(batch, neighbors, 3, TOKENS.dim, generator=generator)
+    sizes = S2Tokenizer(TOKENS.level, TOKENS.group).vocab_sizes
+    tokens = [torch.randint(size, (batch, neighbors), generator=generator) for size in sizes]
+    return photo, near, torch.stack(tokens, dim=-1)
 
 
 @pytest.fixture(scope="session")

@@ -150,9 +150,13 @@ def test_wrong_settings_are_named(broken: Path, settings: str, one_line: OneLine
         GeoAlignment.from_pretrained(broken)
 
 
-@pytest.mark.parametrize("change", [{"level": 31}, {"group": 0}, {"heads": 5}, {"heads": 0}, {"d_model": 48}, {"dim": []}])
-def test_wrong_settings_of_the_token_model_are_named(broken: Path, change: dict[str, object], one_line: OneLine) -> None:
+@pytest.mark.parametrize(
+    "change", [{"level": 31}, {"group": 0}, {"heads": 5}, {"heads": 0}, {"d_model": 48}, {"dim": []}]
+)
+def test_wrong_settings_of_the_token_model_are_named(
+    broken: Path, change: dict[str, object], one_line: OneLine
+) -> None:
     settings = json.loads((broken / "tokens.json").read_text())
     (broken / "tokens.json").write_text(json.dumps(settings | change))
-    with one_line(""):
+    with one_line("tokens.safetensors in weights cannot be used as TokenModel weights"):
         TokenModel.from_pretrained(broken)

@@ -7,9 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import TOKENS, tiny_tokens
+from conftest import TOKENS, inputs, tiny_tokens
 from numpy.typing import NDArray
-from test_token_model import inputs
 from torch import Tensor
 
 from rag_geotoken.decoding import Decoded, beam, greedy, sample
@@ -78,7 +77,7 @@ def test_greedy_takes_the_likeliest_token_at_every_step(token_model: TokenModel,
     with torch.no_grad():
         for t, logits in enumerate(token_model.logits(memory, found)):
             assert torch.equal(logits.argmax(dim=-1), found[:, t])
-    assert len(found.unique(dim=0)) > 1
+    assert len(set(map(tuple, found.tolist()))) > 1
 
 
 @pytest.mark.parametrize("width", [6, 10, 96, 500])
@@ -175,7 +174,6 @@ def test_a_cold_sample_is_greedy(token_model: TokenModel, memory: Tensor) -> Non
 
 
 def test_decoding_leaves_the_callers_random_numbers_alone(token_model: TokenModel, memory: Tensor) -> None:
-    state, drawn = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index, union-attr]
+    state, drawn = torch.get_rng_state(), str(np.random.get_state())
     all_ways(token_model, memory)
-    assert torch.equal(state, torch.get_rng_state())
-    np.testing.assert_array_equal(drawn, np.random.get_state()[1])  # type: ignore[index]
+    assert torch.equal(state, torch.get_rng_state()) and str(np.random.get_state()) == drawn

@@ -25,7 +25,8 @@ def photos_of(folder: Path) -> tuple[Path, Path]:
 
 def queries(count: int) -> NDArray[np.float32]:
     drawn = np.random.default_rng(0).normal(size=(count, 3, 32))
-    return (drawn / np.linalg.norm(drawn, axis=-1, keepdims=True)).astype(np.float32)
+    vectors: NDArray[np.float32] = (drawn / np.linalg.norm(drawn, axis=-1, keepdims=True)).astype(np.float32)
+    return vectors
 
 
 @pytest.fixture
@@ -89,8 +90,9 @@ def test_copies_of_a_photo_are_passed_over_as_well(index_folder: Path, tmp_path:
 
 def test_photos_without_a_place_or_a_picture_are_left_out(index_folder: Path, tmp_path: Path) -> None:
     photos, embeddings = (read_table(path) for path in photos_of(index_folder))
-    lat, errors = photos["lat"].to_pylist(), [None] * ROWS
-    lat[3], errors[8] = None, "broken"
+    lat = photos["lat"].to_pylist()
+    lat[3] = None
+    errors = ["broken" if row == 8 else None for row in range(ROWS)]
     names = photos.column_names
     write_table(tmp_path / "photos.parquet", photos.set_column(names.index("lat"), "lat", [lat]))
     changed = embeddings.set_column(embeddings.column_names.index("error"), "error", [errors])

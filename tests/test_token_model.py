@@ -7,23 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TOKENS, tiny_tokens
+from conftest import TOKENS, inputs, tiny_tokens
 from torch import Tensor
 
 from rag_geotoken.cells import S2Tokenizer
 from rag_geotoken.token_model import TokenConfig, TokenModel
-
-Inputs = tuple[Tensor, Tensor, Tensor]
-
-
-def inputs(batch: int, neighbors: int = 3, seed: int = 0) -> Inputs:
-    """Photo (B, 3, dim), neighbours (B, K, 3, dim) and their tokens (B, K, T)."""
-    generator = torch.Generator().manual_seed(seed)
-    photo = torch.randn(batch, 3, TOKENS.dim, generator=generator)
-    near = torch.randn(batch, neighbors, 3, TOKENS.dim, generator=generator)
-    sizes = S2Tokenizer(TOKENS.level, TOKENS.group).vocab_sizes
-    tokens = [torch.randint(size, (batch, neighbors), generator=generator) for size in sizes]
-    return photo, near, torch.stack(tokens, dim=-1)
 
 
 def targets(count: int) -> Tensor:
