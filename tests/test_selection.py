@@ -160,6 +160,9 @@ def test_masked_entries_are_never_chosen_and_never_count() -> None:
         first, second = decide(plain, TUNING), decide(padded, TUNING)
         np.testing.assert_array_equal(first.lat_lon, second.lat_lon)
         np.testing.assert_allclose(first.confidence, second.confidence)
+    # Where there is no entry the arrays hold (0, 0): here the best place of all, were it one.
+    decided = minimum_bayes_risk(pool_of([(0.0, 0.12), (0.0, -0.12)], [0.51, 0.49], masked=1), TUNING)
+    assert decided.lat_lon.tolist() == [[0.0, 0.12]]
 
 
 def test_confidence_is_a_chance_that_grows_with_the_radius(pool: Pool, neighbors: Neighbors) -> None:
@@ -196,6 +199,15 @@ def test_density_takes_the_neighbour_among_many() -> None:
     assert density(near, TUNING).lat_lon.tolist() == [[40.3, 10.0]]
     # With a kernel of a few metres every neighbour stands alone.
     assert density(near, replace(TUNING, density_km=0.01)).lat_lon.tolist() == [[0.0, 0.0]]
+
+
+def test_the_kernel_of_the_density_is_gaussian() -> None:
+    # Two neighbours 100 km apart, one spread: together 1 + exp(-1 / 2) = 1.61 against one of weight 1.5 or 1.7.
+    lat_lon = np.array([[[50.0, 50.0], [0.0, 0.0], [0.0, 0.8993]]])
+    for weight, expected in ((1.5, 0.0), (1.7, 50.0)):
+        scores = np.array([[0.5 + math.log(weight) / TUNING.neighbor_scale, 0.5, 0.5]], np.float32)
+        near = Neighbors(np.arange(3)[None], lat_lon, scores)
+        assert density(near, TUNING).lat_lon[0, 0] == expected
 
 
 def test_density_is_a_plain_loop(neighbors: Neighbors) -> None:

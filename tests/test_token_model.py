@@ -80,13 +80,29 @@ def test_a_position_sees_the_tokens_before_it_only(token_model: TokenModel, posi
             assert (a - b).abs().max() > 1e-3
 
 
+def test_every_position_has_embeddings_of_its_own(token_model: TokenModel) -> None:
+    photo, near, tokens = inputs(1)
+    memory = token_model.memory(photo, near, tokens)
+    target = targets(1)
+    read, seen = torch.autograd.grad(
+        sum(logit.square().sum() for logit in token_model.logits(memory, target)),  # type: ignore[arg-type]
+        [token_model.neighbor_tokens.weight, token_model.tokens.weight],
+    )
+    offsets = torch.tensor([0, 6, 22])
+    assert set(read.any(dim=1).nonzero()[:, 0].tolist()) == set((tokens + offsets).flatten().tolist())
+    start = 6 + 16 + 16
+    assert set(seen.any(dim=1).nonzero()[:, 0].tolist()) == {start, *(target + offsets)[0, :2].tolist()}
+
+
 @torch.no_grad()
-def test_tokens_of_different_positions_are_different_words(token_model: TokenModel) -> None:
-    # Token 3 of the second position and token 3 of the third have rows of their own.
-    states = token_model.tokens(torch.tensor([3, 3]) + token_model.offsets[1:])
-    assert (states[0] - states[1]).abs().max() > 1e-3
-    assert token_model.offsets.tolist() == [0, 6, 22]
-    assert token_model.tokens.num_embeddings == 6 + 16 + 16 + 1
+def test_the_decoder_knows_where_it_is(token_model: TokenModel) -> None:
+    target = targets(2)
+    states = token_model.embed(target[:, :2])
+    assert states.shape == (2, 3, TOKENS.d_model)
+    start = token_model.tokens.weight[-1].expand(2, -1)
+    words = [start, *(token_model.tokens.weight[offset + target[:, t]] for t, offset in enumerate((0, 6)))]
+    torch.testing.assert_close(states - torch.stack(words, dim=1), token_model.position.expand(2, -1, -1))
+    assert torch.dist(token_model.position[0], token_model.position[1]) > 0.01
 
 
 def test_saving_and_loading_keeps_the_logits(tmp_path: Path) -> None:
