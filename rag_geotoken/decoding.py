@@ -67,7 +67,7 @@ def sample(
             decoder.reorder(first)
             logits, tokens = _pick(logits, first), _pick(tokens, first)
         cumulative = (logits / temperature).softmax(-1).cumsum(-1)
-        token = (cumulative < chance[:, :, t, None]).sum(-1).clamp(max=logits.shape[-1] - 1)
+        token = (cumulative <= chance[:, :, t, None]).sum(-1).clamp(max=logits.shape[-1] - 1)
         log_prob += logits.log_softmax(-1).gather(-1, token[..., None])[..., 0]
         tokens = torch.cat([tokens, token[..., None]], dim=-1)
     log_prob, order = log_prob.sort(dim=1, descending=True, stable=True)

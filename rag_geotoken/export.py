@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Row = dict[str, Any]
+NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # XML 1.0, production 2
 
 
 def check_format(path: Path) -> None:
@@ -31,22 +33,22 @@ def write_predictions(path: Path, predictions: pa.Table) -> None:
     if path.suffix.lower() == ".parquet":
         write_table(path, predictions)
     else:
-        write_text(path, _FORMATS[path.suffix.lower()](predictions.to_pylist()))
+        write_text(path, _FORMATS[path.suffix.lower()](predictions.column_names, predictions.to_pylist()))
 
 
-def _csv(rows: list[Row]) -> str:
+def _csv(names: list[str], rows: list[Row]) -> str:
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]))
+    writer = csv.DictWriter(text, names)
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
 
 
-def _json_lines(rows: list[Row]) -> str:
+def _json_lines(_: list[str], rows: list[Row]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _geojson(rows: list[Row]) -> str:
+def _geojson(_: list[str], rows: list[Row]) -> str:
     features = [
         {
             "type": "Feature",
@@ -60,7 +62,7 @@ def _geojson(rows: list[Row]) -> str:
     return json.dumps({"type": "FeatureCollection", "features": features}, ensure_ascii=False) + "\n"
 
 
-def _kml(rows: list[Row]) -> str:
+def _kml(_: list[str], rows: list[Row]) -> str:
     marks = [
         f"<Placemark><name>{escape(str(row['id']))}</name>"
         + (f"<Point><coordinates>{row['lon']},{row['lat']}</coordinates></Point>" if row["lat"] is not None else "")
@@ -69,10 +71,10 @@ def _kml(rows: list[Row]) -> str:
         for row in rows
     ]
     head = '<?xml version="1.0" encoding="UTF-8"?>\n<kml xmlns="http://www.opengis.net/kml/2.2"><Document>\n'
-    return head + "\n".join(marks) + "\n</Document></kml>\n"
+    return head + NO_XML.sub("\ufffd", "\n".join(marks)) + "\n</Document></kml>\n"
 
 
-_FORMATS: dict[str, Callable[[list[Row]], str]] = {
+_FORMATS: dict[str, Callable[[list[str], list[Row]], str]] = {
     ".csv": _csv,
     ".jsonl": _json_lines,
     ".geojson": _geojson,

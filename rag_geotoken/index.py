@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ class GeoIndex:
     rows: pa.Table
     manifest: dict[str, Any]
 
-    @property
+    @cached_property
     def lat_lon(self) -> NDArray[np.float64]:
         """(rows, 2) degrees."""
         return np.column_stack([self.rows["lat"].to_numpy(), self.rows["lon"].to_numpy()])
@@ -67,12 +68,17 @@ class GeoIndex:
 
     def _own_rows(self, digests: list[str]) -> NDArray[np.int64]:
         """Rows with each digest -> (B, most found), padded with -1."""
-        places: dict[str, list[int]] = {}
-        for row, digest in enumerate(self.rows["digest"].to_pylist()):
-            places.setdefault(digest, []).append(row)
-        found = [places.get(digest, []) for digest in digests]
+        found = [self._rows_of.get(digest, []) for digest in digests]
         width = max(map(len, found), default=0)
         return np.array([rows + [-1] * (width - len(rows)) for rows in found], np.int64).reshape(len(digests), width)
+
+    @cached_property
+    def _rows_of(self) -> dict[str, list[int]]:
+        """The rows of each digest: mostly one, more where the gallery holds a picture twice."""
+        rows: dict[str, list[int]] = {}
+        for row, digest in enumerate(self.rows["digest"].to_pylist()):
+            rows.setdefault(digest, []).append(row)
+        return rows
 
     def check_encoder(self, encoder: str) -> None:
         """Raises GeoError when the index was built with another encoder."""
@@ -109,13 +115,18 @@ def check_manifest(folder: Path) -> dict[str, Any]:
     if not (folder / MANIFEST).is_file():
         raise GeoError(f"no index in {folder}: build one with rag-geotoken index build")
     manifest: dict[str, Any] = read_json(folder / MANIFEST)
-    if manifest.get("format") != FORMAT:
+    try:
+        files = {name: (manifest["bytes"][name], manifest["sha256"][name]) for name in (VECTORS, ROWS)}
+        known = manifest["format"] == FORMAT and {"encoder", "dim", "rows", "made_from"} <= manifest.keys()
+    except (TypeError, KeyError):
+        known = False
+    if not known:
         raise GeoError(f"{MANIFEST} in {folder} is not that of a {FORMAT} index: build it again")
-    for name in (VECTORS, ROWS):
+    for name, (size, sha256) in files.items():
         path = folder / name
         if not path.is_file():
             raise GeoError(f"{name} is missing in {folder}: build the index again")
-        if path.stat().st_size != manifest["bytes"][name] or file_sha256(path) != manifest["sha256"][name]:
+        if path.stat().st_size != size or file_sha256(path) != sha256:
             raise GeoError(f"{name} in {folder} is truncated or changed: build the index again")
     return manifest
 
@@ -132,9 +143,11 @@ def build_index(folder: Path, photos_file: Path, embeddings_file: Path, encoder:
     made_from = {"photos": file_sha256(photos_file), "embeddings": file_sha256(embeddings_file), "encoder": encoder}
     with suppress(GeoError):
         manifest = check_manifest(folder)
-        if manifest.get("made_from") == made_from:
+        if manifest["made_from"] == made_from:
             return manifest
     photos, embeddings = read_table(photos_file), read_table(embeddings_file)
+    if not photos["id"].equals(embeddings["id"]):
+        raise GeoError(f"{embeddings_file.name} is not of the photos in {photos_file.name}: run encode again")
     usable = pc.and_(pc.is_null(embeddings["error"]), pc.is_valid(photos["lat"])).to_numpy(zero_copy_only=False)
     if not usable.any():
         raise GeoError("no photo has both a readable picture and coordinates: nothing to index")
@@ -143,8 +156,9 @@ def build_index(folder: Path, photos_file: Path, embeddings_file: Path, encoder:
     index = faiss.IndexFlatIP(sum(part.shape[1] for part in parts))
     index.add(np.concatenate(parts, axis=1))
     rows = photos.append_column("digest", embeddings["digest"]).filter(usable).select(ROW_COLUMNS)
-    (folder / MANIFEST).unlink(missing_ok=True)
-    write_whole(folder / VECTORS, lambda path: faiss.write_index(index, str(path)))
+    with suppress(OSError):  # where this cannot be done, the next line says why
+        (folder / MANIFEST).unlink(missing_ok=True)
+    write_whole(folder / VECTORS, partial(_write_vectors, index))
     write_table(folder / ROWS, rows)
     manifest = {
         "format": FORMAT,
@@ -161,3 +175,12 @@ def build_index(folder: Path, photos_file: Path, embeddings_file: Path, encoder:
     }
     write_json(folder / MANIFEST, manifest)
     return manifest
+
+
+def _write_vectors(index: Any, path: Path) -> None:
+    import faiss
+
+    try:
+        faiss.write_index(index, str(path))
+    except RuntimeError:  # what FAISS makes of a full disk or a folder that may not be written
+        raise OSError("the disk is full or the folder is read-only") from None

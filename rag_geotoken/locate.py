@@ -64,6 +64,9 @@ def read_photos(photos: list[str]) -> pa.Table:
         else:
             paths += list_pictures(photo)
     unique = list(dict.fromkeys(paths))
+    for path in unique:
+        if not _is_utf8(path):
+            raise GeoError(f"the file name {path!r} is not UTF-8: rename the file")
     if unique:
         kinds = {"lat": pa.float64(), "lon": pa.float64(), "place": pa.string(), "author": pa.string()}
         unknown = {name: pa.nulls(len(unique), kind) for name, kind in kinds.items()}
@@ -81,6 +84,14 @@ def neighbors_of(index: Path, photo: Path, k: int, weights: Path) -> list[dict[s
     rows = geolocator.index.rows.take(found.rows[0]).select(["id", "lat", "lon", "place"]).to_pylist()
     scores = found.scores[0].tolist()
     return [{"rank": i + 1, "score": score, **row} for i, (row, score) in enumerate(zip(rows, scores, strict=True))]
+
+
+def _is_utf8(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _csv_images(path: Path) -> list[str]:

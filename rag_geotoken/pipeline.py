@@ -95,7 +95,7 @@ class Geolocator:
     ) -> Candidates:
         """Decode cells for photos (B, 3, dim) with their neighbours; ``keys`` name the photos' random streams.
 
-        Raises GeoError when the token model needs more neighbours than there are.
+        Raises GeoError for an unknown way to propose.
         """
         rows = neighbors.rows[:, : self.tokens.config.neighbors].copy()
         vectors = torch.from_numpy(self.index.vectors(rows))

@@ -31,5 +31,5 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """Read a TOML file. Raises GeoError when it is missing or broken."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise GeoError(f"cannot read the recipe {path}: {error}") from None

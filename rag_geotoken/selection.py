@@ -159,8 +159,9 @@ def _disk_chance(spread: float) -> tuple[Floats, Floats]:
     quantile, turn = (np.arange(512) + 0.5) / 512, np.pi * (np.arange(24) + 0.5) / 24
     radius = spread * np.sqrt(-2.0 * np.log1p(-quantile))[:, None]
     east, north = radius * np.cos(turn), radius * np.sin(turn)
-    # Quadratic steps: fine where the near radii have their edges, out to the antipode.
-    grid = 20_040.0 * np.linspace(0.0, 1.0, 800) ** 2
+    # Steps of a sixteenth of the spread across each radius: nothing changes far from all of them.
+    edges = np.add.outer(np.array(RADII_KM), spread * np.linspace(-5.0, 5.0, 161))
+    grid = np.unique(np.clip(np.append(edges, 20_040.0), 0.0, None))
     away = np.hypot(grid[:, None] + east.ravel(), north.ravel())
     return grid, np.stack([(away <= r).mean(axis=1) for r in RADII_KM], axis=-1)
 

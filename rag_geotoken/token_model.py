@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from rag_geotoken.cells import S2Tokenizer
+from rag_geotoken.errors import GeoError
 from rag_geotoken.weights import load_weights, save_weights
 
 
@@ -40,6 +41,8 @@ class TokenModel(nn.Module):
         self.config = config = config or TokenConfig()
         self.vocab_sizes = S2Tokenizer(config.level, config.group).vocab_sizes
         length, d = len(self.vocab_sizes), config.d_model
+        if config.heads < 1 or d % config.heads:
+            raise GeoError(f"{config.heads} heads cannot share a width of {d}: choose a divisor")
         self.inputs = nn.ModuleList(
             nn.Sequential(nn.Linear(config.dim, d), nn.ReLU(), nn.Linear(d, d), nn.LayerNorm(d)) for _ in range(3)
         )

@@ -98,7 +98,7 @@ def geolocator(index_folder: Path, weights: Path) -> Geolocator:
 
 @pytest.fixture(scope="session")
 def one_line() -> OneLine:
-    """``with one_line("words"):`` expects a GeoError of one line that has the words (a regular expression)."""
+    """A context that expects a GeoError of one line, matching a regular expression."""
 
     @contextmanager
     def expect(words: str) -> Iterator[None]:

@@ -30,6 +30,8 @@ SOUTH, NORTH = -58.0, 76.0
 PICTURES = {"bmng": "bmng.jpg", "relief": "shadedrelief.jpg"}
 # Photos a split holds unless asked otherwise; "train" is the stream of views that training draws, never evaluated.
 SPLITS = {"gallery": 24_000, "validation": 2_000, "test": 2_000, "unseen": 1_000, "relief": 1_000, "train": 400_000}
+# What a reference may say of lat, lon, width km, turn in degrees, brightness and contrast.
+LIMITS = ((-90.0, 90.0), (-180.0, 180.0), (1.0, 10_000.0), (-360.0, 360.0), (0.0, 10.0), (0.0, 10.0))
 UNSEEN_LEVEL, UNSEEN_SHARE, UNSEEN_SEED = 5, 0.05, 5
 
 
@@ -85,7 +87,8 @@ def draw_views(split: str, n: int, seed: int) -> NDArray[np.float64]:
     wanted = split == "unseen"
     while sum(map(len, found)) < n:
         z = rng.uniform(math.sin(math.radians(SOUTH)), math.sin(math.radians(NORTH)), 65_536)
-        lat, lon = np.degrees(np.arcsin(z)), rng.uniform(-180.0, 180.0, z.size)
+        # Six decimals (0.1 m) are what a reference carries: rounded before a place is judged, never after.
+        lat, lon = np.degrees(np.arcsin(z)).round(6), rng.uniform(-180.0, 180.0, z.size).round(6)
         keep = _is_land(lat, lon)
         lat, lon = lat[keep], lon[keep]
         keep = is_unseen(lat, lon) == wanted
@@ -94,7 +97,6 @@ def draw_views(split: str, n: int, seed: int) -> NDArray[np.float64]:
     width = WIDTH_KM * np.exp(rng.normal(0.0, WIDTH_SPREAD, n))
     turn = rng.uniform(-TURN_DEG, TURN_DEG, n)
     light = rng.uniform(1.0 - LIGHT, 1.0 + LIGHT, (n, 2))
-    # Six decimals are what the references carry (0.1 m), so both ways to a view see the same numbers.
     views: NDArray[np.float64] = np.column_stack([place, width, turn, light]).round(6)
     return views
 
@@ -116,12 +118,14 @@ def cut_references(references: list[str], size: int = CROP_PIXELS) -> NDArray[np
     for i, reference in enumerate(references):
         name, _, numbers = reference.removeprefix(SCHEME).partition("/")
         try:
-            views[i] = [float(number) for number in numbers.split(",")]
+            view = [float(number) for number in numbers.split(",")]
         except ValueError:
-            raise GeoError(f"not a blue-marble picture reference: {reference!r}") from None
-        if name not in PICTURES or not np.isfinite(views[i]).all():
+            view = []
+        fits = len(view) == 6 and all(low <= value <= high for value, (low, high) in zip(view, LIMITS, strict=True))
+        if name not in PICTURES or not fits:
             raise GeoError(f"not a blue-marble picture reference: {reference!r}")
         names.append(name)
+        views[i] = view
     pixels = np.empty((len(references), size, size, 3), np.uint8)
     for name in PICTURES:
         rows = np.array([n == name for n in names], dtype=bool)

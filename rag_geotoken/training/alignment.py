@@ -29,7 +29,7 @@ def train_alignment(steps: int, batch: int, rate: float, seed: int, log: Callabl
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     views = blue_marble.draw_views("train", steps * batch, seed)
-    accelerator = Accelerator(mixed_precision="bf16")
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     model = _Losses(GeoAlignment()).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.05)

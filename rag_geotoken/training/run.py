@@ -18,38 +18,54 @@ from rag_geotoken.tables import write_json
 from rag_geotoken.token_model import TokenModel
 
 GALLERY = "blue-marble:gallery"
+SETTINGS: dict[str, dict[str, Any]] = {
+    "alignment": {"steps": int, "batch": int, "rate": float, "seed": int},
+    "tokens": {"views": int, "epochs": int, "batch": int, "rate": float, "seed": int},
+    "tuning": {"source": str},
+}
+LEAST = {"seed": 0, "rate": 1e-9}  # every other number at least 1
 
 
 def train(what: str, recipe: dict[str, Any], out: Path) -> None:
     """Train ``alignment``, ``tokens`` or ``tuning`` with the recipe's section of that name.
 
     The three are made in this order in one folder; the gallery's index is kept beside it in ``OUT-index``. Raises
-    GeoError when an earlier one is missing or the recipe has a setting that does not exist.
+    GeoError when an earlier one is missing or the recipe does not fit.
     """
-    settings = recipe.get(what, {})
+    settings = _settings(recipe, what)
     begun = time.monotonic()
 
     def log(line: str) -> None:
         print(f"{time.monotonic() - begun:7.0f} s  {line}", file=sys.stderr, flush=True)
 
-    try:
-        if what == "alignment":
-            from rag_geotoken.training.alignment import train_alignment
+    if what == "alignment":
+        from rag_geotoken.training.alignment import train_alignment
 
-            train_alignment(**settings, log=log).save_pretrained(out)
-            return
-        alignment = GeoAlignment.from_pretrained(out)
-        folder = out.with_name(f"{out.name}-index")
-        make_index(folder, GALLERY, alignment, out)
-        index = GeoIndex.load(folder)
-        if what == "tokens":
-            from rag_geotoken.training.tokens import train_tokens
+        train_alignment(**settings, log=log).save_pretrained(out)
+        return
+    alignment = GeoAlignment.from_pretrained(out)
+    folder = out.with_name(f"{out.name}-index")
+    make_index(folder, GALLERY, alignment, out)
+    index = GeoIndex.load(folder)
+    if what == "tokens":
+        from rag_geotoken.training.tokens import train_tokens
 
-            train_tokens(alignment, index, **settings, log=log).save_pretrained(out)
-            return
-        from rag_geotoken.training.tuning import tune
+        train_tokens(alignment, index, **settings, log=log).save_pretrained(out)
+        return
+    from rag_geotoken.training.tuning import tune
 
-        geolocator = Geolocator(alignment, TokenModel.from_pretrained(out), index, selection.Tuning(), encoder_id(out))
-        write_json(out / "tuning.json", asdict(tune(geolocator, **settings, log=log)))
-    except TypeError as error:
-        raise GeoError(f"the recipe's section [{what}] does not fit: {error}") from None
+    geolocator = Geolocator(alignment, TokenModel.from_pretrained(out), index, selection.Tuning(), encoder_id(out))
+    write_json(out / "tuning.json", asdict(tune(geolocator, **settings, log=log)))
+
+
+def _settings(recipe: dict[str, Any], what: str) -> dict[str, Any]:
+    """The recipe's section of a training, every setting there and of its kind."""
+    section, wanted = recipe.get(what), SETTINGS[what]
+    if not isinstance(section, dict) or section.keys() != wanted.keys():
+        given = ", ".join(section) if isinstance(section, dict) else section
+        raise GeoError(f"the recipe's section [{what}] has {given or 'nothing'}: give it {', '.join(wanted)}")
+    for name, kind in wanted.items():
+        value = section[name]
+        if not isinstance(value, kind) or (kind is not str and value < LEAST.get(name, 1)):
+            raise GeoError(f"the recipe's [{what}] {name} = {value!r} does not fit: give {kind.__name__}, above zero")
+    return section

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.cells import S2Tokenizer
+from rag_geotoken.errors import GeoError
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.selection import Tuning
 from rag_geotoken.sources import blue_marble
@@ -34,15 +35,17 @@ def train_tokens(
     Cross-entropy a position, its weight falling linearly from 2 (face) to 1 (last), as in GeoToken. Returns the model
     in evaluation mode. The views are no gallery photos, so no photo is its own neighbour.
     """
+    if views < batch:
+        raise GeoError(f"views = {views} do not fill one batch of {batch}: draw more or make it smaller")
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    config = TokenConfig()
+    config = TokenConfig(dim=alignment.config.dim)
     tokenizer = S2Tokenizer(config.level, config.group)
     photo, rows, places = embed_views(alignment, index, views, config.neighbors, seed, log)
     target = torch.from_numpy(tokenizer.encode(places[:, 0], places[:, 1]))
     gallery_tokens = torch.from_numpy(tokenizer.encode(*index.lat_lon.T))
     gallery = torch.from_numpy(index.vectors(np.arange(index.faiss_index.ntotal))).half()
-    accelerator = Accelerator(mixed_precision="bf16")
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     model = _Loss(TokenModel(config))
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.02)
     steps = views // batch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,7 +45,7 @@ def load_weights(model: type[Model], config: type[Any], folder: Path, name: str)
             built = model(config(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}))
         tensors = {key: value.float() if value.is_floating_point() else value for key, value in load_file(path).items()}
         built.load_state_dict(tensors)
-    except (OSError, SafetensorError, RuntimeError, TypeError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise GeoError(f"{path.name} in {folder.name} cannot be used as {model.__name__} weights: {reason}") from None
     return built.eval()
