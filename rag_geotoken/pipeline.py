@@ -33,7 +33,7 @@ class Options:
     neighbors: int = 20
     propose: tuple[str, ...] = ("greedy", "beam", "sample")
     beam_width: int = 10
-    samples: int = 20
+    samples: int = 40
     temperature: float = 1.0
     seed: int = 0
     verify: Verify = "alignment"

@@ -24,7 +24,7 @@ class TokenConfig:
 
     level: int = 10
     group: int = 2
-    neighbors: int = 10
+    neighbors: int = 8
     dim: int = 256
     d_model: int = 192
     heads: int = 6

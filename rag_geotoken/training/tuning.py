@@ -21,8 +21,8 @@ from rag_geotoken.types import Neighbors, Pool, Predictions
 GRID: dict[str, list[float]] = {
     "neighbor_share": [0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5],
     "neighbor_scale": [5.0, 10.0, 15.0, 20.0, 30.0, 45.0],
-    "alignment_scale": [2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0],
-    "spread_km": [6.0, 9.0, 12.0, 18.0, 25.0],
+    "alignment_scale": [32.0, 48.0, 64.0, 96.0, 128.0, 192.0, 256.0],
+    "spread_km": [6.0, 12.0, 18.0, 25.0, 35.0, 50.0],
 }
 
 
