@@ -55,8 +55,8 @@ def decisions(
         "tokens-greedy": selection.log_probability(alone(GREEDY), tuning),
         "tokens-beam": selection.log_probability(alone(BEAM), tuning),
         "tokens-samples": selection.minimum_bayes_risk(alone(SAMPLE), tuning),
-        "pool": stages.choose(geolocator, entries, None),
-        "pool+alignment": stages.choose(geolocator, entries, scores),
+        "pool": selection.decide(entries, None, tuning),
+        "pool+alignment": selection.decide(entries, scores, tuning),
     }
 
 

@@ -114,7 +114,7 @@ def locate(
         "greedy,beam,sample"
     ),
     beam_width: Annotated[int, typer.Option(min=1, max=1000)] = 10,
-    samples: Annotated[int, typer.Option(min=1, max=1000)] = 20,
+    samples: Annotated[int, typer.Option(min=1, max=1000)] = 40,
     temperature: Annotated[float, typer.Option(min=0.01, max=10.0, help="Of the samples.")] = 1.0,
     neighbors: Annotated[int, typer.Option(min=1, max=1000, help="Gallery photos retrieved a photo.")] = 20,
     seed: Annotated[int, typer.Option(min=0)] = 0,

@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rag_geotoken import stages
+from rag_geotoken import selection, stages
 from rag_geotoken.errors import GeoError
 from rag_geotoken.export import check_format, write_predictions
 from rag_geotoken.pictures import list_pictures, load_pictures
@@ -40,7 +40,7 @@ def locate_photos(
         stages.verify(run, geolocator)
         scores = stages.read_verdicts(run, entries)
         inputs.append("verdicts")
-    decision = stages.choose(geolocator, entries, scores)
+    decision = selection.decide(entries, scores, geolocator.tuning)
     predictions = read_table(stages.write_decision(run, options.verify, geolocator, inputs, decision))
     write_predictions(out, predictions)
     failed = [error for error in predictions["error"].to_pylist() if error]

@@ -77,9 +77,8 @@ class Geolocator:
         neighbors = self.search(photo, options.neighbors, digests(pixels))
         candidates = self.propose(photo, neighbors, options) if options.propose else None
         pool = self.pool(neighbors, candidates)
-        if options.verify == "alignment":
-            pool = selection.align(pool, self.verify(photo, pool), self.tuning)
-        return selection.minimum_bayes_risk(pool, self.tuning)
+        similarity = self.verify(photo, pool) if options.verify == "alignment" else None
+        return selection.decide(pool, similarity, self.tuning)
 
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Pixels (B, 64, 64, 3) -> (B, 3, dim) image, GPS and text embedding."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -22,17 +22,21 @@ class Tuning:
 
     search_weights: of the image, GPS and text part of an embedding in the search.
     neighbor_share: the weight of the retrieved entries in the pool, the generated have the rest.
-    neighbor_scale, alignment_scale: how sharply a similarity counts, in nats a unit of cosine.
-    density_km: spread of the Gaussian kernel of the density baseline.
-    spread_km: spread of the places behind one pool entry, for the utility of a decision and its confidence.
+    neighbor_scale, alignment_scale: how sharply a similarity counts in a decision, in nats a unit of cosine.
+    spread_km: spread of the places behind one pool entry, for the utility of a decision.
+    confidence_scale, confidence_km: the same two where a confidence is stated, chosen for calibration.
+    density_scale, density_km: sharpness and Gaussian kernel of the density baseline, chosen for it alone.
     """
 
     search_weights: tuple[float, ...] = (0.5, 1.0, 0.5)
-    neighbor_share: float = 0.3
-    neighbor_scale: float = 30.0
-    alignment_scale: float = 30.0
-    density_km: float = 100.0
-    spread_km: float = 15.0
+    neighbor_share: float = 0.1
+    neighbor_scale: float = 10.0
+    alignment_scale: float = 100.0
+    spread_km: float = 25.0
+    confidence_scale: float = 30.0
+    confidence_km: float = 15.0
+    density_scale: float = 10.0
+    density_km: float = 50.0
 
 
 def make_pool(
@@ -82,34 +86,39 @@ def _repeats(ids: NDArray[np.uint64]) -> NDArray[np.bool_]:
     return repeats
 
 
-def align(pool: Pool, similarity: NDArray[np.float32], tuning: Tuning) -> Pool:
+def align(pool: Pool, similarity: NDArray[np.float32], scale: float) -> Pool:
     """G3's verification as evidence: each entry's weight times exp(scale * image-GPS cosine (B, C)), normalised."""
-    weight = pool.log_weight + tuning.alignment_scale * similarity.astype(np.float64)
+    weight = pool.log_weight + scale * similarity.astype(np.float64)
     weight = log_softmax(np.where(pool.mask, weight, -np.inf))
     return Pool(pool.lat_lon, weight.astype(np.float32), pool.source, pool.mask)
+
+
+def decide(pool: Pool, similarity: NDArray[np.float32] | None, tuning: Tuning) -> Predictions:
+    """Minimum Bayes risk over a pool, verified by similarity (B, C) or, with None, not verified.
+
+    A sharp scale decides best and is far too sure of itself, so the confidence comes from a milder one.
+    """
+    if similarity is None:
+        return minimum_bayes_risk(pool, tuning)
+    decided = minimum_bayes_risk(align(pool, similarity, tuning.alignment_scale), tuning)
+    belief = align(pool, similarity, tuning.confidence_scale)
+    return replace(decided, confidence=confidence(belief, decided.lat_lon, tuning))
 
 
 def minimum_bayes_risk(pool: Pool, tuning: Tuning) -> Predictions:
     """The entry with the highest expected utility, the mean over the radii of the chance to lie within each.
 
     Chance: sum over entries x of weight(x) * P(the truth behind x is within r of c), the truth spread normally around
-    its entry by ``spread_km``. Confidence is that chance at each radius.
+    its entry by ``spread_km``.
     """
     distance = pairwise_km(np.where(pool.mask[..., None], pool.lat_lon, 0.0))
-    weight = np.exp(pool.log_weight.astype(np.float64))
-    chance = _chances(distance, weight, tuning.spread_km)
-    best = np.where(pool.mask, chance.mean(axis=-1), -1.0).argmax(axis=1)
-    return _choose(pool, best, chance)
+    utility = _chances(distance, np.exp(pool.log_weight.astype(np.float64)), tuning.spread_km).mean(axis=-1)
+    return _choose(pool, np.where(pool.mask, utility, -1.0).argmax(axis=1), tuning)
 
 
 def log_probability(pool: Pool, tuning: Tuning) -> Predictions:
     """The entry with the highest weight: the simple alternative to :func:`minimum_bayes_risk`."""
-    best = np.where(pool.mask, pool.log_weight, -np.inf).argmax(axis=1)
-    chosen = np.take_along_axis(pool.lat_lon, best[:, None, None], 1)
-    distance = haversine_km(chosen[..., 0], chosen[..., 1], pool.lat_lon[..., 0], pool.lat_lon[..., 1])[:, None, :]
-    weight = np.exp(pool.log_weight.astype(np.float64))
-    chance = _chances(distance, weight, tuning.spread_km)
-    return _choose(pool, best, np.broadcast_to(chance, (*pool.mask.shape, len(RADII_KM))))
+    return _choose(pool, np.where(pool.mask, pool.log_weight, -np.inf).argmax(axis=1), tuning)
 
 
 def nearest(neighbors: Neighbors, tuning: Tuning) -> Predictions:
@@ -123,14 +132,22 @@ def density(neighbors: Neighbors, tuning: Tuning) -> Predictions:
     Gaussian kernel of ``density_km``, weights by similarity.
     """
     pool = _neighbor_pool(neighbors, tuning)
-    distance, weight = pairwise_km(pool.lat_lon), np.exp(pool.log_weight.astype(np.float64))
-    best = (np.exp(-0.5 * (distance / tuning.density_km) ** 2) @ weight[..., None])[..., 0].argmax(axis=1)
-    return _choose(pool, best, _chances(distance, weight, tuning.spread_km))
+    kernel = np.exp(-0.5 * (pairwise_km(pool.lat_lon) / tuning.density_km) ** 2)
+    best = (kernel @ np.exp(pool.log_weight.astype(np.float64))[..., None])[..., 0].argmax(axis=1)
+    return _choose(pool, best, tuning)
+
+
+def confidence(pool: Pool, lat_lon: Floats, tuning: Tuning) -> Floats:
+    """The chance (B, R), by the pool's weights, that the truth lies within each radius of the places (B, 2)."""
+    there = lat_lon[:, None, :]
+    distance = haversine_km(there[..., 0], there[..., 1], pool.lat_lon[..., 0], pool.lat_lon[..., 1])[:, None, :]
+    weight = np.exp(pool.log_weight.astype(np.float64))
+    return np.clip(_chances(distance, weight, tuning.confidence_km)[:, 0], 0.0, 1.0)
 
 
 def _neighbor_pool(neighbors: Neighbors, tuning: Tuning) -> Pool:
     """The neighbours alone, each an entry of its own."""
-    weight = log_softmax(tuning.neighbor_scale * neighbors.scores.astype(np.float64)).astype(np.float32)
+    weight = log_softmax(tuning.density_scale * neighbors.scores.astype(np.float64)).astype(np.float32)
     mask = np.ones(weight.shape, bool)
     return Pool(neighbors.lat_lon, weight, np.full(weight.shape, NEIGHBOUR, np.int8), mask)
 
@@ -166,6 +183,7 @@ def _disk_chance(spread: float) -> tuple[Floats, Floats]:
     return grid, np.stack([(away <= r).mean(axis=1) for r in RADII_KM], axis=-1)
 
 
-def _choose(pool: Pool, best: NDArray[np.int64], chance: Floats) -> Predictions:
+def _choose(pool: Pool, best: NDArray[np.int64], tuning: Tuning) -> Predictions:
     rows = np.arange(len(best))
-    return Predictions(pool.lat_lon[rows, best], np.clip(chance[rows, best], 0.0, 1.0), pool.source[rows, best])
+    lat_lon = pool.lat_lon[rows, best]
+    return Predictions(lat_lon, confidence(pool, lat_lon, tuning), pool.source[rows, best])

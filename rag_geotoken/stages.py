@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rag_geotoken import selection
 from rag_geotoken.errors import GeoError
 from rag_geotoken.metrics import RADII_KM
 from rag_geotoken.pictures import load_pictures
@@ -269,13 +268,6 @@ def read_predictions(path: Path) -> tuple[Floats, Floats, Floats]:
         return np.column_stack([table[name].to_numpy(zero_copy_only=False).astype(float) for name in names])
 
     return columns("true_lat", "true_lon"), columns("lat", "lon"), columns(*(f"confidence_{r}" for r in RADII_KM))
-
-
-def choose(geolocator: Geolocator, entries: Pool, scores: NDArray[np.float32] | None) -> Predictions:
-    """Minimum Bayes risk over a pool, with the verifier's scores where there are any."""
-    if scores is not None:
-        entries = selection.align(entries, scores, geolocator.tuning)
-    return selection.minimum_bayes_risk(entries, geolocator.tuning)
 
 
 def _mask(ids: pa.ChunkedArray) -> NDArray[np.bool_]:

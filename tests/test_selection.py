@@ -16,6 +16,7 @@ from rag_geotoken.selection import (
     Tuning,
     _disk_chance,
     align,
+    decide,
     density,
     log_probability,
     log_softmax,
@@ -26,7 +27,15 @@ from rag_geotoken.selection import (
 from rag_geotoken.types import BEAM, GREEDY, NEIGHBOUR, SAMPLE, SOURCES, Candidates, Neighbors, Pool
 
 TOKENIZER = S2Tokenizer(6, 2)
-TUNING = Tuning(neighbor_share=0.3, neighbor_scale=20.0, alignment_scale=10.0, density_km=100.0, spread_km=15.0)
+TUNING = Tuning(
+    neighbor_share=0.3,
+    neighbor_scale=20.0,
+    alignment_scale=10.0,
+    spread_km=15.0,
+    confidence_km=15.0,
+    density_scale=20.0,
+    density_km=100.0,
+)
 PHOTOS, K, N = 6, 8, 12
 
 
@@ -156,8 +165,8 @@ def test_minimum_bayes_risk_prefers_the_middle_of_many_to_one_alone() -> None:
 def test_masked_entries_are_never_chosen_and_never_count() -> None:
     places, weights = [(10.0, 10.0), (30.0, 30.0)], [0.45, 0.55]
     plain, padded = pool_of(places, weights), pool_of(places, weights, masked=5)
-    for decide in (minimum_bayes_risk, log_probability):
-        first, second = decide(plain, TUNING), decide(padded, TUNING)
+    for method in (minimum_bayes_risk, log_probability):
+        first, second = method(plain, TUNING), method(padded, TUNING)
         np.testing.assert_array_equal(first.lat_lon, second.lat_lon)
         np.testing.assert_allclose(first.confidence, second.confidence)
     # Where there is no entry the arrays hold (0, 0): here the best place of all, were it one.
@@ -234,7 +243,7 @@ def test_nearest_is_the_first_neighbour(neighbors: Neighbors) -> None:
 
 def test_alignment_multiplies_the_weights() -> None:
     made = pool_of([(0.0, 0.0), (10.0, 10.0), (20.0, 20.0)], [0.5, 0.3, 0.2], masked=1)
-    aligned = align(made, np.array([[0.1, 0.2, -0.1, 0.9]], np.float32), TUNING)
+    aligned = align(made, np.array([[0.1, 0.2, -0.1, 0.9]], np.float32), 10.0)
     expected = np.array([0.5, 0.3, 0.2]) * np.exp(10.0 * np.array([0.1, 0.2, -0.1]))
     np.testing.assert_allclose(np.exp(aligned.log_weight[0, :3]), expected / expected.sum(), rtol=1e-5)
     assert aligned.log_weight[0, 3] == -np.inf and aligned.log_weight.dtype == np.float32
@@ -242,7 +251,7 @@ def test_alignment_multiplies_the_weights() -> None:
 
 
 def test_alignment_of_equals_changes_nothing(pool: Pool) -> None:
-    aligned = align(pool, np.full(pool.mask.shape, 0.7, np.float32), TUNING)
+    aligned = align(pool, np.full(pool.mask.shape, 0.7, np.float32), 10.0)
     np.testing.assert_allclose(aligned.log_weight, pool.log_weight, atol=1e-5)
 
 
@@ -259,3 +268,14 @@ def test_predictions_become_rows(pool: Pool) -> None:
     lat_lon: NDArray[np.float64] = np.array([[row.lat, row.lon] for row in rows], float)
     np.testing.assert_array_equal(lat_lon, decided.lat_lon)
     assert rows[0].source in SOURCES and rows[0].error is None and len(rows[0].confidence or ()) == 5
+
+
+def test_verified_decision_is_sharp_and_its_confidence_mild() -> None:
+    made = pool_of([(0.0, 0.0), (40.0, 40.0)], [0.5, 0.5], masked=0)
+    similar = np.array([[0.0, 0.1]], np.float32)
+    tuning = replace(TUNING, alignment_scale=1000.0, confidence_scale=10.0)
+    decided = decide(made, similar, tuning)
+    assert decided.lat_lon.tolist() == [[40.0, 40.0]]
+    # exp(10 * 0.1) to 1, not the certainty of the sharp scale.
+    np.testing.assert_allclose(decided.confidence[0, 3], np.e / (1 + np.e), atol=1e-3)
+    assert decide(made, None, tuning).lat_lon.tolist() == minimum_bayes_risk(made, tuning).lat_lon.tolist()
