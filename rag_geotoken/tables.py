@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -42,6 +43,9 @@ def write_whole(path: Path | str, write: Callable[[Path], None]) -> None:
         with beside.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
+        # What a killed process left behind. A second writer at the same time fails loudly instead of half-writing.
+        for stray in path.parent.glob(f".{glob.escape(path.stem)}.{'[0-9a-f]' * 8}{glob.escape(path.suffix)}"):
+            _remove(stray)
     except OSError as error:
         raise GeoError(f"cannot write {path}: {_reason(error)}; choose a folder that can be written") from error
     finally:

@@ -327,3 +327,11 @@ def test_a_terminal_gets_a_bar_and_errors_pass_through(
         raise GeoError("stop")
     said = capsys.readouterr()
     assert said.out == "" and "encode [b]" in said.err and "1/2" in said.err
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    left, other = tmp_path / ".a+b.0123abcd.json", tmp_path / ".a.0123abcd.json"
+    left.write_text("half")
+    other.write_text("another file's")
+    tables.write_json(tmp_path / "a+b.json", {})
+    assert not left.exists() and other.exists()
