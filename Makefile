@@ -14,7 +14,7 @@ help:
 	@echo "make demo     run the main job on the embedded Earth imagery, into runs/demo (a few minutes)"
 	@echo "make test     style, types and tests"
 	@echo "make lint     style and types only"
-	@echo "make weights  train the embedded models again, into runs/weights (about 80 minutes on 2 cores)"
+	@echo "make weights  train the embedded models again, into runs/weights (about an hour on 2 cores)"
 	@echo "make clean    remove .venv and runs/demo"
 
 # torch comes first and by its exact pin: a looser request may bring several GB of CUDA packages.

@@ -175,7 +175,7 @@ def train_alignment(recipe: Recipe = None, out: Out = Path("runs/weights")) -> N
 
 @train_app.command("tokens")
 def train_tokens(recipe: Recipe = None, out: Out = Path("runs/weights")) -> None:
-    """Train the token model on the alignment in OUT (about 30 minutes on 2 cores)."""
+    """Train the token model on the alignment in OUT (about 15 minutes on 2 cores)."""
     _train("tokens", recipe, out)
 
 
