@@ -59,7 +59,11 @@ def check_writable(folder: Path | str) -> None:
         GeoError: the folder cannot be made or written.
     """
     probe = Path(folder) / f".{secrets.token_hex(4)}"
-    write_whole(probe, lambda beside: beside.touch())
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+    except OSError as error:
+        raise GeoError(f"cannot write into {folder}: {_reason(error)}; choose a folder that can be written") from error
     _remove(probe)
 
 
