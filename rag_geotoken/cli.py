@@ -30,7 +30,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything the demo writes.")] = Path("runs/demo"),
-    test_n: Annotated[int, typer.Option(min=2, max=1_000_000, help="Test photos to draw.")] = 2000,
+    test_n: Annotated[int, typer.Option(min=1, max=1_000_000, help="Test photos to draw.")] = 2000,
     seed: Annotated[int, typer.Option(min=0, help="Another seed draws fresh test photos.")] = 0,
     weights: Weights = None,
 ) -> None:
@@ -155,7 +155,7 @@ def evaluate(
     A photo without an answer stays in the denominator and counts as wrong.
     """
     from rag_geotoken.evaluation import evaluate_csv, format_evaluation
-    from rag_geotoken.tables import write_json
+    from rag_geotoken.files import write_json
 
     result = evaluate_csv(predictions, geodesic, truth=truth, seed=seed)
     if as_json:

@@ -12,12 +12,13 @@ import numpy as np
 
 from rag_geotoken import ablation, stages
 from rag_geotoken.alignment import GeoAlignment
+from rag_geotoken.files import check_writable, file_sha256, write_json
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.index import GeoIndex, build_index
 from rag_geotoken.metrics import RADII_KM, bootstrap, calibration, summary
 from rag_geotoken.pictures import load_pictures
 from rag_geotoken.pipeline import Geolocator, Options, encoder_id, load_tuning
-from rag_geotoken.tables import check_writable, file_sha256, read_table, versions, write_json, write_table
+from rag_geotoken.tables import read_table, versions, write_table
 from rag_geotoken.token_model import TokenModel
 from rag_geotoken.types import SOURCES
 from rag_geotoken.weights import EARTH

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import escape
 
 from rag_geotoken.errors import GeoError
-from rag_geotoken.tables import write_table, write_text
+from rag_geotoken.files import write_text
+from rag_geotoken.tables import write_table
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rag_geotoken.errors import GeoError
-from rag_geotoken.tables import file_sha256, read_json, read_table, to_numpy, write_json, write_table, write_whole
+from rag_geotoken.files import file_sha256, read_json, write_json, write_whole
+from rag_geotoken.tables import read_table, to_numpy, write_table
 from rag_geotoken.types import Neighbors
 
 if TYPE_CHECKING:

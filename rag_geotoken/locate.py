@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from rag_geotoken import selection, stages
 from rag_geotoken.errors import GeoError
 from rag_geotoken.export import check_format, write_predictions
+from rag_geotoken.files import check_writable, file_sha256
 from rag_geotoken.pictures import list_pictures, load_pictures
 from rag_geotoken.pipeline import Geolocator, Options, digests
 from rag_geotoken.sources import read_source
-from rag_geotoken.tables import check_writable, file_sha256, read_table, write_table
+from rag_geotoken.tables import read_table, write_table
 
 if TYPE_CHECKING:
     import pyarrow as pa

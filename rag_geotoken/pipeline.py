@@ -16,9 +16,9 @@ from rag_geotoken import decoding, selection
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.cells import S2Tokenizer
 from rag_geotoken.errors import GeoError
+from rag_geotoken.files import file_sha256, read_json
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.pictures import load_pictures
-from rag_geotoken.tables import file_sha256, read_json
 from rag_geotoken.token_model import TokenModel
 from rag_geotoken.types import BEAM, GREEDY, SAMPLE, Candidates, Neighbors, Pool, Prediction, Predictions
 from rag_geotoken.weights import EARTH

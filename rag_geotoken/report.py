@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from rag_geotoken import maps, tables
+from rag_geotoken import files, maps
 from rag_geotoken.metrics import RADII_KM
 
 
@@ -41,7 +41,7 @@ def write_report(
     Raises:
         GeoError: the map's arrays differ in length, or the file cannot be written.
     """
-    tables.write_text(Path(path), render(metrics, errors, examples, notes))
+    files.write_text(Path(path), render(metrics, errors, examples, notes))
 
 
 def render(

@@ -15,10 +15,10 @@ from rag_geotoken.alignment import AlignmentConfig, GeoAlignment
 from rag_geotoken.cells import S2Tokenizer
 from rag_geotoken.demo import make_index
 from rag_geotoken.errors import GeoError
+from rag_geotoken.files import write_json
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.selection import Tuning
-from rag_geotoken.tables import write_json
 from rag_geotoken.token_model import TokenConfig, TokenModel
 
 ALIGNMENT = AlignmentConfig(dim=32, sigmas=(2.0, 12.0), frequencies=8, hidden=32, text_buckets=256, text_dim=16)

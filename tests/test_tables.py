@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from rag_geotoken import progress, tables
+from rag_geotoken import files, progress, tables
 from rag_geotoken.errors import GeoError
 
 KEYS = [f"photo-{i}" for i in range(10)]
@@ -60,7 +60,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "a.txt"
-    tables.write_text(path, "old")
+    files.write_text(path, "old")
 
     def fail(beside: Path) -> None:
         beside.write_text("half")
@@ -68,7 +68,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tables.write_whole(path, fail)
+        files.write_whole(path, fail)
     assert contents(path.parent) == {"a.txt": b"old"}
 
 
@@ -77,11 +77,11 @@ def test_a_folder_that_cannot_be_made_gives_one_line(tmp_path: Path) -> None:
     with pytest.raises(
         GeoError, match=r"cannot write .*x\.json: a file stands where a folder is needed; choose"
     ) as error:
-        tables.write_json(tmp_path / "file" / "x.json", {})
+        files.write_json(tmp_path / "file" / "x.json", {})
     assert "\n" not in str(error.value)
     (tmp_path / "taken").mkdir()
     with pytest.raises(GeoError, match="cannot write"):
-        tables.write_text(tmp_path / "taken", "text")
+        files.write_text(tmp_path / "taken", "text")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken"]
 
 
@@ -89,7 +89,7 @@ def test_a_folder_that_cannot_be_made_gives_one_line(tmp_path: Path) -> None:
 def test_a_read_only_folder_gives_one_line(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(GeoError, match=r"cannot write .*: permission denied; choose a folder that can be written"):
-        tables.write_text(tmp_path / "a.txt", "text")
+        files.write_text(tmp_path / "a.txt", "text")
 
 
 def test_a_disk_that_is_full_gives_one_line(tmp_path: Path) -> None:
@@ -98,24 +98,24 @@ def test_a_disk_that_is_full_gives_one_line(tmp_path: Path) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(GeoError, match="no space left on device"):
-        tables.write_whole(tmp_path / "a.parquet", full)
+        files.write_whole(tmp_path / "a.parquet", full)
     assert contents(tmp_path) == {}
 
 
 def test_json_round_trip_and_its_errors(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    tables.write_json(path, {"b": [1, 2.5], "a": "São"})
-    assert tables.read_json(path) == {"b": [1, 2.5], "a": "São"}
-    assert list(tables.read_json(path)) == ["b", "a"]
+    files.write_json(path, {"b": [1, 2.5], "a": "São"})
+    assert files.read_json(path) == {"b": [1, 2.5], "a": "São"}
+    assert list(files.read_json(path)) == ["b", "a"]
     with pytest.raises(ValueError, match="JSON"):
-        tables.write_json(path, {"median_km": float("nan")})
-    assert tables.read_json(path)["a"] == "São"
+        files.write_json(path, {"median_km": float("nan")})
+    assert files.read_json(path)["a"] == "São"
     for broken in (b"{", b"\xff\xfe", b"[" * 100_000):
         path.write_bytes(broken)
         with pytest.raises(GeoError, match=r"a\.json is not readable JSON"):
-            tables.read_json(path)
+            files.read_json(path)
     with pytest.raises(GeoError, match="there is no"):
-        tables.read_json(tmp_path / "none.json")
+        files.read_json(tmp_path / "none.json")
 
 
 # tables
@@ -186,10 +186,10 @@ def test_a_stage_gives_its_rows_and_a_manifest(tmp_path: Path, source: Path) -> 
     assert work.seen == [(0, 3), (3, 6), (6, 9), (9, 10)] and told == [3, 3, 3, 1]
     assert tables.read_table(path).equals(rows(slice(0, 10)))
     assert sorted(contents(path.parent)) == ["encode.json", "encode.parquet"]
-    manifest = tables.read_json(path.with_suffix(".json"))
+    manifest = files.read_json(path.with_suffix(".json"))
     assert manifest["stage"] == "encode" and manifest["recipe"] == RECIPE and manifest["seed"] == 7
-    assert manifest["rows"] == 20 and manifest["parquet_sha256"] == tables.file_sha256(path)
-    assert manifest["inputs"] == [{"file": "photos.parquet", "sha256": tables.file_sha256(source)}]
+    assert manifest["rows"] == 20 and manifest["parquet_sha256"] == files.file_sha256(path)
+    assert manifest["inputs"] == [{"file": "photos.parquet", "sha256": files.file_sha256(source)}]
     assert set(manifest["versions"]) == {"python", "numpy", "torch", "pyarrow"}
     assert str(tmp_path) not in path.with_suffix(".json").read_text()
 
@@ -333,5 +333,5 @@ def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
     left, other = tmp_path / ".a+b.0123abcd.json", tmp_path / ".a.0123abcd.json"
     left.write_text("half")
     other.write_text("another file's")
-    tables.write_json(tmp_path / "a+b.json", {})
+    files.write_json(tmp_path / "a+b.json", {})
     assert not left.exists() and other.exists()

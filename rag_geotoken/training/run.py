@@ -12,9 +12,9 @@ from rag_geotoken import selection
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.demo import make_index
 from rag_geotoken.errors import GeoError
+from rag_geotoken.files import write_json
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.pipeline import Geolocator, encoder_id
-from rag_geotoken.tables import write_json
 from rag_geotoken.token_model import TokenModel
 
 GALLERY = "blue-marble:gallery"

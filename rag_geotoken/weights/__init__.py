@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rag_geotoken.errors import GeoError
-from rag_geotoken.tables import read_json, write_json, write_whole
+from rag_geotoken.files import read_json, write_json, write_whole
 
 EARTH = Path(__file__).parent / "earth"
 Model = TypeVar("Model", bound=nn.Module)
