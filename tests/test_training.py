@@ -24,6 +24,7 @@ from rag_geotoken.sources.blue_marble import cut, draw_views, is_unseen
 from rag_geotoken.token_model import TokenConfig, TokenModel
 from rag_geotoken.training import run, tokens
 from rag_geotoken.training.alignment import _Losses, nearby_places, train_alignment
+from rag_geotoken.training.schedule import one_cycle
 from rag_geotoken.training.tokens import train_tokens
 
 Weights = dict[str, torch.Tensor]
@@ -204,3 +205,18 @@ def test_a_mistake_of_ours_is_no_wrong_recipe(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(blue_marble, "draw_views", mistaken)
     with pytest.raises(TypeError):
         run.train("alignment", {"alignment": {"steps": 2, "batch": 4, "rate": 1e-3, "seed": 0}}, tmp_path)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 19, 20, 21, 400])
+def test_the_learning_rate_rises_and_falls(steps: int) -> None:
+    weight = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.AdamW([weight], lr=1.0)
+    schedule = one_cycle(optimizer, 1.0, steps)
+    rates = [schedule.get_last_lr()[0]]
+    for _ in range(steps - 1):
+        optimizer.step()
+        schedule.step()
+        rates.append(schedule.get_last_lr()[0])
+    assert all(0 <= rate <= 1.0 + 1e-9 for rate in rates)
+    if steps >= 20:
+        assert max(rates) == pytest.approx(1.0, abs=0.02) and rates[-1] < 0.01

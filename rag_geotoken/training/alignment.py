@@ -16,6 +16,7 @@ from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.geo import destination
 from rag_geotoken.places import place_text
 from rag_geotoken.sources import blue_marble
+from rag_geotoken.training.schedule import one_cycle
 
 NEARBY = 3  # wrong places near the right one, a photo: they make the embedding sharp below the batch's spacing
 TEXT_WEIGHT = 0.2
@@ -32,7 +33,7 @@ def train_alignment(steps: int, batch: int, rate: float, seed: int, log: Callabl
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     model = _Losses(GeoAlignment()).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.05)
+    schedule = one_cycle(optimizer, rate, steps)
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
     for step in range(steps):

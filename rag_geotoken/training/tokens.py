@@ -18,6 +18,7 @@ from rag_geotoken.index import GeoIndex
 from rag_geotoken.selection import Tuning
 from rag_geotoken.sources import blue_marble
 from rag_geotoken.token_model import TokenConfig, TokenModel
+from rag_geotoken.training.schedule import one_cycle
 
 
 def train_tokens(
@@ -49,7 +50,7 @@ def train_tokens(
     model = _Loss(TokenModel(config))
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.02)
     steps = views // batch
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps * epochs, pct_start=0.05)
+    schedule = one_cycle(optimizer, rate, steps * epochs)
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
     for epoch in range(epochs):
