@@ -21,7 +21,7 @@ from rag_geotoken.errors import GeoError
 from rag_geotoken.metrics import RADII_KM
 from rag_geotoken.pictures import load_pictures
 from rag_geotoken.progress import progress_bar
-from rag_geotoken.tables import fixed_list, read_table, stage, to_numpy
+from rag_geotoken.tables import fixed_list, read_table, stage, table_sha256, to_numpy
 from rag_geotoken.types import SOURCES, Candidates, Neighbors, Pool, Predictions
 
 if TYPE_CHECKING:
@@ -35,10 +35,15 @@ Floats = NDArray[np.float64]
 
 
 def write_photos(folder: Path, source: str) -> Path:
-    """The photos table of a source, written once: id, image, lat, lon, place, author."""
+    """The photos table of a source: id, image, lat, lon, place, author.
+
+    The source is read each time and known by what it holds, since a folder can change under the same name.
+    """
     from rag_geotoken.sources import read_source
 
-    return stage(folder, "photos", {"source": source}, [], ["all"], lambda _: read_source(source))
+    table = read_source(source)
+    recipe = {"source": source, "content": table_sha256(table)}
+    return stage(folder, "photos", recipe, [], ["all"], lambda _: table)
 
 
 def encode(folder: Path, alignment: GeoAlignment, encoder: str) -> Path:

@@ -76,6 +76,16 @@ def read_table(path: Path | str, columns: Sequence[str] | None = None) -> pa.Tab
     return table if columns is None else table.select(list(columns))
 
 
+def table_sha256(table: pa.Table) -> str:
+    """The SHA-256 of a table's schema and rows, as 64 hexadecimal digits."""
+    import pyarrow as pa
+
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table.combine_chunks())
+    return hashlib.sha256(sink.getvalue()).hexdigest()
+
+
 def fixed_list(array: NDArray[Any]) -> pa.FixedSizeListArray:
     """A column of vectors: (N, D) or (N, D, E, ...) numbers become N nested lists of fixed size, without a copy."""
     import pyarrow as pa

@@ -14,6 +14,7 @@ from PIL import Image
 
 from rag_geotoken.cli import main
 from rag_geotoken.sources import blue_marble
+from rag_geotoken.tables import read_table
 
 
 def call(*arguments: object) -> int:
@@ -162,3 +163,20 @@ def test_help_imports_nothing_heavy() -> None:
     )
     shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert shown.rstrip().endswith("[]")
+
+
+def test_a_changed_folder_is_read_again(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = tmp_path / "gallery", tmp_path / "index"
+    folder.mkdir()
+    for i in (0, 1):
+        (folder / f"{i}.png").write_bytes((photos / f"{i}.png").read_bytes())
+    (folder / "photos.csv").write_text("file,lat,lon\n0.png,10,20\n1.png,30,40\n")
+    assert call("index", "build", f"folder:{folder}", "--out", out) == 0
+    # A corrected place, then one more picture: the same command must see both.
+    (folder / "photos.csv").write_text("file,lat,lon\n0.png,11,20\n1.png,30,40\n")
+    assert call("index", "build", f"folder:{folder}", "--out", out) == 0
+    assert read_table(out / "rows.parquet")["lat"].to_pylist() == [11.0, 30.0]
+    (folder / "2.png").write_bytes((photos / "2.png").read_bytes())
+    (folder / "photos.csv").write_text("file,lat,lon\n0.png,11,20\n1.png,30,40\n2.png,50,60\n")
+    assert call("index", "build", f"folder:{folder}", "--out", out) == 0
+    assert read_table(out / "rows.parquet")["lat"].to_pylist() == [11.0, 30.0, 50.0]
