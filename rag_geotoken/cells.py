@@ -166,19 +166,25 @@ def cell_level(ids: ArrayLike) -> Ints:
     return MAX_LEVEL - _log2_size(_check_ids(ids))
 
 
-def parent_ids(ids: ArrayLike, level: int) -> Ids:
-    """Ids (...) of the cells at `level` that contain the given cells; GeoError where a cell is coarser than that."""
+def parent_ids(ids: ArrayLike, level: ArrayLike) -> Ids:
+    """Ids (...) of the cells at `level` (one for all, or one each) that contain the given cells.
+
+    Raises GeoError where a cell is coarser than that.
+    """
     _check_level(level)
     checked = _check_ids(ids)
-    coarse = checked[_log2_size(checked) > MAX_LEVEL - level]
-    if coarse.size:
-        raise GeoError(f"cell id {coarse[0]} is of level {cell_level(coarse[0])}: it has no parent of level {level}")
+    low = np.broadcast_to(_log2_size(checked) > MAX_LEVEL - np.asarray(level), checked.shape)
+    if low.any():
+        coarse, wanted = checked[low][0], np.broadcast_to(level, checked.shape)[low][0]
+        raise GeoError(f"cell id {coarse} is of level {cell_level(coarse)}: it has no parent of level {wanted}")
     return _parents(checked, level)
 
 
-def _check_level(level: int) -> None:
-    if level not in range(MAX_LEVEL + 1):
-        raise GeoError(f"S2 level {level} is outside 0..{MAX_LEVEL}: give a whole number in that range")
+def _check_level(level: ArrayLike) -> None:
+    levels = np.asarray(level)
+    bad = levels[(levels < 0) | (levels > MAX_LEVEL) | (levels != np.rint(levels))]
+    if bad.size:
+        raise GeoError(f"S2 level {bad[0]} is outside 0..{MAX_LEVEL}: give a whole number in that range")
 
 
 def _check_ids(ids: ArrayLike) -> Ids:
@@ -204,9 +210,10 @@ def _log2_size(ids: Ids) -> Ints:
     return zeros // 2
 
 
-def _parents(ids: Ids, level: int) -> Ids:
-    low = 1 << (2 * (MAX_LEVEL - int(level)))
-    return (ids & np.uint64((1 << 64) - low)) | np.uint64(low)
+def _parents(ids: Ids, level: ArrayLike) -> Ids:
+    low = np.uint64(1) << (2 * (MAX_LEVEL - np.asarray(level))).astype(np.uint64)
+    parents: Ids = (ids & (~low + np.uint64(1))) | low
+    return parents
 
 
 def _sin_cos(degrees: Floats) -> tuple[Floats, Floats]:

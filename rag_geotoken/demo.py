@@ -100,7 +100,7 @@ def make_index(folder: Path, source: str, alignment: GeoAlignment, weights: Path
 def run_road(folder: Path, geolocator: Geolocator, options: Options, weights: Path) -> None:
     """The stages from a written photos table to the predictions of every variant of the ablation."""
     stages.encode(folder, geolocator.alignment, geolocator.encoder)
-    stages.search(folder, geolocator, options)
+    stages.search(folder, geolocator.index, options.neighbors, geolocator.tuning.search_weights)
     stages.propose(folder, geolocator, options, file_sha256(weights / "tokens.safetensors"))
     stages.pool(folder, geolocator)
     stages.verify(folder, geolocator)

@@ -32,7 +32,7 @@ def locate_photos(
     geolocator = Geolocator.from_pretrained(index, weights)
     write_table(run / "photos.parquet", table)
     stages.encode(run, geolocator.alignment, geolocator.encoder)
-    stages.search(run, geolocator, options)
+    stages.search(run, geolocator.index, options.neighbors, geolocator.tuning.search_weights)
     if options.propose:
         stages.propose(run, geolocator, options, file_sha256(weights / "tokens.safetensors"))
     stages.pool(run, geolocator, generated=bool(options.propose))

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from rag_geotoken import decoding, selection
 from rag_geotoken.alignment import GeoAlignment
@@ -89,6 +90,14 @@ class Geolocator:
         return self.index.search(photo, k, self.tuning.search_weights, own)
 
     @torch.inference_mode()
+    def memory(self, photo: NDArray[np.float32], neighbors: Neighbors) -> Tensor:
+        """What the token model's decoder looks at, for photos (B, 3, dim) and their neighbours."""
+        rows = neighbors.rows[:, : self.tokens.config.neighbors].copy()
+        query, near = torch.from_numpy(photo), torch.from_numpy(self.index.vectors(rows))
+        places = torch.from_numpy(self.index.lat_lon[rows])
+        return self.tokens.memory_of(query, near, self.gallery_tokens[rows], places)
+
+    @torch.inference_mode()
     def propose(
         self, photo: NDArray[np.float32], neighbors: Neighbors, options: Options, keys: list[int] | None = None
     ) -> Candidates:
@@ -96,9 +105,7 @@ class Geolocator:
 
         Raises GeoError for an unknown way to propose.
         """
-        rows = neighbors.rows[:, : self.tokens.config.neighbors].copy()
-        vectors = torch.from_numpy(self.index.vectors(rows))
-        memory = self.tokens.memory(torch.from_numpy(photo), vectors, self.gallery_tokens[rows])
+        memory = self.memory(photo, neighbors)
         decoded: list[tuple[int, decoding.Decoded]] = []
         for name in options.propose:
             if name == "greedy":

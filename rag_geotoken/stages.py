@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from rag_geotoken.alignment import GeoAlignment
+    from rag_geotoken.index import GeoIndex
     from rag_geotoken.pipeline import Geolocator, Options
 
 BLOCK = 256
@@ -68,20 +69,15 @@ def encode(folder: Path, alignment: GeoAlignment, encoder: str) -> Path:
     return _run(folder, "embeddings", {"encoder": encoder}, ["photos"], ids, work)
 
 
-def search(folder: Path, geolocator: Geolocator, options: Options) -> Path:
+def search(folder: Path, index: GeoIndex, k: int, weights: tuple[float, ...]) -> Path:
     """Embeddings -> neighbours: id, rank, row, lat, lon, score; a photo never finds itself."""
     import pyarrow as pa
 
     ids, photo, digest = read_embeddings(folder)
-    recipe = {
-        "k": options.neighbors,
-        "weights": list(geolocator.tuning.search_weights),
-        "index": geolocator.index.manifest["sha256"],
-    }
+    recipe = {"k": k, "weights": list(weights), "index": index.manifest["sha256"]}
 
     def work(at: slice) -> pa.Table:
-        found = geolocator.search(photo[at], options.neighbors, digest[at])
-        k = found.rows.shape[1]
+        found = index.search(photo[at], k, weights, digest[at])
         return pa.table(
             {
                 "id": pa.array(np.repeat(ids[at], k), pa.string()),

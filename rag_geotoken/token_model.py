@@ -1,26 +1,39 @@
-"""The token model after GeoToken (ICDM 2025): S2 cells as token sequences, conditioned on a photo and its neighbours.
+"""GeoToken's model (ICDM 2025): S2 cells as token sequences, conditioned on a photo and its neighbours.
 
 Memory: [CLS, image, gps, text] of the photo, then [image, gps, text, one position a token] of each neighbour.
+Parameters bear the names of the released code, so that its checkpoints load as they are.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import dropout, linear, normalize, relu, scaled_dot_product_attention
 
 from rag_geotoken.cells import S2Tokenizer
 from rag_geotoken.errors import GeoError
+from rag_geotoken.spherical import rotate, rotations
 from rag_geotoken.weights import load_weights, save_weights
+
+# Queries, keys and values (B, L, d_model) -> what each query heard (B, L, d_model).
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class TokenConfig:
-    """Sizes of a :class:`TokenModel`: S2 level and levels a token, neighbours, widths and depths."""
+    """Sizes of a :class:`TokenModel`: S2 level and levels a token, neighbours, widths and depths.
+
+    neighbor_positions: how the memory knows its neighbours apart. ``sequence`` is GeoToken's: sinusoidal positions
+    along the whole memory. ``none`` gives every neighbour the same positions, so that their order says nothing;
+    ``spherical`` does too and turns attention by their places (see :mod:`rag_geotoken.spherical`).
+    """
 
     level: int = 10
     group: int = 2
@@ -31,6 +44,14 @@ class TokenConfig:
     ff: int = 384
     encoder_layers: int = 1
     decoder_layers: int = 3
+    dropout: float = 0.0
+    neighbor_positions: Literal["sequence", "none", "spherical"] = "sequence"
+
+
+GEOTOKEN = TokenConfig(
+    level=20, neighbors=15, dim=768, d_model=512, heads=8, ff=1024, encoder_layers=10, decoder_layers=10, dropout=0.1
+)
+"""The configuration of the paper: 214 memory positions, 11 tokens, 54.8 M parameters."""
 
 
 class TokenModel(nn.Module):
@@ -40,125 +61,220 @@ class TokenModel(nn.Module):
         super().__init__()
         self.config = config = config or TokenConfig()
         self.vocab_sizes = S2Tokenizer(config.level, config.group).vocab_sizes
-        length, d = len(self.vocab_sizes), config.d_model
-        if config.heads < 1 or d % config.heads:
-            raise GeoError(f"{config.heads} heads cannot share a width of {d}: choose a divisor")
-        self.inputs = nn.ModuleList(
-            nn.Sequential(nn.Linear(config.dim, d), nn.ReLU(), nn.Linear(d, d), nn.LayerNorm(d)) for _ in range(3)
+        d, vocabulary = config.d_model, sum(self.vocab_sizes)
+        if config.heads < 1 or d % config.heads or d % 2:
+            raise GeoError(f"{config.heads} heads cannot share a width of {d}: choose an even width and a divisor")
+        if config.neighbor_positions not in ("sequence", "none", "spherical"):
+            raise GeoError(f"neighbor_positions {config.neighbor_positions!r}: choose sequence, none or spherical")
+        self.image_proj, self.loc_proj, self.text_proj = (
+            nn.Sequential(nn.Linear(config.dim, d), nn.ReLU(), nn.Linear(d, d)) for _ in range(3)
         )
-        # One table for all positions' tokens, each position's at its own offset; the last row starts a sequence.
+        # One table for all positions' tokens, each position's at its own offset.
         self.register_buffer("offsets", torch.tensor([0, *self.vocab_sizes]).cumsum(0)[:-1], persistent=False)
-        self.neighbor_tokens = nn.Embedding(sum(self.vocab_sizes), d)
-        self.tokens = nn.Embedding(sum(self.vocab_sizes) + 1, d)
-        self.cls = nn.Parameter(torch.zeros(d))
-        self.query_kind = nn.Parameter(torch.randn(4, d) * 0.02)
-        self.neighbor_kind = nn.Parameter(torch.randn(3 + length, d) * 0.02)
-        self.rank = nn.Parameter(torch.randn(config.neighbors, d) * 0.02)
-        self.position = nn.Parameter(torch.randn(length, d) * 0.02)
-        self.encoder = nn.ModuleList(Block(config, cross=False) for _ in range(config.encoder_layers))
-        self.decoder = nn.ModuleList(Block(config, cross=True) for _ in range(config.decoder_layers))
-        self.norm = nn.LayerNorm(d)
-        self.heads = nn.ModuleList(nn.Linear(d, size) for size in self.vocab_sizes)
+        self.retrieval_embedding, self.embedding = nn.Embedding(vocabulary, d), nn.Embedding(vocabulary, d)
+        self.cls_token = nn.Parameter(torch.randn(1, d))
+        self.start_token_embedding = nn.Parameter(torch.randn(1, d))
+        encoder = nn.ModuleList(Block(config, cross=False) for _ in range(config.encoder_layers))
+        decoder = nn.ModuleList(Block(config, cross=True) for _ in range(config.decoder_layers))
+        self.encoder, self.decoder = nn.ModuleDict({"layers": encoder}), nn.ModuleDict({"layers": decoder})
+        self.output_layers = nn.ModuleList(nn.Linear(d, size) for size in self.vocab_sizes)
+        size = 4 + config.neighbors * (3 + len(self.vocab_sizes))
+        self.register_buffer("positions", _sinusoids(max(size, len(self.vocab_sizes) + 1), d), persistent=False)
 
     offsets: Tensor
+    positions: Tensor
 
     @property
     def blocks(self) -> list[Block]:
         """The decoder's layers."""
-        return cast(list[Block], list(self.decoder))
+        return cast(list[Block], list(cast(nn.ModuleList, self.decoder["layers"])))
 
-    def memory(self, photo: Tensor, neighbors: Tensor, neighbor_tokens: Tensor) -> Tensor:
+    def memory(
+        self,
+        image: Tensor,
+        gps: Tensor,
+        text: Tensor,
+        neighbor_image: Tensor,
+        neighbor_gps: Tensor,
+        neighbor_text: Tensor,
+        neighbor_tokens: Tensor,
+        neighbor_places: Tensor | None = None,
+    ) -> Tensor:
         """Encode what the decoder may look at.
 
-        photo (B, 3, dim) image, gps and text embedding, neighbors (B, K, 3, dim), neighbor_tokens (B, K, T) int64
-        -> (B, 4 + K * (3 + T), d_model).
+        image, gps, text (B, dim) of the photo, (B, K, dim) of its neighbours, neighbor_tokens (B, K, T) int64 and, with
+        spherical positions, neighbor_places (B, K, 2) degrees -> (B, 4 + K * (3 + T), d_model). K may be less than the
+        configured number. Raises GeoError when there are more neighbours, or no places where they are needed.
         """
-        batch, k = neighbors.shape[:2]
-        query = torch.stack([layer(photo[:, i]) for i, layer in enumerate(self.inputs)], dim=1)
-        query = torch.cat([self.cls.expand(batch, 1, -1), query], dim=1) + self.query_kind
-        vectors = torch.stack([layer(neighbors[:, :, i]) for i, layer in enumerate(self.inputs)], dim=2)
-        cells = self.neighbor_tokens(neighbor_tokens + self.offsets)
-        around = torch.cat([vectors, cells], dim=2) + self.neighbor_kind + self.rank[:k, None]
-        states = torch.cat([query, around.flatten(1, 2)], dim=1)
-        for block in self.encoder:
-            states = block(states)
+        batch, k, length = neighbor_tokens.shape
+        if k > self.config.neighbors:
+            raise GeoError(f"the token model takes {self.config.neighbors} neighbours at most, not {k}")
+        layers = self.image_proj, self.loc_proj, self.text_proj
+        query = [normalize(layer(vector), dim=-1) for layer, vector in zip(layers, (image, gps, text), strict=True)]
+        around = zip(layers, (neighbor_image, neighbor_gps, neighbor_text), strict=True)
+        vectors = torch.stack([normalize(layer(vector), dim=-1) for layer, vector in around], dim=2)
+        cells = self.retrieval_embedding(neighbor_tokens + self.offsets)
+        near = torch.cat([vectors, cells], dim=2).flatten(1, 2)
+        states = torch.cat([self.cls_token.expand(batch, 1, -1), torch.stack(query, dim=1), near], dim=1)
+        # Without an order, every neighbour has the positions of the first.
+        each = 3 + length
+        place = torch.arange(4 + k * each, device=states.device)
+        if self.config.neighbor_positions != "sequence":
+            place = torch.where(place < 4, place, 4 + (place - 4) % each)
+        states = dropout(states + self.positions[place], self.config.dropout, self.training)
+        attend = self._attend(turns=self._turns(neighbor_places, each))
+        for block in cast(nn.ModuleList, self.encoder["layers"]):
+            states = block(states, attend)
         return states
+
+    def memory_of(
+        self, photo: Tensor, neighbors: Tensor, neighbor_tokens: Tensor, neighbor_places: Tensor | None = None
+    ) -> Tensor:
+        """:meth:`memory` of stacked embeddings: photo (B, 3, dim), neighbors (B, K, 3, dim)."""
+        image, gps, text = photo.unbind(1)
+        near_image, near_gps, near_text = neighbors.unbind(2)
+        return self.memory(image, gps, text, near_image, near_gps, near_text, neighbor_tokens, neighbor_places)
+
+    def _turns(self, places: Tensor | None, each: int) -> Tensor | None:
+        """The rotation (B, S, 3, 3) of each memory position: its neighbour's place, none for the photo itself."""
+        if self.config.neighbor_positions != "spherical":
+            return None
+        if places is None:
+            raise GeoError("spherical neighbour positions need neighbor_places: give the neighbours' coordinates")
+        turns = rotations(places).repeat_interleave(each, dim=1)
+        return torch.cat([torch.eye(3, device=turns.device).expand(len(turns), 4, 3, 3), turns], dim=1)
 
     def logits(self, memory: Tensor, tokens: Tensor) -> list[Tensor]:
         """Teacher forcing: memory (B, S, d_model), tokens (B, T) -> for each position t logits (B, V_t)."""
-        length = tokens.shape[1]
-        states = self.embed(tokens[:, : length - 1])
-        mask = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
-        for block in self.blocks:
-            states = block(states, mask=mask, memory=block.memory_keys(memory))
-        states = self.norm(states)
-        return [head(states[:, t]) for t, head in enumerate(self.heads[:length])]
+        states = self.states(memory, tokens[:, :-1])
+        return [layer(states[:, t]) for t, layer in enumerate(self.output_layers[: states.shape[1]])]
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Tokens (..., t) -> decoder inputs (..., t + 1, d_model), the start first."""
-        start = tokens.new_full((*tokens.shape[:-1], 1), self.tokens.num_embeddings - 1)
-        ids = torch.cat([start, tokens + self.offsets[: tokens.shape[-1]]], dim=-1)
-        states: Tensor = self.tokens(ids) + self.position[: ids.shape[-1]]
+    def states(self, memory: Tensor, tokens: Tensor) -> Tensor:
+        """Decoder states after the start and after each of the tokens (B, t) -> (B, t + 1, d_model)."""
+        batch, length = tokens.shape
+        words = self.embedding(tokens + self.offsets[:length])
+        states = torch.cat([self.start_token_embedding.expand(batch, 1, -1), words], dim=1)
+        states = dropout(states + self.positions[: length + 1], self.config.dropout, self.training)
+        attend = self._attend(mask=torch.ones(length + 1, length + 1, dtype=torch.bool, device=tokens.device).tril())
+        for block in self.blocks:
+            states = block(states, attend, block.memory_keys(memory))
         return states
+
+    def _attend(self, mask: Tensor | None = None, turns: Tensor | None = None) -> Attend:
+        rate = self.config.dropout if self.training else 0.0
+        return partial(attention, heads=self.config.heads, mask=mask, turns=turns, rate=rate)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> TokenModel:
         """Read ``tokens.json`` and ``tokens.safetensors`` of a folder. Raises GeoError when they do not fit."""
         return load_weights(cls, TokenConfig, Path(folder), "tokens")
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``tokens.json`` and ``tokens.safetensors``, parameters in half precision."""
-        save_weights(self, asdict(self.config), Path(folder), "tokens")
+    def save_pretrained(self, folder: str | Path, half: bool = False) -> None:
+        """Write ``tokens.json`` and ``tokens.safetensors``, parameters in half precision if asked."""
+        save_weights(self, asdict(self.config), Path(folder), "tokens", half)
+
+
+class Attention(nn.Module):
+    """The projections of multi-head attention; who attends to whom is the caller's."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.in_proj_weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(3 * d, d)))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * d))
+        self.out_proj = nn.Linear(d, d)
+
+    def project(self, states: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
+        """States (..., d) -> parts ``first`` to ``last`` of query, key and value, each (..., d)."""
+        d = self.in_proj_weight.shape[1]
+        rows = slice(first * d, last * d)
+        return linear(states, self.in_proj_weight[rows], self.in_proj_bias[rows]).chunk(last - first, dim=-1)
 
 
 class Block(nn.Module):
-    """Self-attention, attention to the memory where there is one, feed-forward; pre-norm."""
+    """Self-attention, attention to the memory where there is one, feed-forward."""
 
     def __init__(self, config: TokenConfig, cross: bool) -> None:
         super().__init__()
         d = config.d_model
-        self.n_heads = config.heads
-        self.norm_self, self.norm_ff = nn.LayerNorm(d), nn.LayerNorm(d)
-        self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
-        self.ff = nn.Sequential(nn.Linear(d, config.ff), nn.ReLU(), nn.Linear(config.ff, d))
+        self.n_heads, self.rate = config.heads, config.dropout
+        self.self_attn = Attention(d)
         if cross:
-            self.norm_cross = nn.LayerNorm(d)
-            self.query, self.keys, self.out_cross = nn.Linear(d, d), nn.Linear(d, 2 * d), nn.Linear(d, d)
+            self.multihead_attn = Attention(d)
+            self.norm3 = nn.LayerNorm(d)
+        self.linear1, self.linear2 = nn.Linear(d, config.ff), nn.Linear(config.ff, d)
+        self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
 
-    def forward(
-        self, states: Tensor, mask: Tensor | None = None, memory: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
-        """(B, L, d) -> (B, L, d); mask (L, L) true where a position may look; memory as :meth:`memory_keys`."""
-        query, key, value = self.self_keys(states)
-        return self.look_and_think(self.attend(states, query, key, value, mask), memory)
+    def forward(self, states: Tensor, attend: Attend, memory: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """(B, L, d) -> (B, L, d); ``attend`` does the self-attention, memory is of :meth:`memory_keys`."""
+        norms = [self.norm1, self.norm2] if memory is None else [self.norm1, self.norm2, self.norm3]
 
-    def attend(self, states: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Self-attention's outcome added to the states (..., L, d)."""
-        heard: Tensor = self.out(_merge(scaled_dot_product_attention(query, key, value, attn_mask=mask)))
-        return states + heard
+        def hear(x: Tensor) -> Tensor:
+            heard: Tensor = self.self_attn.out_proj(attend(*self.self_attn.project(x, 0, 3)))
+            return heard
 
-    def look_and_think(self, states: Tensor, memory: tuple[Tensor, Tensor] | None) -> Tensor:
-        """What follows self-attention: states (B, L, d) look at the memory, then the feed-forward layer."""
-        if memory is not None:
-            query = _split(self.query(self.norm_cross(states)), self.n_heads)
-            states = states + self.out_cross(_merge(scaled_dot_product_attention(query, *memory)))
-        thought: Tensor = self.ff(self.norm_ff(states))
-        return states + thought
+        def look(x: Tensor) -> Tensor:
+            assert memory is not None
+            query = split(self.multihead_attn.project(x, 0, 1)[0], self.n_heads)
+            seen = heed(query, *memory, rate=self.rate if self.training else 0.0)
+            found: Tensor = self.multihead_attn.out_proj(merge(seen))
+            return found
 
-    def self_keys(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value of self-attention, each (B, heads, L, d / heads)."""
-        query, key, value = self.qkv(self.norm_self(states)).chunk(3, dim=-1)
-        return _split(query, self.n_heads), _split(key, self.n_heads), _split(value, self.n_heads)
+        def think(x: Tensor) -> Tensor:
+            thought: Tensor = self.linear2(dropout(relu(self.linear1(x)), self.rate, self.training))
+            return thought
+
+        steps = [hear, think] if memory is None else [hear, look, think]
+        for norm, step in zip(norms, steps, strict=True):
+            states = norm(states + dropout(step(states), self.rate, self.training))
+        return states
 
     def memory_keys(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Key and value of the memory, computed once a photo: each (B, heads, S, d / heads)."""
-        key, value = self.keys(memory).chunk(2, dim=-1)
-        return _split(key, self.n_heads), _split(value, self.n_heads)
+        key, value = self.multihead_attn.project(memory, 1, 3)
+        return split(key, self.n_heads), split(value, self.n_heads)
 
 
-def _split(states: Tensor, heads: int) -> Tensor:
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: int,
+    mask: Tensor | None = None,
+    turns: Tensor | None = None,
+    rate: float = 0.0,
+) -> Tensor:
+    """Multi-head attention: (B, L, d), (B, S, d), (B, S, d) -> (B, L, d).
+
+    mask: true where a query may look. turns (B, L, 3, 3): rotations of the places of queries and keys alike.
+    """
+    query, key, value = split(query, heads), split(key, heads), split(value, heads)
+    if turns is not None:
+        query, key = rotate(query, turns), rotate(key, turns)
+    return merge(heed(query, key, value, mask, rate))
+
+
+def heed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, rate: float = 0.0) -> Tensor:
+    """Scaled dot-product attention over (B, heads, L, d / heads)."""
+    if not (torch.is_grad_enabled() and query.device.type == "cpu"):
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=rate)
+    # The fused kernel's backward pass in bf16 takes six times as long on a CPU as these products.
+    weights = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    if mask is not None:
+        weights = weights.masked_fill(~mask, -torch.inf)
+    return dropout(weights.softmax(-1), rate, rate > 0) @ value
+
+
+def split(states: Tensor, heads: int) -> Tensor:
+    """(B, L, d) -> (B, heads, L, d / heads)."""
     return states.view(*states.shape[:-1], heads, -1).transpose(-3, -2)
 
 
-def _merge(states: Tensor) -> Tensor:
+def merge(states: Tensor) -> Tensor:
+    """(B, heads, L, d / heads) -> (B, L, d)."""
     return states.transpose(-3, -2).flatten(-2)
+
+
+def _sinusoids(length: int, d: int) -> Tensor:
+    """Positions (length, d) of Vaswani et al. (2017): sines and cosines of growing wavelength, in turn."""
+    angle = torch.arange(length)[:, None] * torch.exp(torch.arange(0, d, 2) * (-math.log(10_000.0) / d))
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)

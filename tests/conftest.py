@@ -36,14 +36,14 @@ def tiny_tokens(config: TokenConfig = TOKENS) -> TokenModel:
         torch.manual_seed(1)
         model = TokenModel(config)
         with torch.no_grad():
-            for head in model.heads:
+            for head in model.output_layers:
                 assert isinstance(head, torch.nn.Linear)
                 head.weight *= 4.0
     return model.eval()
 
 
 def inputs(batch: int, neighbors: int = 3, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """For the tiny token model: photo (B, 3, dim), neighbours (B, K, 3, dim) and their tokens (B, K, T)."""
+    """For ``memory_of`` of the tiny model: photo (B, 3, dim), neighbours (B, K, 3, dim), their tokens (B, K, T)."""
     generator = torch.Generator().manual_seed(seed)
     photo = torch.randn(batch, 3, TOKENS.dim, generator=generator)
     near = torch.randn(batch, neighbors, 3, TOKENS.dim, generator=generator)

@@ -20,7 +20,7 @@ BATCH = 4
 @pytest.fixture(scope="module")
 def memory(token_model: TokenModel) -> Tensor:
     with torch.no_grad():
-        return token_model.memory(*inputs(BATCH))
+        return token_model.memory_of(*inputs(BATCH))
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def small() -> TokenModel:
 def small_memory(small: TokenModel) -> Tensor:
     photo, near, tokens = inputs(BATCH)
     with torch.no_grad():
-        return small.memory(photo, near, tokens[..., :2])
+        return small.memory_of(photo, near, tokens[..., :2])
 
 
 @torch.no_grad()

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rag_geotoken import selection
+from rag_geotoken import selection, stages
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.demo import make_index
 from rag_geotoken.errors import GeoError
-from rag_geotoken.files import write_json
+from rag_geotoken.files import file_sha256, write_json
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.pipeline import Geolocator, encoder_id
-from rag_geotoken.token_model import TokenModel
+from rag_geotoken.token_model import TokenConfig, TokenModel
 
+Log = Callable[[str], None]
 GALLERY = "blue-marble:gallery"
 SETTINGS: dict[str, dict[str, Any]] = {
     "alignment": {"steps": int, "batch": int, "rate": float, "seed": int},
-    "tokens": {"views": int, "epochs": int, "batch": int, "rate": float, "seed": int},
+    "tokens": {
+        "source": str,
+        "held_out": int,
+        "neighbor_positions": str,
+        "epochs": int,
+        "batch": int,
+        "rate": float,
+        "seed": int,
+    },
     "tuning": {"source": str},
 }
 LEAST = {"seed": 0, "rate": 1e-9}  # every other number at least 1
@@ -48,14 +60,35 @@ def train(what: str, recipe: dict[str, Any], out: Path) -> None:
     make_index(folder, GALLERY, alignment, out)
     index = GeoIndex.load(folder)
     if what == "tokens":
-        from rag_geotoken.training.tokens import train_tokens
-
-        train_tokens(alignment, index, **settings, log=log).save_pretrained(out)
+        _train_tokens(alignment, index, folder, settings, out, log)
         return
     from rag_geotoken.training.tuning import tune
 
     geolocator = Geolocator(alignment, TokenModel.from_pretrained(out), index, selection.Tuning(), encoder_id(out))
     write_json(out / "tuning.json", asdict(tune(geolocator, **settings, log=log)))
+
+
+def _train_tokens(
+    alignment: GeoAlignment, index: GeoIndex, folder: Path, settings: dict[str, Any], out: Path, log: Log
+) -> None:
+    """Photos through the stages photos, embeddings and neighbours, then the training itself."""
+    from accelerate import PartialState
+
+    from rag_geotoken.training.tokens import read_photos, train_tokens
+
+    config = TokenConfig(dim=alignment.config.dim, neighbor_positions=settings["neighbor_positions"])
+    # "gallery" is GeoToken's way: the index's own photos, each without itself among its neighbours.
+    photos = folder / "stages" if settings["source"] == "gallery" else out.with_name(f"{out.name}-photos")
+    with PartialState().main_process_first():
+        if settings["source"] != "gallery":
+            stages.write_photos(photos, settings["source"])
+            stages.encode(photos, alignment, encoder_id(out))
+        neighbors = stages.search(photos, index, config.neighbors, selection.Tuning().search_weights)
+    facts = {"settings": settings, "config": asdict(config), "photos": file_sha256(neighbors)}
+    identity = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    train_on, validation = read_photos(photos, index, config, settings["held_out"], settings["seed"])
+    numbers = {name: settings[name] for name in ("epochs", "batch", "rate", "seed")}
+    train_tokens(config, index, train_on, validation, out, identity, **numbers, log=log)
 
 
 def _settings(recipe: dict[str, Any], what: str) -> dict[str, Any]:

@@ -1,8 +1,11 @@
-"""Train the token model on Blue Marble views with their neighbours in the gallery."""
+"""Train the token model on the photos of a source with their neighbours in a gallery."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,98 +14,166 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from rag_geotoken.alignment import GeoAlignment
+from rag_geotoken import stages
 from rag_geotoken.cells import S2Tokenizer
 from rag_geotoken.errors import GeoError
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.selection import Tuning
-from rag_geotoken.sources import blue_marble
+from rag_geotoken.tables import read_table
 from rag_geotoken.token_model import TokenConfig, TokenModel
+from rag_geotoken.training.checkpoint import load_checkpoint, save_checkpoint
 from rag_geotoken.training.schedule import one_cycle
+
+CHECKS = 10  # looks at the validation photos in a training, each with a checkpoint
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Photos:
+    """N photos as a training reads them: embeddings (N, 3, dim) half, neighbours' rows (N, K), tokens (N, T) int64."""
+
+    vectors: Tensor
+    neighbors: Tensor
+    tokens: Tensor
+
+    def to(self, device: torch.device) -> Photos:
+        """The same on a device."""
+        return Photos(self.vectors.to(device), self.neighbors.to(device), self.tokens.to(device))
 
 
 def train_tokens(
-    alignment: GeoAlignment,
+    config: TokenConfig,
     index: GeoIndex,
-    views: int,
+    photos: Photos,
+    validation: Photos,
+    out: Path,
+    identity: str,
+    *,
     epochs: int,
     batch: int,
     rate: float,
     seed: int,
-    log: Callable[[str], None],
+    log: Log,
 ) -> TokenModel:
-    """Train on ``views`` photos of the split ``train``, drawn with another seed than the alignment's own.
+    """Train, write the weights that do best on the validation photos into ``out`` and return them.
 
-    Cross-entropy a position, its weight falling linearly from 2 (face) to 1 (last), as in GeoToken. Returns the model
-    in evaluation mode. The views are no gallery photos, so no photo is its own neighbour.
+    Cross-entropy a position, its weight falling linearly from 2 (face) to 1 (last), as in GeoToken; AdamW, one cosine
+    cycle, bf16. With several processes each takes its part of every batch. ``OUT-checkpoint.safetensors`` lets a
+    stopped training with the same identity go on; it ends in the same weights as one that ran through. Raises GeoError
+    when the photos do not fill a batch or the processes cannot share one.
     """
-    if views < batch:
-        raise GeoError(f"views = {views} do not fill one batch of {batch}: draw more or make it smaller")
+    accelerator = Accelerator(mixed_precision="bf16")
+    here, world = accelerator.process_index, accelerator.num_processes
+    if len(photos.tokens) < batch or batch % world:
+        raise GeoError(f"{len(photos.tokens)} photos, batches of {batch}, {world} processes: the first must fill the "
+                       "second, and the third divide it")  # fmt: skip
     torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    config = TokenConfig(dim=alignment.config.dim)
-    tokenizer = S2Tokenizer(config.level, config.group)
-    photo, rows, places = embed_views(alignment, index, views, config.neighbors, seed, log)
-    target = torch.from_numpy(tokenizer.encode(places[:, 0], places[:, 1]))
-    gallery_tokens = torch.from_numpy(tokenizer.encode(*index.lat_lon.T))
-    gallery = torch.from_numpy(index.vectors(np.arange(index.faiss_index.ntotal))).half()
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-    model = _Loss(TokenModel(config))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.02)
-    steps = views // batch
-    schedule = one_cycle(optimizer, rate, steps * epochs)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    model.train()
-    for epoch in range(epochs):
-        order = rng.permutation(views)
-        for step in range(steps):
-            drawn = torch.from_numpy(order[step * batch : (step + 1) * batch])
-            near = rows[drawn]
-            losses = model(photo[drawn].float(), gallery[near].float(), gallery_tokens[near], target[drawn])
-            position_weights = torch.linspace(2.0, 1.0, losses.numel())
-            optimizer.zero_grad()
-            accelerator.backward((losses * position_weights).sum() / position_weights.sum())
-            accelerator.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            if step % 100 == 0 or step == steps - 1:
-                shown = " ".join(f"{loss:.3f}" for loss in losses.tolist())
-                log(f"epoch {epoch + 1} of {epochs}, step {step + 1} of {steps}: loss a position {shown}")
-    trained: TokenModel = accelerator.unwrap_model(model).tokens
-    return trained.eval()
+    losses = Losses(TokenModel(config), index)
+    adam = torch.optim.AdamW(losses.parameters(), lr=rate, weight_decay=0.02)
+    kept = out.with_name(f"{out.name}-checkpoint.safetensors")
+    facts = load_checkpoint(kept, losses, adam, identity) or {"identity": identity, "step": 0, "best": None}
+    each = len(photos.tokens) // batch
+    steps = each * epochs
+    schedule = one_cycle(adam, rate, steps, facts["step"])
+    model, optimizer = accelerator.prepare(losses, adam)
+    photos, validation = photos.to(accelerator.device), validation.to(accelerator.device)
+    checks = {round(steps * (i + 1) / CHECKS) for i in range(CHECKS)}
+    # Order and dropout follow from the step, not from what came before: a resumed training draws the same.
+    order = cache(lambda epoch: np.random.default_rng([seed, epoch]).permutation(len(photos.tokens)))
+    for step in range(facts["step"], steps):
+        epoch, at = divmod(step, each)
+        torch.manual_seed(seed + step * world + here)
+        drawn = torch.from_numpy(order(epoch)[at * batch : (at + 1) * batch][here::world]).to(accelerator.device)
+        loss = weighted(model.train()(photos, drawn))
+        optimizer.zero_grad()
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step + 1 not in checks:
+            continue
+        found = validate(losses, validation, batch)
+        value = float(weighted(found))
+        better = facts["best"] is None or value < facts["best"]
+        facts = facts | {"step": step + 1, "best": value if better else facts["best"]}
+        if accelerator.is_main_process:
+            if better:
+                losses.tokens.save_pretrained(out, half=True)
+            save_checkpoint(kept, losses, adam, facts)
+            shown = " ".join(f"{x:.4f}" for x in found.tolist())
+            log(f"step {step + 1} of {steps}: validation loss {value:.4f}, a position {shown}")
+    accelerator.wait_for_everyone()
+    return TokenModel.from_pretrained(out)
 
 
-def embed_views(
-    alignment: GeoAlignment,
-    index: GeoIndex,
-    count: int,
-    neighbors: int,
-    seed: int,
-    log: Callable[[str], None],
-) -> tuple[Tensor, Tensor, NDArray[np.float64]]:
-    """Draw views of ``train`` -> embeddings (N, 3, dim) half, rows of their neighbours (N, K), places (N, 2)."""
-    views = blue_marble.draw_views("train", count, seed)
-    photo = torch.empty(count, 3, alignment.config.dim, dtype=torch.float16)
-    rows = torch.empty(count, neighbors, dtype=torch.int64)
-    for start in range(0, count, 4096):
-        part = slice(start, min(start + 4096, count))
-        vectors = alignment.embed(blue_marble.cut(views[part]))
-        photo[part] = torch.from_numpy(vectors).half()
-        rows[part] = torch.from_numpy(index.search(vectors, neighbors, Tuning().search_weights).rows)
-        if start % (4096 * 16) == 0:
-            log(f"embedded {part.stop} of {count} views")
-    return photo, rows, views[:, :2]
+def weighted(losses: Tensor) -> Tensor:
+    """The losses of the positions (T,) in one: weights fall linearly from 2 to 1 and add up to 1."""
+    weights = torch.linspace(2.0, 1.0, len(losses), device=losses.device)
+    return (losses * weights).sum() / weights.sum()
 
 
-class _Loss(nn.Module):
-    """Mean cross-entropy of each position."""
+@torch.no_grad()
+def validate(losses: Losses, photos: Photos, batch: int) -> Tensor:
+    """The mean loss of each position (T,) over all photos."""
+    losses.eval()
+    rows = torch.arange(len(photos.tokens), device=photos.tokens.device)
+    parts = [losses(photos, part) * len(part) for part in torch.split(rows, batch)]  
+    return torch.stack(parts).sum(dim=0) / len(photos.tokens)
 
-    def __init__(self, tokens: TokenModel) -> None:
+
+class Losses(nn.Module):
+    """Mean cross-entropy of each position, neighbours looked up in the gallery."""
+
+    def __init__(self, tokens: TokenModel, index: GeoIndex) -> None:
         super().__init__()
         self.tokens = tokens
+        vectors = torch.from_numpy(index.vectors(np.arange(index.faiss_index.ntotal))).half()
+        self.register_buffer("gallery", vectors, persistent=False)
+        cells = S2Tokenizer(tokens.config.level, tokens.config.group).encode(*index.lat_lon.T)
+        self.register_buffer("cells", torch.from_numpy(cells), persistent=False)
+        self.register_buffer("places", torch.from_numpy(index.lat_lon), persistent=False)
 
-    def forward(self, photo: Tensor, neighbors: Tensor, neighbor_tokens: Tensor, target: Tensor) -> Tensor:
-        memory = self.tokens.memory(photo, neighbors, neighbor_tokens)
-        logits = self.tokens.logits(memory, target)
-        losses = [cross_entropy(logit.float(), target[:, t]) for t, logit in enumerate(logits)]
-        return torch.stack(losses)
+    gallery: Tensor
+    cells: Tensor
+    places: Tensor
+
+    def memory(self, photos: Photos, drawn: Tensor) -> Tensor:
+        """The token model's memory of the photos at ``drawn`` (B,)."""
+        rows = photos.neighbors[drawn]
+        query, near = photos.vectors[drawn].float(), self.gallery[rows].float()
+        return self.tokens.memory_of(query, near, self.cells[rows], self.places[rows])
+
+    def forward(self, photos: Photos, drawn: Tensor) -> Tensor:
+        """Losses (T,) of the photos at ``drawn`` (B,)."""
+        target = photos.tokens[drawn]
+        logits = self.tokens.logits(self.memory(photos, drawn), target)
+        return torch.stack([cross_entropy(logit.float(), target[:, t]) for t, logit in enumerate(logits)])
+
+
+def read_photos(folder: Path, index: GeoIndex, config: TokenConfig, held_out: int, seed: int) -> tuple[Photos, Photos]:
+    """Photos to train on, from a folder's tables up to its neighbours, and ``held_out`` of the gallery to validate.
+
+    Where the gallery is trained on, the held-out photos and all that show the same pixels are left out. A photo is
+    never its own neighbour: GeoToken skips the first hit, here whatever has the photo's own pixels is passed over.
+    Raises GeoError when nothing is left to train on.
+    """
+    tokenizer = S2Tokenizer(config.level, config.group)
+    rows = np.random.default_rng([seed, held_out]).permutation(index.faiss_index.ntotal)[:held_out]
+    vectors = index.vectors(rows)
+    digests = index.rows["digest"].take(rows).to_pylist()
+    near = index.search(vectors, config.neighbors, Tuning().search_weights, digests).rows
+    validation = _photos(vectors, near, tokenizer.encode(*index.lat_lon[rows].T))
+    ids, vectors, own = stages.read_embeddings(folder)
+    photos = read_table(folder / "photos.parquet", ["id", "lat", "lon"])
+    lat_lon = zip(photos["lat"].to_pylist(), photos["lon"].to_pylist(), strict=True)
+    place_of = dict(zip(photos["id"].to_pylist(), lat_lon, strict=True))
+    places = np.array([place_of[name] for name in ids], np.float64)
+    kept = np.isfinite(places).all(axis=1) & ~np.isin(own, digests)
+    if not kept.any():
+        raise GeoError(f"{folder.name} has no photo with a place that is not held out: hold out fewer")
+    near = stages.read_neighbors(folder).rows
+    return _photos(vectors[kept], near[kept], tokenizer.encode(*places[kept].T)), validation
+
+
+def _photos(vectors: NDArray[np.float32], neighbors: NDArray[np.int64], tokens: NDArray[np.int64]) -> Photos:
+    return Photos(*map(torch.from_numpy, (vectors.astype(np.float16), neighbors, tokens)))

@@ -15,11 +15,11 @@ EARTH = Path(__file__).parent / "earth"
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def save_weights(model: nn.Module, config: dict[str, Any], folder: Path, name: str) -> None:
-    """Write ``NAME.json`` and ``NAME.safetensors``: parameters in half precision, buffers as they are."""
+def save_weights(model: nn.Module, config: dict[str, Any], folder: Path, name: str, half: bool = True) -> None:
+    """Write ``NAME.json`` and ``NAME.safetensors``: parameters in half precision if asked, buffers as they are."""
     from safetensors.torch import save
 
-    parameters = {key for key, _ in model.named_parameters()}
+    parameters = {key for key, _ in model.named_parameters()} if half else set()
     tensors = {key: value.half() if key in parameters else value for key, value in model.state_dict().items()}
     packed = save({key: value.contiguous() for key, value in tensors.items()})
     write_whole(folder / f"{name}.safetensors", lambda path: _fill(path, packed))

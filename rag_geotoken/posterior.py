@@ -1,0 +1,84 @@
+"""What is believed of a photo as a whole: S2 cells of any level that share out a mass of one.
+
+Cells of a level differ in area by up to a factor of 2.1; the mean of the level is used throughout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from rag_geotoken.cells import cell_centers, cell_level, parent_ids
+from rag_geotoken.geo import EARTH_RADIUS_KM, haversine_km
+from rag_geotoken.metrics import RADII_KM
+
+Floats = NDArray[np.float64]
+EARTH_KM2 = 4 * np.pi * EARTH_RADIUS_KM**2
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """Disjoint S2 cells of each photo: cells (B, M) uint64 ids, mass (B, M) adding up to 1, largest first.
+
+    Photos with fewer cells are filled up with their last cell at a mass of zero.
+    """
+
+    cells: NDArray[np.uint64]
+    mass: NDArray[np.float32]
+
+
+def area_km2(cells: ArrayLike) -> Floats:
+    """The mean area of a cell of each cell's level."""
+    return np.asarray(EARTH_KM2 / (6.0 * 4.0 ** cell_level(cells)), np.float64)
+
+
+def effective_area_km2(posterior: Posterior) -> Floats:
+    """exp(spatial entropy) (B,): the area over which an even spread would be as uncertain.
+
+    Spatial entropy is -sum m ln(m / area). By hand: all mass in one cell gives that cell's area, half in each of two
+    equal cells gives twice that.
+    """
+    mass = posterior.mass.astype(np.float64)
+    terms = mass * np.log(np.maximum(mass, 1e-30) / area_km2(posterior.cells))
+    areas: Floats = np.exp(-terms.sum(axis=1))
+    return areas
+
+
+def chance_within(posterior: Posterior, lat_lon: Floats, radii: ArrayLike = RADII_KM) -> Floats:
+    """The mass (B, R) within each radius in km of the places (B, 2).
+
+    A cell counts as a disk of its area that a circle crosses evenly: by half when its centre lies on it.
+    """
+    lat, lon = cell_centers(posterior.cells)
+    km = haversine_km(lat, lon, lat_lon[:, :1], lat_lon[:, 1:])
+    reach = np.sqrt(area_km2(posterior.cells) / np.pi)
+    share = [np.clip(0.5 + (radius - km) / (2 * reach), 0.0, 1.0) for radius in np.asarray(radii, np.float64)]
+    chances: Floats = np.clip(np.einsum("rbm,bm->br", np.stack(share), posterior.mass), 0.0, 1.0)
+    return chances
+
+
+def heat_map(posterior: Posterior, row: int, height: int = 180, detail: int = 7) -> Floats:
+    """One photo's mass on a map (height, 2 * height), north up, from 180 W: each pixel the mass in it, in all 1.
+
+    Cells coarser than S2 level ``detail`` are spread over their descendants of that level.
+    """
+    heat = np.zeros((height, 2 * height))
+    cells, mass = posterior.cells[row], posterior.mass[row].astype(np.float64)
+    levels = cell_level(cells)
+    for level in np.unique(levels):
+        here = levels == level
+        below = _descendants(cells[here], int(level), max(int(level), detail))
+        lat, lon = cell_centers(below)
+        rows = np.clip(((90.0 - lat) / 180.0 * height).astype(int), 0, height - 1)
+        columns = np.clip(((lon + 180.0) / 180.0 * height).astype(int), 0, 2 * height - 1)
+        np.add.at(heat, (rows, columns), mass[here][:, None] / below.shape[1])
+    return heat
+
+
+def _descendants(cells: NDArray[np.uint64], level: int, deeper: int) -> NDArray[np.uint64]:
+    """Cells (N,) of one level -> (N, 4**(deeper - level)), their parts at a deeper one."""
+    first = parent_ids(cells - (cells & (~cells + np.uint64(1))) + np.uint64(1), deeper)
+    steps = np.arange(4 ** (deeper - level), dtype=np.uint64) << np.uint64(61 - 2 * deeper)
+    return first[:, None] + steps

@@ -1,0 +1,59 @@
+"""Checkpoints that resume exactly: parameters, AdamW's moments and the step, in one safetensors file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rag_geotoken.errors import GeoError
+from rag_geotoken.files import write_whole
+
+
+def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, facts: dict[str, Any]) -> None:
+    """Write a checkpoint, whole or not at all. ``facts``: JSON values, among them what tells this training apart."""
+    from safetensors.torch import save
+
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
+    packed = save({name: value.contiguous() for name, value in tensors.items()}, {"facts": json.dumps(facts)})
+    write_whole(path, lambda beside: _fill(beside, packed))
+
+
+def _fill(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def load_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: str
+) -> dict[str, Any] | None:
+    """Fill model and optimizer -> the facts; None where there is no checkpoint of a training with this identity.
+
+    Raises GeoError for a file that is broken.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            facts: dict[str, Any] = json.loads(file.metadata()["facts"])
+            if facts["identity"] != identity:
+                return None
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            if name.startswith("optimizer."):
+                _, index, kind = name.split(".")
+                moments.setdefault(int(index), {})[kind] = value
+        weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise GeoError(f"the checkpoint {path} is broken: {reason}; delete it to begin again") from None
+    return facts
