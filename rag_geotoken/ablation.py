@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,55 +11,93 @@ from numpy.typing import NDArray
 
 from rag_geotoken import selection, stages
 from rag_geotoken.geo import haversine_km
-from rag_geotoken.pipeline import Geolocator
+from rag_geotoken.pipeline import VERIFIERS, Geolocator
+from rag_geotoken.pool import neighbor_pool, posterior_pool
+from rag_geotoken.posterior import Posterior, effective_area_km2
+from rag_geotoken.run_tables import (
+    read_candidates,
+    read_neighbors,
+    read_pool,
+    read_posterior,
+    read_predictions,
+    read_verdicts,
+)
 from rag_geotoken.tables import read_table
 from rag_geotoken.types import BEAM, GREEDY, SAMPLE, Candidates, Neighbors, Pool, Predictions
 
-# Variant -> the tables its decision reads.
-VARIANTS = {
-    "nearest": ["neighbours"],
-    "density": ["neighbours"],
-    "tokens-greedy": ["candidates"],
-    "tokens-beam": ["candidates"],
-    "tokens-samples": ["candidates"],
-    "pool": ["pool"],
-    "pool+alignment": ["pool", "verdicts"],
+NEIGHBORS, CELLS, POSTERIOR, POOL = ["neighbours"], ["candidates"], ["posterior"], ["pool"]
+ALIGNED, REWARDED = [*POOL, "verdicts-alignment"], [*POOL, "verdicts-reward"]
+BOTH = [*ALIGNED, "verdicts-reward"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """The tables of a run that decisions are made from."""
+
+    neighbors: Neighbors
+    candidates: Candidates
+    posterior: Posterior
+    pool: Pool
+    scores: dict[str, NDArray[np.float32]]
+
+
+Decision = Callable[[Run, Geolocator], Predictions]
+
+
+def _cells_of(source: int, run: Run, geolocator: Geolocator) -> Pool:
+    """The candidates of one kind as a pool of their own."""
+    keep = run.candidates.source[0] == source
+    cells = run.candidates
+    return geolocator.pool(None, Candidates(cells.tokens[:, keep], cells.log_prob[:, keep], cells.source[:, keep]))
+
+
+def _verified(*names: str) -> Decision:
+    return lambda run, locator: selection.decide(run.pool, {n: run.scores[n] for n in names}, locator.tuning)
+
+
+def _density(run: Run, locator: Geolocator) -> Predictions:
+    return selection.density(neighbor_pool(run.neighbors, locator.tuning.density_scale), locator.tuning)
+
+
+def _snapped(run: Run, locator: Geolocator) -> Predictions:
+    return selection.snap(_verified("alignment")(run, locator), run.neighbors, locator.tokenizer)
+
+
+# Variant -> the tables its decision reads, and the decision.
+VARIANTS: dict[str, tuple[list[str], Decision]] = {
+    "nearest": (NEIGHBORS, lambda run, to: selection.nearest(run.neighbors, to.tuning)),
+    "density": (NEIGHBORS, _density),
+    "tokens-greedy": (CELLS, lambda run, to: selection.log_probability(_cells_of(GREEDY, run, to), to.tuning)),
+    "tokens-beam": (CELLS, lambda run, to: selection.log_probability(_cells_of(BEAM, run, to), to.tuning)),
+    "tokens-samples": (CELLS, lambda run, to: selection.minimum_bayes_risk(_cells_of(SAMPLE, run, to), to.tuning)),
+    "tokens-frontier": (
+        POSTERIOR,
+        lambda run, to: selection.minimum_bayes_risk(posterior_pool(run.posterior), to.tuning),
+    ),
+    "pool-log-prob": (POOL, lambda run, to: selection.log_probability(run.pool, to.tuning)),
+    "pool-medoid": (POOL, lambda run, to: selection.medoid(run.pool, to.tuning)),
+    "pool-density": (POOL, lambda run, to: selection.density(run.pool, to.tuning)),
+    "pool-mean-shift": (POOL, lambda run, to: selection.mean_shift(run.pool, to.tuning)),
+    "pool-mbr-25": (POOL, lambda run, to: selection.minimum_bayes_risk(run.pool, to.tuning, 25)),
+    "pool-mbr-200": (POOL, lambda run, to: selection.minimum_bayes_risk(run.pool, to.tuning, 200)),
+    "pool": (POOL, _verified()),
+    "pool-similarity": (ALIGNED, lambda run, to: selection.highest(run.pool, run.scores["alignment"], to.tuning)),
+    "pool-reward": (REWARDED, lambda run, to: selection.highest(run.pool, run.scores["reward"], to.tuning)),
+    "pool+reward": (REWARDED, _verified("reward")),
+    "pool+alignment": (ALIGNED, _verified("alignment")),
+    "pool+alignment+reward": (BOTH, _verified("alignment", "reward")),
+    "pool+alignment+snap": ([*ALIGNED, "neighbours"], _snapped),
 }
 
 
 def decide_all(folder: Path, geolocator: Geolocator) -> None:
     """Write ``predictions-VARIANT.parquet`` for every variant of a run whose stages are done."""
-    entries = stages.read_pool(folder)
-    neighbors, candidates = stages.read_neighbors(folder), stages.read_candidates(folder)
-    scores = stages.read_verdicts(folder, entries)
-    for name, decision in decisions(geolocator, neighbors, candidates, entries, scores).items():
-        stages.write_decision(folder, name, geolocator, VARIANTS[name], decision)
-
-
-def decisions(
-    geolocator: Geolocator,
-    neighbors: Neighbors,
-    candidates: Candidates,
-    entries: Pool,
-    scores: NDArray[np.float32],
-) -> dict[str, Predictions]:
-    """Every variant's decision; a single method is a pool of its own kind alone."""
-    tuning = geolocator.tuning
-
-    def alone(source: int) -> Pool:
-        keep = candidates.source[0] == source
-        part = Candidates(candidates.tokens[:, keep], candidates.log_prob[:, keep], candidates.source[:, keep])
-        return geolocator.pool(None, part)
-
-    return {
-        "nearest": selection.nearest(neighbors, tuning),
-        "density": selection.density(neighbors, tuning),
-        "tokens-greedy": selection.log_probability(alone(GREEDY), tuning),
-        "tokens-beam": selection.log_probability(alone(BEAM), tuning),
-        "tokens-samples": selection.minimum_bayes_risk(alone(SAMPLE), tuning),
-        "pool": selection.decide(entries, None, tuning),
-        "pool+alignment": selection.decide(entries, scores, tuning),
-    }
+    pool, posterior = read_pool(folder), read_posterior(folder)
+    scores = {verifier: read_verdicts(folder, pool, verifier) for verifier in VERIFIERS}
+    run = Run(read_neighbors(folder), read_candidates(folder), posterior, pool, scores)
+    area = effective_area_km2(posterior)
+    for name, (inputs, decision) in VARIANTS.items():
+        stages.write_decision(folder, name, geolocator, [*inputs, "posterior"], decision(run, geolocator), area)
 
 
 def oracle(folder: Path) -> NDArray[np.float64]:
@@ -65,7 +105,13 @@ def oracle(folder: Path) -> NDArray[np.float64]:
     photos = read_table(folder / "photos.parquet", ["lat", "lon"])
     good = read_table(folder / "embeddings.parquet", ["error"])["error"].is_null().to_numpy()
     truth = np.column_stack([photos["lat"].to_numpy(), photos["lon"].to_numpy()])[good]
-    found = stages.read_neighbors(folder).lat_lon
+    found = read_neighbors(folder).lat_lon
     km = np.full(len(photos), np.nan)
     km[good] = haversine_km(truth[:, :1], truth[:, 1:], found[..., 0], found[..., 1]).min(axis=1)
     return km
+
+
+def distances(folder: Path, variant: str) -> NDArray[np.float64]:
+    """Distance (N,) of a variant's answers, NaN where there is none."""
+    truth, answers, _ = read_predictions(folder / f"predictions-{variant}.parquet")
+    return haversine_km(*truth.T, *answers.T)

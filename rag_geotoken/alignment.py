@@ -122,9 +122,9 @@ class GeoAlignment(nn.Module):
         """Read ``alignment.json`` and ``alignment.safetensors`` of a folder. Raises GeoError when they do not fit."""
         return load_weights(cls, AlignmentConfig, Path(folder), "alignment")
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``alignment.json`` and ``alignment.safetensors``, parameters in half precision."""
-        save_weights(self, asdict(self.config), Path(folder), "alignment")
+    def save_pretrained(self, folder: str | Path, half: bool = False) -> None:
+        """Write ``alignment.json`` and ``alignment.safetensors``, parameters in half precision if asked."""
+        save_weights(self, asdict(self.config), Path(folder), "alignment", half)
 
 
 def _mlp(*widths: int) -> nn.Sequential:

@@ -125,18 +125,10 @@ class S2Tokenizer:
 
 
 def cell_ids(lat: ArrayLike, lon: ArrayLike, level: int = MAX_LEVEL) -> Ids:
-    """Ids of the S2 cells at `level` (0 to 30) that hold the points, equal to s2sphere's bit for bit.
+    """Degrees to the ids (uint64) of the S2 cells that hold the points, equal to s2sphere's bit for bit.
 
-    Args:
-        lat: degrees, any shape.
-        lon: degrees in -180..180, a shape that broadcasts with `lat`.
-        level: S2 level; 0 is a face of the cube, 20 about 10 m, 30 about 1 cm.
-
-    Returns:
-        uint64 ids in the broadcast shape.
-
-    Raises:
-        GeoError: a coordinate is not finite or out of range, the shapes do not broadcast, or the level does not exist.
+    The shapes of lat and lon (-180..180) broadcast. Level 0 is a face of the cube, 20 about 10 m, 30 about 1 cm.
+    Raises GeoError for a coordinate not finite or out of range, shapes that do not broadcast, or a level S2 lacks.
     """
     _check_level(level)
     lats, lons = np.broadcast_arrays(*check_lat_lon(lat, lon))
@@ -167,15 +159,15 @@ def cell_level(ids: ArrayLike) -> Ints:
 
 
 def parent_ids(ids: ArrayLike, level: ArrayLike) -> Ids:
-    """Ids (...) of the cells at `level` (one for all, or one each) that contain the given cells.
+    """Ids (...) of the cells at `level` (one for all, one each: they broadcast) that contain the given cells.
 
-    Raises GeoError where a cell is coarser than that.
+    Raises GeoError where a cell is coarser than that, and for a level or an id that S2 lacks.
     """
     _check_level(level)
-    checked = _check_ids(ids)
-    low = np.broadcast_to(_log2_size(checked) > MAX_LEVEL - np.asarray(level), checked.shape)
+    checked, levels = np.broadcast_arrays(_check_ids(ids), level)
+    low = _log2_size(checked) > MAX_LEVEL - levels
     if low.any():
-        coarse, wanted = checked[low][0], np.broadcast_to(level, checked.shape)[low][0]
+        coarse, wanted = checked[low][0], levels[low][0]
         raise GeoError(f"cell id {coarse} is of level {cell_level(coarse)}: it has no parent of level {wanted}")
     return _parents(checked, level)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -20,8 +20,10 @@ app = typer.Typer(
 )
 index_app = typer.Typer(help="Build an index of photos, look at one, search one.", no_args_is_help=True)
 train_app = typer.Typer(help="Train the embedded models again, from a seed.", no_args_is_help=True)
+convert_app = typer.Typer(help="Turn weights of peers, once, into safetensors that load here.", no_args_is_help=True)
 app.add_typer(index_app, name="index")
 app.add_typer(train_app, name="train")
+app.add_typer(convert_app, name="convert")
 
 Weights = Annotated[Path | None, typer.Option(help="Folder of model weights; the embedded Earth models unless given.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
@@ -116,9 +118,15 @@ def locate(
     beam_width: Annotated[int, typer.Option(min=1, max=1000)] = 10,
     samples: Annotated[int, typer.Option(min=1, max=1000)] = 40,
     temperature: Annotated[float, typer.Option(min=0.01, max=10.0, help="Of the samples.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Sample the likeliest tokens up to this.")] = 1.0,
+    epsilon: Annotated[float, typer.Option(min=0.0, max=0.99, help="Sample no token less likely.")] = 0.0,
     neighbors: Annotated[int, typer.Option(min=1, max=1000, help="Gallery photos retrieved a photo.")] = 20,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    verify: Annotated[Literal["none", "alignment"], typer.Option(help="Who verifies the pool.")] = "alignment",
+    verify: Annotated[str, typer.Option(help="Who verifies: some of alignment,reward, or none.")] = "alignment",
+    within: Annotated[str | None, typer.Option(help="LAT,LON,KM: only places within so many km of there.")] = None,
+    max_area: Annotated[
+        float | None, typer.Option(min=0.0, help="Abstain where the posterior is spread over more km2.")
+    ] = None,
     run: Annotated[Path | None, typer.Option(help="Folder of the stage tables; else OUT with ending .run.")] = None,
     weights: Weights = None,
 ) -> None:
@@ -126,12 +134,24 @@ def locate(
 
     A photo that cannot be read gets a line with its error and no place. EXIF places are never used as evidence.
     """
-    from rag_geotoken.locate import locate_photos
+    from rag_geotoken.locate import locate_photos, parse_within
     from rag_geotoken.pipeline import Options
     from rag_geotoken.weights import EARTH
 
-    ways = () if propose == "none" else tuple(propose.split(","))
-    options = Options(neighbors, ways, beam_width, samples, temperature, seed, verify)
+    ways, verifiers = (() if given == "none" else tuple(given.split(",")) for given in (propose, verify))
+    options = Options(
+        neighbors=neighbors,
+        propose=ways,
+        beam_width=beam_width,
+        samples=samples,
+        temperature=temperature,
+        top_p=top_p,
+        epsilon=epsilon,
+        seed=seed,
+        within=parse_within(within),
+        verify=verifiers,
+        max_area_km2=max_area,
+    )
     done, failed = locate_photos(photos, index, out, options, weights or EARTH, run or out.with_suffix(".run"))
     typer.echo(f"{done} photos located in {out}" + (f", {len(failed)} could not be read" if failed else ""))
     for line in failed[:10]:
@@ -179,6 +199,12 @@ def train_tokens(recipe: Recipe = None, out: Out = Path("runs/weights")) -> None
     _train("tokens", recipe, out)
 
 
+@train_app.command("reward")
+def train_reward(recipe: Recipe = None, out: Out = Path("runs/weights")) -> None:
+    """Train the reward head on pools of gallery photos, for the models in OUT (a few minutes)."""
+    _train("reward", recipe, out)
+
+
 @train_app.command("tuning")
 def train_tuning(recipe: Recipe = None, out: Out = Path("runs/weights")) -> None:
     """Choose the pool's weights and scales on validation photos, for the models in OUT."""
@@ -190,6 +216,27 @@ def _train(what: str, recipe: Path | None, out: Path) -> None:
     from rag_geotoken.training.run import train
 
     train(what, training_recipe(recipe), out)
+
+
+@convert_app.command("geotoken", epilog="Example: rag-geotoken convert geotoken model.pth --out runs/geotoken")
+def convert_geotoken(
+    path: Annotated[Path, typer.Argument(help="Checkpoint: .pth, .pt or .safetensors.")],
+    out: Annotated[Path, typer.Option(help="Folder for tokens.json and tokens.safetensors.")],
+    heads: Annotated[int, typer.Option(min=1, max=1024, help="Attention heads it was trained with.")] = 8,
+    neighbors: Annotated[int, typer.Option(min=1, max=1000, help="Neighbours it was trained with.")] = 15,
+) -> None:
+    """Read a checkpoint of GeoToken's released code; its tensors stay as they are, in full precision.
+
+    Shapes tell all sizes but heads and neighbours, whose defaults are the paper's:
+    a wrong number of heads loads and predicts nonsense. Pickled code is refused.
+
+    Load the result with TokenModel.from_pretrained(OUT).
+    """
+    from rag_geotoken import convert
+
+    config = convert.convert_geotoken(path, out, heads, neighbors)
+    layers = f"{config.encoder_layers} + {config.decoder_layers} layers of width {config.d_model}"
+    typer.echo(f"token model in {out}: S2 level {config.level}, {layers}, {config.heads} heads, {neighbors} neighbours")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -37,8 +37,11 @@ def greedy(model: TokenModel, memory: Tensor, lattice: Lattice | None = None) ->
 def beam(model: TokenModel, memory: Tensor, width: int, lattice: Lattice | None = None) -> Decoded:
     """Beam search: the ``width`` likeliest prefixes are kept at every step; a width above the six faces is fine.
 
-    Within a lattice of fewer than ``width`` cells, the rest of the beam has a log-probability of minus infinity.
+    Within a lattice of fewer than ``width`` cells, the rest of the beam repeats the best with a log-probability of
+    minus infinity. Raises GeoError for a width below 1.
     """
+    if width < 1:
+        raise GeoError(f"a beam of width {width} holds nothing: give at least 1")
     batch = len(memory)
     tree = PrefixTree(model, memory)
     node = torch.zeros(batch, 1, dtype=torch.int64, device=memory.device)
@@ -52,6 +55,7 @@ def beam(model: TokenModel, memory: Tensor, width: int, lattice: Lattice | None 
         tokens = torch.cat([pick(tokens, parent), token[..., None]], dim=-1)
         if t + 1 < len(model.vocab_sizes):
             node = tree.grow(pick(node, parent), token, t)
+    tokens = torch.where(log_prob.isneginf()[..., None], tokens[:, :1], tokens)
     return Decoded(tokens, log_prob)
 
 
@@ -72,16 +76,19 @@ def sample(
     The random numbers of a photo depend on the seed and on its key (its place in the batch unless given), not on the
     batch around it. After the temperature, top_p keeps the likeliest tokens that together reach it (nucleus sampling,
     Holtzman et al. 2020), epsilon those of at least this probability (Hewitt et al. 2022); the likeliest always stays.
-    Raises GeoError for a temperature, top_p or epsilon out of range.
+    Raises GeoError for n, a temperature, top_p or epsilon out of range.
     """
-    if not (temperature > 0 and 0 < top_p <= 1 and 0 <= epsilon < 1):
-        given = f"temperature {temperature}, top_p {top_p}, epsilon {epsilon}"
-        raise GeoError(f"{given} do not fit: give temperature > 0, 0 < top_p <= 1, 0 <= epsilon < 1")
+    if not (n >= 1 and 0 < temperature < torch.inf and 0 < top_p <= 1 and 0 <= epsilon < 1):
+        given = f"n {n}, temperature {temperature}, top_p {top_p}, epsilon {epsilon}"
+        raise GeoError(f"{given} do not fit: give n >= 1, a finite temperature > 0, 0 < top_p <= 1, 0 <= epsilon < 1")
     keys = range(len(memory)) if keys is None else keys
     drawn = torch.from_numpy(_uniform(keys, n, len(model.vocab_sizes), seed)).to(memory.device)
 
     def choose(t: int, logits: Tensor) -> Tensor:
-        chances = _truncated((logits / temperature).softmax(-1), top_p, epsilon)
+        # Less their largest, the logits stay finite at any temperature.
+        chances = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
+        if top_p < 1 or epsilon > 0:
+            chances = _truncated(chances, top_p, epsilon)
         ladder = chances.cumsum(-1)
         token = (ladder <= drawn[:, :, t, None] * ladder[..., -1:]).sum(-1).clamp(max=logits.shape[-1] - 1)
         # Rounding may lead one step past the last token that has a chance.
@@ -149,7 +156,7 @@ def pick(values: Tensor, order: Tensor) -> Tensor:
 
 def _uniform(keys: Sequence[int], n: int, length: int, seed: int) -> NDArray[np.float32]:
     """Uniform numbers in [0, 1) (B, n, length), each a hash of seed, key, sample and position alone (SplitMix64)."""
-    mixed = np.full(1, seed, np.uint64)
+    mixed = np.full(1, seed % 2**64, np.uint64)
     for step in (np.asarray(keys)[:, None, None], np.arange(n)[:, None], np.arange(length)):
         mixed = _mix(mixed + np.uint64(0x9E3779B97F4A7C15) * (step.astype(np.uint64) + np.uint64(1)))
     return (mixed >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)

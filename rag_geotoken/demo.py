@@ -12,14 +12,15 @@ import numpy as np
 
 from rag_geotoken import ablation, stages
 from rag_geotoken.alignment import GeoAlignment
-from rag_geotoken.files import check_writable, file_sha256, write_json
+from rag_geotoken.files import check_writable, write_json
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.index import GeoIndex, build_index
-from rag_geotoken.metrics import RADII_KM, bootstrap, calibration, summary
+from rag_geotoken.metrics import RADII_KM, abstention, bootstrap, calibration, summary
 from rag_geotoken.pictures import load_pictures
-from rag_geotoken.pipeline import Geolocator, Options, encoder_id, load_tuning
-from rag_geotoken.tables import read_table, versions, write_table
-from rag_geotoken.token_model import TokenModel
+from rag_geotoken.pipeline import VERIFIERS, Geolocator, Options, encoder_id
+from rag_geotoken.posterior import heat_map
+from rag_geotoken.run_tables import read_neighbors, read_pool, read_posterior, read_predictions
+from rag_geotoken.tables import read_table, to_numpy, versions, write_table
 from rag_geotoken.types import SOURCES
 from rag_geotoken.weights import EARTH
 
@@ -58,9 +59,7 @@ def run_demo(
     alignment = GeoAlignment.from_pretrained(weights)
     with _timed(seconds, "gallery: read, encode, index"):
         make_index(out / "index", f"blue-marble:gallery,n={gallery}", alignment, weights)
-    index = GeoIndex.load(out / "index")
-    tokens = TokenModel.from_pretrained(weights)
-    geolocator = Geolocator(alignment, tokens, index, load_tuning(weights), encoder_id(weights))
+    geolocator = Geolocator.from_pretrained(out / "index", weights)
     few = max(1, min(1000, test_n // 2))
     options = Options()
     variants: list[dict[str, Any]] = []
@@ -69,11 +68,12 @@ def run_demo(
         with _timed(seconds, f"{split}: read"):
             stages.write_photos(out / split, f"blue-marble:{split},n={n},seed={seed}")
         with _timed(seconds, f"{split}: crop to prediction"):
-            run_road(out / split, geolocator, options, weights)
+            run_road(out / split, geolocator, options)
         variants += score(out / split, split, seed)
     write_table(out / "predictions.parquet", read_table(out / "test" / f"predictions-{BEST}.parquet"))
-    truth, answers, confidence = stages.read_predictions(out / "predictions.parquet")
+    truth, answers, confidence = read_predictions(out / "predictions.parquet")
     km = haversine_km(truth[:, 0], truth[:, 1], answers[:, 0], answers[:, 1])
+    area = to_numpy(read_table(out / "predictions.parquet", ["area_km2"])["area_km2"])
     metrics = {
         "variants": variants,
         "seed": seed,
@@ -81,8 +81,9 @@ def run_demo(
         "seconds": round(time.perf_counter() - begun, 1),
         "stages": seconds,
         "calibration": calibration(confidence, km),
+        "abstention": abstention(area, km),
     }
-    _report(out, metrics, truth, km, index)
+    _report(out, metrics, truth, km, geolocator.index)
     metrics["seconds"] = round(time.perf_counter() - begun, 1)
     write_json(out / "metrics.json", metrics)
     return metrics
@@ -97,35 +98,33 @@ def make_index(folder: Path, source: str, alignment: GeoAlignment, weights: Path
     return build_index(folder, tables / "photos.parquet", tables / "embeddings.parquet", encoder_id(weights))
 
 
-def run_road(folder: Path, geolocator: Geolocator, options: Options, weights: Path) -> None:
+def run_road(folder: Path, geolocator: Geolocator, options: Options) -> None:
     """The stages from a written photos table to the predictions of every variant of the ablation."""
     stages.encode(folder, geolocator.alignment, geolocator.encoder)
     stages.search(folder, geolocator.index, options.neighbors, geolocator.tuning.search_weights)
-    stages.propose(folder, geolocator, options, file_sha256(weights / "tokens.safetensors"))
-    stages.pool(folder, geolocator)
-    stages.verify(folder, geolocator)
+    stages.propose(folder, geolocator, options)
+    stages.posterior(folder, geolocator, options)
+    stages.pool(folder, geolocator, options)
+    for verifier in VERIFIERS:
+        stages.verify(folder, geolocator, verifier)
     ablation.decide_all(folder, geolocator)
 
 
 def score(folder: Path, split: str, seed: int) -> list[dict[str, Any]]:
     """Distances of every variant's answers -> rows of ``metrics.json``, intervals by paired bootstrap."""
-    distances: dict[str, NDArray[np.float64]] = {}
-    for name in ablation.VARIANTS:
-        truth, answers, _ = stages.read_predictions(folder / f"predictions-{name}.parquet")
-        distances[name] = haversine_km(*truth.T, *answers.T)
-    distances["oracle-20"] = ablation.oracle(folder)
-    intervals = bootstrap(np.stack(list(distances.values())), seed).accuracy
-    return [summary(name, split, km, interval=intervals[i]) for i, (name, km) in enumerate(distances.items())]
+    km = {name: ablation.distances(folder, name) for name in ablation.VARIANTS} | {"oracle-20": ablation.oracle(folder)}
+    intervals = bootstrap(np.stack(list(km.values())), seed).accuracy
+    return [summary(name, split, away, interval=intervals[i]) for i, (name, away) in enumerate(km.items())]
 
 
 def ablation_text(metrics: dict[str, Any]) -> str:
     """The ablation table of ``metrics.json`` as plain text."""
     radii = "".join(f"{f'<= {r} km':>12}" for r in RADII_KM)
-    lines = [f"{'split':<8}{'variant':<18}{'n':>6}{radii}{'median km':>12}"]
+    lines = [f"{'split':<8}{'variant':<23}{'n':>6}{radii}{'median km':>12}"]
     for row in metrics["variants"]:
         shares = "".join(f"{row['acc'][str(r)]:>11.2f}%" for r in RADII_KM)
         median = "-" if row["median_km"] is None else f"{row['median_km']:.1f}"
-        lines.append(f"{row['split']:<8}{row['name']:<18}{row['n']:>6}{shares}{median:>12}")
+        lines.append(f"{row['split']:<8}{row['name']:<23}{row['n']:>6}{shares}{median:>12}")
     return "\n".join(lines)
 
 
@@ -150,7 +149,7 @@ def _example(folder: Path, row: int, index: GeoIndex) -> dict[str, Any]:
     photo = read_table(folder / "photos.parquet").slice(row, 1).to_pylist()[0]
     answer = read_table(folder / f"predictions-{BEST}.parquet").slice(row, 1).to_pylist()[0]
     truth = photo["lat"], photo["lon"]
-    neighbors, entries = stages.read_neighbors(folder), stages.read_pool(folder)
+    neighbors, entries = read_neighbors(folder), read_pool(folder)
     rows = neighbors.rows[row, :8]
     crops, _ = load_pictures([photo["image"], *index.rows["image"].take(rows).to_pylist()], 64)
     near = [
@@ -173,6 +172,8 @@ def _example(folder: Path, row: int, index: GeoIndex) -> dict[str, Any]:
             }
             for c in kept
         ],
+        "heat": heat_map(read_posterior(folder), row),
+        "area_km2": answer["area_km2"],
         "answer": (answer["lat"], answer["lon"]),
         "km": float(haversine_km(*truth, answer["lat"], answer["lon"])),
         "confidence": {r: answer[f"confidence_{r}"] for r in (25, 200, 750, 2500)},

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rag_geotoken.cells import S2Tokenizer, parent_ids
 from rag_geotoken.decoding import pick
+from rag_geotoken.errors import GeoError
 from rag_geotoken.posterior import Posterior
 from rag_geotoken.prefix_tree import PrefixTree
 from rag_geotoken.token_model import TokenModel
@@ -23,16 +24,23 @@ from rag_geotoken.token_model import TokenModel
 def frontier(model: TokenModel, memory: Tensor, openings: int = 64, at_once: int = 8) -> Posterior:
     """Open ``openings`` prefixes a photo beside the root, the ``at_once`` likeliest together -> the posterior.
 
-    memory (B, S, d_model); the cells are of the levels that the model's tokens reach.
+    memory (B, S, d_model); the cells are of the levels that the model's tokens reach. Raises GeoError for numbers
+    that make no search.
     """
+    if openings < 0 or at_once < 1:
+        raise GeoError(f"{openings} openings, {at_once} at once, make no search: give at least 0 and 1")
     batch, length = len(memory), len(model.vocab_sizes)
     tree = PrefixTree(model, memory)
     root = torch.zeros(batch, 1, dtype=torch.int64, device=memory.device)
     whole = torch.zeros(batch, 1, device=memory.device)
     closed = _children(model, tree.states, root, _Prefixes(root, root[..., None].expand(-1, -1, length), root, whole))
-    for _ in range(-(-openings // at_once)):
+    while openings > 0:
         likely = closed.mass.masked_fill(closed.depth == length, -torch.inf)
-        best, which = likely.topk(min(at_once, likely.shape[1]))
+        ready = int(likely.isfinite().sum(dim=1).max())
+        if not ready:
+            break
+        best, which = likely.topk(min(at_once, openings, ready))
+        openings -= which.shape[1]
         # Where a photo has nothing left to open, a finished cell stands in: it keeps its mass and gets no children.
         finished = best.isneginf()
         opened = closed.pick(which)

@@ -20,7 +20,7 @@ class Lattice:
         rows = np.asarray(tokens)
         if not len(rows):
             raise GeoError("a lattice without a cell leaves nothing to decode: give at least one")
-        tokenizer.tokens_to_ids(rows)  # refuses what is no cell
+        rows = tokenizer.ids_to_tokens(tokenizer.tokens_to_ids(rows))  # refuses what is no cell of this level
         self.sizes = tokenizer.vocab_sizes
         self.cells = torch.from_numpy(np.unique(np.ravel_multi_index(tuple(rows.T), self.sizes)))
 

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 from rag_geotoken import selection, stages
 from rag_geotoken.errors import GeoError
 from rag_geotoken.export import check_format, write_predictions
-from rag_geotoken.files import check_writable, file_sha256
+from rag_geotoken.files import check_writable
+from rag_geotoken.geo import check_lat_lon
 from rag_geotoken.pictures import list_pictures, load_pictures
 from rag_geotoken.pipeline import Geolocator, Options, digests
+from rag_geotoken.posterior import effective_area_km2
+from rag_geotoken.run_tables import read_pool, read_posterior, read_verdicts
 from rag_geotoken.sources import read_source
 from rag_geotoken.tables import read_table, write_table
 
@@ -34,18 +37,37 @@ def locate_photos(
     stages.encode(run, geolocator.alignment, geolocator.encoder)
     stages.search(run, geolocator.index, options.neighbors, geolocator.tuning.search_weights)
     if options.propose:
-        stages.propose(run, geolocator, options, file_sha256(weights / "tokens.safetensors"))
-    stages.pool(run, geolocator, generated=bool(options.propose))
-    inputs, entries, scores = ["pool"], stages.read_pool(run), None
-    if options.verify == "alignment":
-        stages.verify(run, geolocator)
-        scores = stages.read_verdicts(run, entries)
-        inputs.append("verdicts")
+        stages.propose(run, geolocator, options)
+    inputs, area = ["pool"], None
+    if options.max_area_km2 is not None:
+        stages.posterior(run, geolocator, options)
+        inputs, area = ["pool", "posterior"], effective_area_km2(read_posterior(run))
+    stages.pool(run, geolocator, options)
+    entries, scores = read_pool(run), {}
+    for verifier in options.verify:
+        stages.verify(run, geolocator, verifier)
+        scores[verifier] = read_verdicts(run, entries, verifier)
+        inputs.append(f"verdicts-{verifier}")
     decision = selection.decide(entries, scores, geolocator.tuning)
-    predictions = read_table(stages.write_decision(run, options.verify, geolocator, inputs, decision))
+    name, limit = selection.verified_by(scores), options.max_area_km2
+    predictions = read_table(stages.write_decision(run, name, geolocator, inputs, decision, area, limit))
     write_predictions(out, predictions)
     failed = [error for error in predictions["error"].to_pylist() if error]
     return len(predictions) - len(failed), failed
+
+
+def parse_within(text: str | None) -> tuple[float, float, float] | None:
+    """``LAT,LON,KM`` -> numbers. Raises GeoError for anything else."""
+    if text is None:
+        return None
+    try:
+        lat, lon, km = (float(part) for part in text.split(","))
+        check_lat_lon([lat], [lon])
+    except ValueError as error:
+        raise GeoError(f"--within {text}: give LAT,LON,KM, such as 48.2,16.4,100 ({error})") from None
+    if not 0 < km <= 20_040:
+        raise GeoError(f"--within {text}: the distance is {km:g} km: give one above 0, at most 20040")
+    return lat, lon, km
 
 
 def read_photos(photos: list[str]) -> pa.Table:

@@ -26,6 +26,9 @@ EARTH_PIXELS = (3600, 1800)
 MAP_SCALE = 2.0  # units of the world map per degree: 720 x 360 in all
 INSET = 300.0  # units of the square close-up
 INSET_KM = (250.0, 1500.0)  # least and most from its middle to its edge
+HEAT_FLOOR = 1e-5  # the least mass in a pixel that is drawn
+HEAT_COLORS = ((0, 196, 60, 120), (0.35, 240, 90, 40), (0.7, 255, 190, 60), (1, 255, 252, 235))  # where, R, G, B
+HEAT_ALPHA = (0.3, 0.95)  # of the least mass drawn and of all of it
 KM_PER_DEGREE = EARTH_RADIUS_KM * math.pi / 180
 
 # Upper edge in km, label and CSS class of the error classes; no answer comes after the last.
@@ -69,8 +72,9 @@ def draw_example(example: Mapping[str, Any]) -> dict[str, Any]:
     """What the template needs of one photo: pictures as data URIs, places as marks on its two maps.
 
     Raises:
-        GeoError: a crop is no (H, W, 3) array.
+        GeoError: a crop is no (H, W, 3) array, or a heat map no (H, 2H) array of masses.
     """
+    heat, area = example.get("heat"), example.get("area_km2")
     answer = example["answer"]
     if answer is not None:
         answer = float(answer[0]), float(answer[1])
@@ -100,6 +104,8 @@ def draw_example(example: Mapping[str, Any]) -> dict[str, Any]:
             for r, p in example["confidence"].items()
             if math.isfinite(float(p))
         ],
+        "heat": None if heat is None else heat_picture(heat),
+        "area": None if area is None or not math.isfinite(area) else ("about " if area >= 1 else "") + format_km2(area),
         "marks": marks,
         "view": _view([m["lat"] for m in marks]),
         "inset": _inset(marks, *true, km),
@@ -190,6 +196,37 @@ def earth_picture() -> str | None:
     return _data_uri(small, 72)
 
 
+def heat_picture(heat: ArrayLike) -> str:
+    """A posterior's mass as a picture for the world map, a data URI: the more mass, the lighter and the less sheer.
+
+    The scale is the logarithm of the mass and the same for every photo; below `HEAT_FLOOR` nothing is drawn.
+
+    Args:
+        heat: mass (H, 2H) of each pixel, north up, from 180 W (see `posterior.heat_map`).
+
+    Raises:
+        GeoError: the shape is another, or a mass is negative or not finite.
+    """
+    from PIL import Image
+
+    mass = np.asarray(heat, np.float64)
+    if mass.ndim != 2 or not 0 < 2 * mass.shape[0] == mass.shape[1]:
+        raise GeoError(f"a heat map of shape {mass.shape}: give (height, 2 * height)")
+    if not np.all((mass >= 0) & np.isfinite(mass)):
+        raise GeoError("a heat map with a mass that is negative or not finite: give shares of 1")
+    # Colour 0 of the palette is clear; the 31 others are steps of the scale, few enough for a picture of some kilobytes.
+    step = np.linspace(0, 1, 31)
+    height = 1 - np.log(np.clip(mass, HEAT_FLOOR, 1)) / math.log(HEAT_FLOOR)
+    picture = Image.fromarray(np.where(mass < HEAT_FLOOR, 0, 1 + np.rint(30 * height)).astype(np.uint8))
+    at, *colors = np.array(HEAT_COLORS).T
+    palette = np.stack([np.interp(step, at, color) for color in colors], axis=-1).astype(np.uint8)
+    picture.putpalette(bytes(3) + palette.tobytes())
+    alpha = np.interp(step, (0, 1), HEAT_ALPHA) * 255
+    out = io.BytesIO()
+    picture.save(out, "PNG", optimize=True, transparency=bytes(1) + alpha.astype(np.uint8).tobytes())
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode("ascii")
+
+
 def _thumbnail(pixels: ArrayLike, most: int) -> str:
     from PIL import Image
 
@@ -212,3 +249,11 @@ def format_km(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "—"
     return f"{value:.1f} km" if value < 10 else f"{value:,.0f} km"
+
+
+def format_km2(value: float) -> str:
+    """An area as people write it, to two figures; by hand: 12,345 is 12,000 km², 3.21 is 3.2 km², 0.02 under 1 km²."""
+    if value < 1:
+        return "under 1 km²"
+    rounded = float(f"{value:.2g}")
+    return f"{rounded:.1f} km²" if rounded < 10 else f"{rounded:,.0f} km²"

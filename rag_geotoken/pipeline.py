@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -17,37 +16,59 @@ from rag_geotoken import decoding, selection
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.cells import S2Tokenizer
 from rag_geotoken.errors import GeoError
-from rag_geotoken.files import file_sha256, read_json
+from rag_geotoken.files import file_sha256
+from rag_geotoken.frontier import frontier
 from rag_geotoken.index import GeoIndex
+from rag_geotoken.lattice import Lattice
 from rag_geotoken.pictures import load_pictures
+from rag_geotoken.pool import keep_within, make_pool
+from rag_geotoken.posterior import Posterior
+from rag_geotoken.reward import RewardHead
 from rag_geotoken.token_model import TokenModel
+from rag_geotoken.tuning import Tuning, load_tuning
 from rag_geotoken.types import BEAM, GREEDY, SAMPLE, Candidates, Neighbors, Pool, Prediction, Predictions
-from rag_geotoken.weights import EARTH
+from rag_geotoken.weights import EARTH, fingerprint
 
-Verify = Literal["none", "alignment"]
+VERIFIERS = ("alignment", "reward")
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a run may change: neighbours searched, how cells are proposed, and who verifies the pool."""
+    """What a run may change: neighbours searched, how cells are proposed, and who verifies the pool.
+
+    within: a place and a distance, (lat, lon, km): only cells and neighbours inside count. openings: prefixes that the
+    frontier search opens a photo. max_area_km2: a photo whose posterior is spread over more gets no answer.
+    """
 
     neighbors: int = 20
     propose: tuple[str, ...] = ("greedy", "beam", "sample")
     beam_width: int = 10
     samples: int = 40
     temperature: float = 1.0
+    top_p: float = 1.0
+    epsilon: float = 0.0
     seed: int = 0
-    verify: Verify = "alignment"
+    within: tuple[float, float, float] | None = None
+    verify: tuple[str, ...] = ("alignment",)
+    openings: int = 32
+    max_area_km2: float | None = None
 
 
 class Geolocator:
     """Models and index, loaded once; call it with pictures."""
 
     def __init__(
-        self, alignment: GeoAlignment, tokens: TokenModel, index: GeoIndex, tuning: selection.Tuning, encoder: str
+        self,
+        alignment: GeoAlignment,
+        tokens: TokenModel,
+        index: GeoIndex,
+        tuning: Tuning,
+        encoder: str,
+        reward: RewardHead | None = None,
     ) -> None:
         index.check_encoder(encoder)
         self.alignment, self.tokens, self.index, self.tuning, self.encoder = alignment, tokens, index, tuning, encoder
+        self.reward = reward
         self.tokenizer = S2Tokenizer(tokens.config.level, tokens.config.group)
         self.gallery_tokens = torch.from_numpy(self.tokenizer.encode(*index.lat_lon.T))
 
@@ -55,9 +76,10 @@ class Geolocator:
     def from_pretrained(cls, index: str | Path, weights: str | Path = EARTH) -> Geolocator:
         """Open an index folder and a weights folder. Raises GeoError when a file is missing, broken or does not fit."""
         weights = Path(weights)
-        tokens = TokenModel.from_pretrained(weights)
-        tuning = load_tuning(weights)
-        return cls(GeoAlignment.from_pretrained(weights), tokens, GeoIndex.load(index), tuning, encoder_id(weights))
+        tokens, tuning, gallery = TokenModel.from_pretrained(weights), load_tuning(weights), GeoIndex.load(index)
+        # A folder of converted weights may have no reward head; it is missed when it is asked.
+        reward = RewardHead.from_pretrained(weights) if (weights / "reward.json").is_file() else None
+        return cls(GeoAlignment.from_pretrained(weights), tokens, gallery, tuning, encoder_id(weights), reward)
 
     def __call__(self, pictures: str | Path | Sequence[str | Path], options: Options | None = None) -> list[Prediction]:
         """Pictures -> predictions in order; one that cannot be read has an error and no coordinates."""
@@ -77,9 +99,9 @@ class Geolocator:
         photo = self.encode(pixels)
         neighbors = self.search(photo, options.neighbors, digests(pixels))
         candidates = self.propose(photo, neighbors, options) if options.propose else None
-        pool = self.pool(neighbors, candidates)
-        similarity = self.verify(photo, pool) if options.verify == "alignment" else None
-        return selection.decide(pool, similarity, self.tuning)
+        pool = self.pool(neighbors, candidates, options.within)
+        scores = {verifier: self.verify(verifier, photo, neighbors, pool) for verifier in options.verify}
+        return selection.decide(pool, scores, self.tuning)
 
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Pixels (B, 64, 64, 3) -> (B, 3, dim) image, GPS and text embedding."""
@@ -106,15 +128,16 @@ class Geolocator:
         Raises GeoError for an unknown way to propose.
         """
         memory = self.memory(photo, neighbors)
+        lattice = Lattice.within(self.tokenizer, *options.within) if options.within else None
+        how = (options.temperature, options.seed, keys, options.top_p, options.epsilon, lattice)
         decoded: list[tuple[int, decoding.Decoded]] = []
         for name in options.propose:
             if name == "greedy":
-                decoded.append((GREEDY, decoding.greedy(self.tokens, memory)))
+                decoded.append((GREEDY, decoding.greedy(self.tokens, memory, lattice)))
             elif name == "beam":
-                decoded.append((BEAM, decoding.beam(self.tokens, memory, options.beam_width)))
+                decoded.append((BEAM, decoding.beam(self.tokens, memory, options.beam_width, lattice)))
             elif name == "sample":
-                drawn = decoding.sample(self.tokens, memory, options.samples, options.temperature, options.seed, keys)
-                decoded.append((SAMPLE, drawn))
+                decoded.append((SAMPLE, decoding.sample(self.tokens, memory, options.samples, *how)))
             else:
                 raise GeoError(f"cells cannot be proposed by {name!r}: choose greedy, beam or sample")
         source = [np.full(d.log_prob.shape, name, np.int8) for name, d in decoded]
@@ -124,16 +147,54 @@ class Geolocator:
             np.concatenate(source, axis=1),
         )
 
-    def pool(self, neighbors: Neighbors | None, candidates: Candidates | None) -> Pool:
-        """Generated and retrieved places together, one entry a cell."""
-        return selection.make_pool(neighbors, candidates, self.tokenizer, self.tuning)
+    def posterior(self, photo: NDArray[np.float32], neighbors: Neighbors, options: Options) -> Posterior:
+        """What the token model believes of photos (B, 3, dim) as a whole, by frontier search."""
+        return frontier(self.tokens, self.memory(photo, neighbors), options.openings)
 
-    def verify(self, photo: NDArray[np.float32], pool: Pool) -> NDArray[np.float32]:
-        """G3's geo-verification: the cosine of each photo's GPS embedding with each place of its pool -> (B, C)."""
-        similarity = np.zeros(pool.mask.shape, np.float32)
-        places = self.alignment.embed_places(pool.lat_lon[pool.mask])
-        similarity[pool.mask] = np.einsum("nd,nd->n", photo[np.nonzero(pool.mask)[0], 1], places)
-        return similarity
+    def pool(
+        self,
+        neighbors: Neighbors | None,
+        candidates: Candidates | None,
+        within: tuple[float, float, float] | None = None,
+    ) -> Pool:
+        """Generated and retrieved places together, one entry a cell, those outside ``within`` left out."""
+        made = make_pool(neighbors, candidates, self.tokenizer, self.tuning)
+        return keep_within(made, within) if within else made
+
+    @torch.inference_mode()
+    def verify(
+        self, verifier: str, photo: NDArray[np.float32], neighbors: Neighbors, pool: Pool
+    ) -> NDArray[np.float32]:
+        """A verifier's score (B, C) of each entry of the photos' pools, zero where there is none.
+
+        alignment: G3's geo-verification, the cosine of the photo's GPS embedding with the place's. reward: GeoToken's
+        head, the log of the utility it expects. Raises GeoError for another name, or a head that is not there.
+        """
+        scores = np.zeros(pool.mask.shape, np.float32)
+        if verifier == "alignment":
+            places = self.alignment.embed_places(pool.lat_lon[pool.mask])
+            scores[pool.mask] = np.einsum("nd,nd->n", photo[np.nonzero(pool.mask)[0], 1], places)
+        elif verifier == "reward" and self.reward is not None:
+            states = self.states(photo, neighbors, pool)
+            scores[pool.mask] = self.reward.scores(states).numpy()[pool.mask]
+        elif verifier in VERIFIERS:
+            raise GeoError(f"these weights have no {verifier} head: train one with rag-geotoken train {verifier}")
+        else:
+            raise GeoError(f"nothing verifies by the name {verifier!r}: choose of {', '.join(VERIFIERS)}")
+        return scores
+
+    def verifier_id(self, verifier: str) -> str:
+        """Which weights a verifier's scores follow from."""
+        if verifier == "reward" and self.reward is not None:
+            return fingerprint(self.tokens, self.reward)
+        return self.encoder
+
+    @torch.inference_mode()
+    def states(self, photo: NDArray[np.float32], neighbors: Neighbors, pool: Pool) -> Tensor:
+        """The token model's last state (B, C, d_model) of each pool entry's cell; any cell where there is no entry."""
+        lat_lon = np.where(pool.mask[..., None], pool.lat_lon, pool.lat_lon[:, :1])
+        cells = torch.from_numpy(self.tokenizer.encode(*lat_lon.reshape(-1, 2).T)).view(*pool.mask.shape, -1)
+        return decoding.score(self.tokens, self.memory(photo, neighbors), cells)[1]
 
 
 def digests(pixels: NDArray[np.uint8]) -> list[str]:
@@ -144,12 +205,3 @@ def digests(pixels: NDArray[np.uint8]) -> list[str]:
 def encoder_id(weights: Path) -> str:
     """Which encoder made an embedding: the folder's name and the start of the SHA-256 of its alignment weights."""
     return f"{weights.name}-{file_sha256(weights / 'alignment.safetensors')[:12]}"
-
-
-def load_tuning(weights: Path) -> selection.Tuning:
-    """Read ``tuning.json`` of a weights folder. Raises GeoError when it is missing or not what it should be."""
-    values = read_json(weights / "tuning.json")
-    try:
-        return selection.Tuning(**values | {"search_weights": tuple(values["search_weights"])})
-    except (TypeError, KeyError) as error:
-        raise GeoError(f"tuning.json in {weights.name} is not a tuning: {error}") from None

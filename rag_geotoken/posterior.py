@@ -22,7 +22,7 @@ EARTH_KM2 = 4 * np.pi * EARTH_RADIUS_KM**2
 class Posterior:
     """Disjoint S2 cells of each photo: cells (B, M) uint64 ids, mass (B, M) adding up to 1, largest first.
 
-    Photos with fewer cells are filled up with their last cell at a mass of zero.
+    Photos with fewer cells are filled up with any at a mass of zero.
     """
 
     cells: NDArray[np.uint64]
@@ -49,14 +49,26 @@ def effective_area_km2(posterior: Posterior) -> Floats:
 def chance_within(posterior: Posterior, lat_lon: Floats, radii: ArrayLike = RADII_KM) -> Floats:
     """The mass (B, R) within each radius in km of the places (B, 2).
 
-    A cell counts as a disk of its area that a circle crosses evenly: by half when its centre lies on it.
+    A cell counts as a disk of its area. By hand: a quarter of its mass lies within half its radius of its centre.
     """
     lat, lon = cell_centers(posterior.cells)
     km = haversine_km(lat, lon, lat_lon[:, :1], lat_lon[:, 1:])
-    reach = np.sqrt(area_km2(posterior.cells) / np.pi)
-    share = [np.clip(0.5 + (radius - km) / (2 * reach), 0.0, 1.0) for radius in np.asarray(radii, np.float64)]
-    chances: Floats = np.clip(np.einsum("rbm,bm->br", np.stack(share), posterior.mass), 0.0, 1.0)
+    # No disk goes on behind the place's antipode.
+    reach = np.minimum(np.sqrt(area_km2(posterior.cells) / np.pi), np.pi * EARTH_RADIUS_KM - km)
+    share = np.stack([_overlap(km, reach, radius) for radius in np.asarray(radii, np.float64)])
+    chances: Floats = np.clip(np.einsum("rbm,bm->br", share, posterior.mass), 0.0, 1.0)
     return chances
+
+
+def _overlap(apart: Floats, disk: Floats, circle: float) -> Floats:
+    """The share (...) of disks of radius ``disk`` inside a circle whose centre is ``apart``, all km, on a plane."""
+    apart, disk, circle = np.maximum(apart, 1e-9), np.maximum(disk, 1e-9), max(circle, 1e-9)
+    # Half the angle that the common chord spans, seen from the centre of either; each cuts off its segment.
+    ours = np.arccos(np.clip((apart**2 + disk**2 - circle**2) / (2 * apart * disk), -1.0, 1.0))
+    theirs = np.arccos(np.clip((apart**2 + circle**2 - disk**2) / (2 * apart * circle), -1.0, 1.0))
+    segments = ours - np.sin(2 * ours) / 2 + (circle / disk) ** 2 * (theirs - np.sin(2 * theirs) / 2)
+    share: Floats = segments / np.pi
+    return share
 
 
 def heat_map(posterior: Posterior, row: int, height: int = 180, detail: int = 7) -> Floats:

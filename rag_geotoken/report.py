@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rag_geotoken import files, maps
-from rag_geotoken.metrics import RADII_KM
+from rag_geotoken.metrics import RADII_KM, wilson_interval
 
 
 def write_report(
@@ -29,17 +29,19 @@ def write_report(
     Args:
         path: of the HTML file.
         metrics: what `metrics.json` holds: variants (rows of `metrics.summary`), seed, versions (name to version),
-            seconds (of the whole run); and, if there, stages (name to seconds) and calibration (`metrics.calibration`).
+            seconds (of the whole run); and, if there, stages (name to seconds), calibration (`metrics.calibration`) and
+            abstention (`metrics.abstention`).
             A variant named oracle-... is marked as an oracle and competes with none.
         errors: the map: lat, lon, km, each (N,), true places and errors of one variant on the test split; km is NaN
             without an answer. The key name says which variant; without it the best one at 200 km is taken.
         examples: photos to show, each with id, split, crop (H, W, 3) uint8, true (lat, lon), answer (lat, lon) or None,
             km (NaN without an answer), confidence (by radius), neighbours (crop or None, lat, lon, score, km to the
-            truth) and candidates (lat, lon, source, weight).
+            truth) and candidates (lat, lon, source, weight); and, if there, of the token model's posterior heat, mass
+            (H, 2H) as `posterior.heat_map` gives it, and area_km2, its effective area.
         notes: paragraphs for the end of the page, as plain text.
 
     Raises:
-        GeoError: the map's arrays differ in length, or the file cannot be written.
+        GeoError: the map's arrays differ in length, a crop or heat map is none, or the file cannot be written.
     """
     files.write_text(Path(path), render(metrics, errors, examples, notes))
 
@@ -59,6 +61,7 @@ def render(
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["place"] = _place
     environment.filters["km"] = maps.format_km
+    environment.filters["km2"] = maps.format_km2
     environment.filters["duration"] = _duration
     text = resources.files("rag_geotoken").joinpath("report.html.jinja").read_text(encoding="utf-8")
     return environment.from_string(text).render(
@@ -69,6 +72,7 @@ def render(
         splits=_ablation(rows),
         examples=[maps.draw_example(example) for example in examples],
         reliability=_reliability(metrics.get("calibration") or {}),
+        silence=_silence(metrics.get("abstention") or []),
         run={
             "seed": metrics["seed"],
             "seconds": float(metrics["seconds"]),
@@ -132,17 +136,44 @@ def _reliability(calibration: Mapping[str, Mapping[str, Any]]) -> list[dict[str,
     panels = []
     for radius, table in calibration.items():
         most = max((b["n"] for b in table["bins"]), default=1)
-        dots = [
-            {
-                "x": 100 * b["confidence"],
-                "y": 100 - 100 * b["correct"],
-                "r": 1.6 + 3.4 * math.sqrt(b["n"] / most),
-                "title": f"{b['n']:,} photos: stated {b['confidence']:.0%}, found {b['correct']:.0%}",
-            }
-            for b in table["bins"]
-        ]
-        panels.append({"radius": int(radius), "ece": table["ece"], "dots": dots})
+        dots = []
+        for b in table["bins"]:
+            low, high = wilson_interval(b["correct"], b["n"])
+            found = f"stated {b['confidence']:.0%}, found {b['correct']:.0%} (95 % interval {low:.0%} to {high:.0%})"
+            dots.append(
+                {
+                    "x": 100 * b["confidence"],
+                    "y": 100 - 100 * b["correct"],
+                    "top": 100 - 100 * high,
+                    "bottom": 100 - 100 * low,
+                    "r": 1.6 + 3.4 * math.sqrt(b["n"] / most),
+                    "title": f"{b['n']:,} photo{'s' if b['n'] > 1 else ''}: {found}",
+                }
+            )
+        points = None if table["ece"] is None else 100 * table["ece"]
+        panels.append({"radius": int(radius), "points": points, "n": table["n"], "dots": dots})
     return panels
+
+
+def _silence(abstention: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Accuracy against the share of photos answered: a curve for 25 and for 200 km, in units of 100, and the rows."""
+    if not abstention:
+        return None
+    curves = [
+        {
+            "radius": radius,
+            "dots": [
+                {
+                    "x": 100 - 100 * row["kept"],  # all photos on the left, silence grows to the right
+                    "y": 100 - row["acc"][radius],
+                    "title": f"{row['kept']:.0%} answered: {row['acc'][radius]:.1f} % within {radius} km",
+                }
+                for row in sorted(abstention, key=lambda row: -float(row["kept"]))
+            ],
+        }
+        for radius in ("25", "200")
+    ]
+    return {"curves": curves, "rows": list(abstention)}
 
 
 def _place(lat_lon: tuple[float, float]) -> str:

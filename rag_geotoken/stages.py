@@ -1,6 +1,7 @@
 """The road on disk: each stage a function from tables to a table in a run folder, resumable, done once.
 
     photos -> embeddings -> neighbours -> candidates -> pool -> verdicts -> predictions
+                                       -> posterior
 
 A photo that cannot be read has an error in ``embeddings``; it is missing from the tables between and stands again, with
 its error and without coordinates, in ``predictions``.
@@ -17,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rag_geotoken.errors import GeoError
 from rag_geotoken.metrics import RADII_KM
 from rag_geotoken.pictures import load_pictures
 from rag_geotoken.progress import progress_bar
-from rag_geotoken.tables import fixed_list, read_table, stage, table_sha256, to_numpy
-from rag_geotoken.types import SOURCES, Candidates, Neighbors, Pool, Predictions
+from rag_geotoken.run_tables import read_candidates, read_embeddings, read_neighbors, read_pool
+from rag_geotoken.tables import fixed_list, read_table, stage, table_sha256
+from rag_geotoken.types import SOURCES, Predictions
+from rag_geotoken.weights import fingerprint
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -92,7 +94,7 @@ def search(folder: Path, index: GeoIndex, k: int, weights: tuple[float, ...]) ->
     return _run(folder, "neighbours", recipe, ["embeddings"], ids, work)
 
 
-def propose(folder: Path, geolocator: Geolocator, options: Options, weights: str) -> Path:
+def propose(folder: Path, geolocator: Geolocator, options: Options) -> Path:
     """Embeddings and neighbours -> candidates: id, lat, lon, tokens, log_prob (untempered), source."""
     import pyarrow as pa
 
@@ -100,13 +102,12 @@ def propose(folder: Path, geolocator: Geolocator, options: Options, weights: str
     neighbors = read_neighbors(folder)
     # A photo's random stream follows from its id, so no block or batch changes its samples.
     keys = [zlib.crc32(name.encode()) for name in ids]
-    names = ("propose", "beam_width", "samples", "temperature", "seed")
-    recipe = {"weights": weights} | {name: value for name, value in asdict(options).items() if name in names}
-    recipe["propose"] = list(options.propose)
+    names = ("propose", "beam_width", "samples", "temperature", "top_p", "epsilon", "within", "seed")
+    recipe: dict[str, Any] = {name: value for name, value in asdict(options).items() if name in names}
+    recipe |= {"weights": fingerprint(geolocator.tokens), "propose": list(options.propose)}
 
     def work(at: slice) -> pa.Table:
-        near = Neighbors(neighbors.rows[at], neighbors.lat_lon[at], neighbors.scores[at])
-        found = geolocator.propose(photo[at], near, options, keys[at])
+        found = geolocator.propose(photo[at], neighbors[at], options, keys[at])
         tokens = found.tokens.reshape(-1, found.tokens.shape[-1])
         lat, lon = geolocator.tokenizer.decode(tokens)
         return pa.table(
@@ -123,18 +124,38 @@ def propose(folder: Path, geolocator: Geolocator, options: Options, weights: str
     return _run(folder, "candidates", recipe, ["embeddings", "neighbours"], ids, work)
 
 
-def pool(folder: Path, geolocator: Geolocator, generated: bool = True) -> Path:
+def posterior(folder: Path, geolocator: Geolocator, options: Options) -> Path:
+    """Embeddings and neighbours -> posterior: id, cell (S2 id of any level), mass, the heaviest first."""
+    import pyarrow as pa
+
+    ids, photo, _ = read_embeddings(folder)
+    neighbors = read_neighbors(folder)
+
+    def work(at: slice) -> pa.Table:
+        found = geolocator.posterior(photo[at], neighbors[at], options)
+        kept = found.mass > 0
+        return pa.table(
+            {
+                "id": pa.array(np.repeat(ids[at], kept.sum(axis=1)), pa.string()),
+                "cell": found.cells[kept],
+                "mass": found.mass[kept],
+            }
+        )
+
+    recipe = {"weights": fingerprint(geolocator.tokens), "openings": options.openings}
+    return _run(folder, "posterior", recipe, ["embeddings", "neighbours"], ids, work)
+
+
+def pool(folder: Path, geolocator: Geolocator, options: Options) -> Path:
     """Neighbours, and candidates if there are any -> pool: id, lat, lon, log_weight, source, one entry a cell."""
     import pyarrow as pa
 
     ids, _, _ = read_embeddings(folder)
-    inputs = ["neighbours", "candidates"] if generated else ["neighbours"]
-    neighbors, candidates = read_neighbors(folder), read_candidates(folder) if generated else None
+    inputs = ["neighbours", "candidates"] if options.propose else ["neighbours"]
+    neighbors, candidates = read_neighbors(folder), read_candidates(folder) if options.propose else None
 
     def work(at: slice) -> pa.Table:
-        near = Neighbors(neighbors.rows[at], neighbors.lat_lon[at], neighbors.scores[at])
-        cells = candidates and Candidates(candidates.tokens[at], candidates.log_prob[at], candidates.source[at])
-        made = geolocator.pool(near, cells)
+        made = geolocator.pool(neighbors[at], candidates and candidates[at], options.within)
         return pa.table(
             {
                 "id": pa.array(np.repeat(ids[at], made.mask.sum(axis=1)), pa.string()),
@@ -145,41 +166,51 @@ def pool(folder: Path, geolocator: Geolocator, generated: bool = True) -> Path:
             }
         )
 
-    recipe = {"tuning": asdict(geolocator.tuning), "level": geolocator.tokenizer.level}
+    tuning = geolocator.tuning
+    recipe: dict[str, Any] = {"level": geolocator.tokenizer.level, "within": options.within}
+    recipe |= {"neighbor_share": tuning.neighbor_share, "neighbor_scale": tuning.neighbor_scale}
     return _run(folder, "pool", recipe, inputs, ids, work)
 
 
-def verify(folder: Path, geolocator: Geolocator) -> Path:
-    """Pool -> verdicts: id, verifier, status, and the scores over the photo's pool entries in their order."""
+def verify(folder: Path, geolocator: Geolocator, verifier: str) -> Path:
+    """Pool -> verdicts-VERIFIER: id, verifier, status, and the scores over the photo's pool entries in their order."""
     import pyarrow as pa
 
     ids, photo, _ = read_embeddings(folder)
-    entries = read_pool(folder)
+    neighbors, entries = read_neighbors(folder), read_pool(folder)
 
     def work(at: slice) -> pa.Table:
-        part = Pool(entries.lat_lon[at], entries.log_weight[at], entries.source[at], entries.mask[at])
-        scores = geolocator.verify(photo[at], part)
+        part = entries[at]
+        scores = geolocator.verify(verifier, photo[at], neighbors[at], part)
         lists = [row[kept] for row, kept in zip(scores, part.mask, strict=True)]
         count = len(lists)
         return pa.table(
             {
                 "id": pa.array(ids[at], pa.string()),
-                "verifier": ["alignment"] * count,
+                "verifier": [verifier] * count,
                 "status": ["ok"] * count,
                 "scores": pa.array(lists, pa.list_(pa.float32())),
             }
         )
 
-    return _run(folder, "verdicts", {"verifier": "alignment"}, ["embeddings", "pool"], ids, work)
+    recipe = {"verifier": verifier, "weights": geolocator.verifier_id(verifier)}
+    return _run(folder, f"verdicts-{verifier}", recipe, ["embeddings", "neighbours", "pool"], ids, work)
 
 
 def write_decision(
-    folder: Path, variant: str, geolocator: Geolocator, inputs: list[str], decision: Predictions
+    folder: Path,
+    variant: str,
+    geolocator: Geolocator,
+    inputs: list[str],
+    decision: Predictions,
+    area: Floats | None = None,
+    max_area_km2: float | None = None,
 ) -> Path:
     """A decision on every readable photo -> ``predictions-VARIANT`` of all photos.
 
     Columns: id, true_lat, true_lon (where the source knows them), lat, lon, source, confidence_1 ... confidence_2500,
-    verified, error.
+    area_km2 (the posterior's effective area (N,), where it was computed), verified, error. A photo whose area is above
+    ``max_area_km2`` gets no answer, and says so in error.
     """
     import pyarrow as pa
 
@@ -188,103 +219,32 @@ def write_decision(
     good = np.flatnonzero(errors.is_null().to_numpy())
     place = np.full(len(photos), -1)
     place[good] = np.arange(len(good))
-    ids = photos["id"].to_pylist()
+    ids, reasons = photos["id"].to_pylist(), errors.to_pylist()
+    wide = np.zeros(len(good), bool) if area is None or max_area_km2 is None else area > max_area_km2
+    for i in good[wide].tolist():
+        reasons[i] = f"abstained: the posterior is spread over more than {max_area_km2:g} km2"
 
     def work(at: slice) -> pa.Table:
         rows = place[at]
-        known = rows >= 0
+        known = np.array([reason is None for reason in reasons[at]])
 
-        def column(values: NDArray[Any], kind: pa.DataType) -> pa.Array:
-            return pa.array(values[np.where(known, rows, 0)], kind, mask=~known)
+        def column(values: NDArray[Any], kind: pa.DataType, known: NDArray[np.bool_] = known) -> pa.Array:
+            return pa.array(values[np.where(rows >= 0, rows, 0)], kind, mask=~known)
 
         columns = {"id": pa.array(ids[at], pa.string())}
         columns |= {f"true_{axis}": photos[axis].combine_chunks()[at.start : at.stop] for axis in ("lat", "lon")}
         columns |= {axis: column(decision.lat_lon[:, i], pa.float64()) for i, axis in enumerate(("lat", "lon"))}
         columns["source"] = column(np.array(SOURCES)[decision.source], pa.string())
         columns |= {f"confidence_{r}": column(decision.confidence[:, i], pa.float64()) for i, r in enumerate(RADII_KM)}
-        columns["verified"] = pa.array(known & ("verdicts" in inputs))
-        columns["error"] = errors.combine_chunks()[at.start : at.stop]
+        spread = np.full(len(good), np.nan) if area is None else area
+        columns["area_km2"] = column(spread, pa.float64(), (rows >= 0) & (area is not None))
+        columns["verified"] = pa.array(known & any(name.startswith("verdicts") for name in inputs))
+        columns["error"] = pa.array(reasons[at], pa.string())
         return pa.table(columns)
 
-    recipe = {"variant": variant, "tuning": asdict(geolocator.tuning)}
+    recipe = {"variant": variant, "tuning": asdict(geolocator.tuning), "max_area_km2": max_area_km2}
     files = [folder / f"{name}.parquet" for name in ["photos", "embeddings", *inputs]]
     return stage(folder, f"predictions-{variant}", recipe, files, ids, work)
-
-
-def read_embeddings(folder: Path) -> tuple[list[str], NDArray[np.float32], list[str]]:
-    """The readable photos of a run -> ids, (N, 3, dim) embeddings, digests. Raises GeoError when there is none."""
-    table = read_table(folder / "embeddings.parquet")
-    good = table.filter(table["error"].is_null())
-    if not len(good):
-        raise GeoError(f"none of the {len(table)} pictures can be read; the first: {table['error'][0].as_py()}")
-    vectors = np.stack([to_numpy(good[name]) for name in ("image", "gps", "text")], axis=1)
-    return good["id"].to_pylist(), vectors, good["digest"].to_pylist()
-
-
-def read_neighbors(folder: Path) -> Neighbors:
-    """The neighbours of a run as arrays (N, K)."""
-    table = read_table(folder / "neighbours.parquet", ["rank", "row", "lat", "lon", "score"])
-    k = int(table["rank"].to_numpy().max())
-    rows, lat, lon, score = (table[name].to_numpy().reshape(-1, k) for name in ("row", "lat", "lon", "score"))
-    return Neighbors(rows, np.stack([lat, lon], axis=-1), score)
-
-
-def read_candidates(folder: Path) -> Candidates:
-    """The candidates of a run as arrays (N, M)."""
-    table = read_table(folder / "candidates.parquet", ["id", "tokens", "log_prob", "source"])
-    photos = len(table["id"].unique())
-    tokens = to_numpy(table["tokens"]).astype(np.int64)
-    return Candidates(
-        tokens.reshape(photos, -1, tokens.shape[-1]),
-        table["log_prob"].to_numpy().reshape(photos, -1),
-        _source_numbers(table["source"]).reshape(photos, -1),
-    )
-
-
-def read_pool(folder: Path) -> Pool:
-    """The pool of a run as padded arrays (N, C)."""
-    table = read_table(folder / "pool.parquet")
-    mask = _mask(table["id"])
-    lat_lon, weight = np.zeros((*mask.shape, 2)), np.full(mask.shape, -np.inf, np.float32)
-    lat_lon[mask] = np.column_stack([table["lat"].to_numpy(), table["lon"].to_numpy()])
-    weight[mask] = table["log_weight"].to_numpy()
-    source = np.zeros(mask.shape, np.int8)
-    source[mask] = _source_numbers(table["source"])
-    return Pool(lat_lon, weight, source, mask)
-
-
-def read_verdicts(folder: Path, entries: Pool) -> NDArray[np.float32]:
-    """The scores of a run's verdicts over its pool (N, C)."""
-    table = read_table(folder / "verdicts.parquet", ["scores"])
-    scores = np.zeros(entries.mask.shape, np.float32)
-    scores[entries.mask] = table["scores"].combine_chunks().flatten().to_numpy()
-    return scores
-
-
-def read_predictions(path: Path) -> tuple[Floats, Floats, Floats]:
-    """A predictions table -> true places (N, 2), answers (N, 2), confidences (N, R); NaN where there is none."""
-    table = read_table(path)
-
-    def columns(*names: str) -> Floats:
-        return np.column_stack([table[name].to_numpy(zero_copy_only=False).astype(float) for name in names])
-
-    return columns("true_lat", "true_lon"), columns("lat", "lon"), columns(*(f"confidence_{r}" for r in RADII_KM))
-
-
-def _mask(ids: pa.ChunkedArray) -> NDArray[np.bool_]:
-    """Ids in runs -> (N, longest run) true for as many places a row as the run is long."""
-    codes = ids.combine_chunks().dictionary_encode().indices.to_numpy()
-    counts = np.bincount(codes)
-    mask: NDArray[np.bool_] = np.arange(counts.max()) < counts[:, None]
-    return mask
-
-
-def _source_numbers(column: pa.ChunkedArray) -> NDArray[np.int8]:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    numbers: NDArray[np.int8] = pc.index_in(column, pa.array(SOURCES)).to_numpy().astype(np.int8)
-    return numbers
 
 
 def _run(

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-SOURCES = ("neighbour", "greedy", "beam", "sample")
-NEIGHBOUR, GREEDY, BEAM, SAMPLE = range(4)
+SOURCES = ("neighbour", "greedy", "beam", "sample", "frontier")
+NEIGHBOUR, GREEDY, BEAM, SAMPLE, FRONTIER = range(5)
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,10 @@ class Neighbors:
     lat_lon: NDArray[np.float64]
     scores: NDArray[np.float32]
 
+    def __getitem__(self, at: slice) -> Neighbors:
+        """The neighbours of some of the photos."""
+        return Neighbors(self.rows[at], self.lat_lon[at], self.scores[at])
+
 
 @dataclass(frozen=True)
 class Candidates:
@@ -33,6 +37,10 @@ class Candidates:
     tokens: NDArray[np.int64]
     log_prob: NDArray[np.float32]
     source: NDArray[np.int8]
+
+    def __getitem__(self, at: slice) -> Candidates:
+        """The candidates of some of the photos."""
+        return Candidates(self.tokens[at], self.log_prob[at], self.source[at])
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,10 @@ class Pool:
     log_weight: NDArray[np.float32]
     source: NDArray[np.int8]
     mask: NDArray[np.bool_]
+
+    def __getitem__(self, at: slice) -> Pool:
+        """The pools of some of the photos."""
+        return Pool(self.lat_lon[at], self.log_weight[at], self.source[at], self.mask[at])
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,33 @@ def test_every_row_in_range_is_a_cell(data: st.DataObject, level: int, group: in
     np.testing.assert_array_equal(tokenizer.encode(*tokenizer.decode(row)), row)
 
 
+@repeatable
+@given(st.lists(st.tuples(latitudes, longitudes, levels, levels), min_size=1, max_size=8))
+def test_parents_of_a_level_each(points: list[tuple[float, float, int, int]]) -> None:
+    pairs = [(leaf(lat, lon), *sorted(two)) for lat, lon, *two in points]
+    ids = np.array([cell.parent(fine).id() for cell, _, fine in pairs], np.uint64)
+    wanted = [coarse for _, coarse, _ in pairs]
+    expected = np.array([cell.parent(coarse).id() for cell, coarse, _ in pairs], np.uint64)
+    np.testing.assert_array_equal(parent_ids(ids, wanted), expected)
+    np.testing.assert_array_equal(parent_ids(ids, np.array(wanted, np.uint8)), expected)
+    np.testing.assert_array_equal(cell_level(parent_ids(ids, wanted)), wanted)
+
+
+def test_levels_of_parents_broadcast() -> None:
+    point, every = leaf(48.8583, 2.2945), np.arange(31)
+    chain = np.array([point.parent(level).id() for level in range(31)], np.uint64)
+    np.testing.assert_array_equal(parent_ids(chain[30], every), chain)
+    np.testing.assert_array_equal(parent_ids(chain[[30, 29]][:, None], every[:30]), np.stack([chain[:30]] * 2))
+    np.testing.assert_array_equal(parent_ids(chain[30:], [[3], [4]]), chain[[3, 4], None])
+    assert parent_ids(chain[30], 7) == chain[7] and parent_ids(chain[30], 7).shape == ()
+    np.testing.assert_array_equal(parent_ids(chain, 0), np.full(31, chain[0]))
+    np.testing.assert_array_equal(parent_ids(chain, every), chain)
+    assert parent_ids(chain[:0], every[:0]).shape == (0,) and parent_ids(chain[:0], 5).dtype == np.uint64
+    kept = chain.copy()
+    parent_ids(chain, every)[:] = 0
+    np.testing.assert_array_equal(chain, kept)
+
+
 def test_tokens_by_hand() -> None:
     assert S2Tokenizer().vocab_sizes == (6, *[16] * 10)
     assert S2Tokenizer(level=3).vocab_sizes == (6, 16, 4)
@@ -183,6 +210,13 @@ def test_any_integer_type_decodes(dtype: Any) -> None:
         (lambda: S2Tokenizer().decode(3), "1 to 11"),
         (lambda: S2Tokenizer(20).ids_to_tokens(cell_ids([0], [0], 19)), "no parent of level 20"),
         (lambda: parent_ids(cell_ids(0, 0, 4), 5), "is of level 4"),
+        (lambda: parent_ids(cell_ids([0, 1], [0, 1], 4), [4, 5]), "is of level 4: it has no parent of level 5"),
+        (lambda: parent_ids(cell_ids(0, 0, 4), [3, 9, 4]), "no parent of level 9"),
+        (lambda: parent_ids(cell_ids([0, 1], [0, 1]), [4, 31]), "S2 level 31 is outside 0..30"),
+        (lambda: parent_ids(cell_ids(0, 0), -1), "S2 level -1"),
+        (lambda: parent_ids(cell_ids(0, 0), 2.5), "S2 level 2.5"),
+        (lambda: parent_ids(cell_ids(0, 0), [3, math.nan]), "S2 level nan"),
+        (lambda: parent_ids([5, 0], [3, 3]), "0 at position 1"),
         (lambda: cell_level(0), "0 at position 0 is not an S2 cell id"),
         (lambda: cell_centers([1, 2]), "2 at position 1"),
         (lambda: cell_centers(np.uint64(6 << 61 | 1)), "not an S2 cell id"),

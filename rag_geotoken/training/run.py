@@ -11,14 +11,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rag_geotoken import selection, stages
+from rag_geotoken import stages
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.demo import make_index
 from rag_geotoken.errors import GeoError
 from rag_geotoken.files import file_sha256, write_json
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.pipeline import Geolocator, encoder_id
+from rag_geotoken.reward import RewardHead
 from rag_geotoken.token_model import TokenConfig, TokenModel
+from rag_geotoken.tuning import Tuning
 
 Log = Callable[[str], None]
 GALLERY = "blue-marble:gallery"
@@ -33,15 +35,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "rate": float,
         "seed": int,
     },
+    "reward": {"photos": int, "epochs": int, "batch": int, "rate": float, "seed": int},
     "tuning": {"source": str},
 }
 LEAST = {"seed": 0, "rate": 1e-9}  # every other number at least 1
 
 
 def train(what: str, recipe: dict[str, Any], out: Path) -> None:
-    """Train ``alignment``, ``tokens`` or ``tuning`` with the recipe's section of that name.
+    """Train ``alignment``, ``tokens``, ``reward`` or ``tuning`` with the recipe's section of that name.
 
-    The three are made in this order in one folder; the gallery's index is kept beside it in ``OUT-index``. Raises
+    They are made in this order in one folder; the gallery's index is kept beside it in ``OUT-index``. Raises
     GeoError when an earlier one is missing or the recipe does not fit.
     """
     settings = _settings(recipe, what)
@@ -53,7 +56,7 @@ def train(what: str, recipe: dict[str, Any], out: Path) -> None:
     if what == "alignment":
         from rag_geotoken.training.alignment import train_alignment
 
-        train_alignment(**settings, log=log).save_pretrained(out)
+        train_alignment(**settings, log=log).save_pretrained(out, half=True)
         return
     alignment = GeoAlignment.from_pretrained(out)
     folder = out.with_name(f"{out.name}-index")
@@ -62,9 +65,16 @@ def train(what: str, recipe: dict[str, Any], out: Path) -> None:
     if what == "tokens":
         _train_tokens(alignment, index, folder, settings, out, log)
         return
+    tokens, encoder = TokenModel.from_pretrained(out), encoder_id(out)
+    if what == "reward":
+        from rag_geotoken.training.reward import train_reward
+
+        geolocator = Geolocator(alignment, tokens, index, Tuning(), encoder)
+        train_reward(geolocator, **settings, log=log).save_pretrained(out, half=True)
+        return
     from rag_geotoken.training.tuning import tune
 
-    geolocator = Geolocator(alignment, TokenModel.from_pretrained(out), index, selection.Tuning(), encoder_id(out))
+    geolocator = Geolocator(alignment, tokens, index, Tuning(), encoder, RewardHead.from_pretrained(out))
     write_json(out / "tuning.json", asdict(tune(geolocator, **settings, log=log)))
 
 
@@ -83,7 +93,7 @@ def _train_tokens(
         if settings["source"] != "gallery":
             stages.write_photos(photos, settings["source"])
             stages.encode(photos, alignment, encoder_id(out))
-        neighbors = stages.search(photos, index, config.neighbors, selection.Tuning().search_weights)
+        neighbors = stages.search(photos, index, config.neighbors, Tuning().search_weights)
     facts = {"settings": settings, "config": asdict(config), "photos": file_sha256(neighbors)}
     identity = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     train_on, validation = read_photos(photos, index, config, settings["held_out"], settings["seed"])

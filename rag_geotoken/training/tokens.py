@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from rag_geotoken import stages
 from rag_geotoken.cells import S2Tokenizer
 from rag_geotoken.errors import GeoError
 from rag_geotoken.index import GeoIndex
-from rag_geotoken.selection import Tuning
+from rag_geotoken.run_tables import read_embeddings, read_neighbors
 from rag_geotoken.tables import read_table
 from rag_geotoken.token_model import TokenConfig, TokenModel
 from rag_geotoken.training.checkpoint import load_checkpoint, save_checkpoint
 from rag_geotoken.training.schedule import one_cycle
+from rag_geotoken.tuning import Tuning
 
 CHECKS = 10  # looks at the validation photos in a training, each with a checkpoint
 Log = Callable[[str], None]
@@ -117,7 +117,7 @@ def validate(losses: Losses, photos: Photos, batch: int) -> Tensor:
     """The mean loss of each position (T,) over all photos."""
     losses.eval()
     rows = torch.arange(len(photos.tokens), device=photos.tokens.device)
-    parts = [losses(photos, part) * len(part) for part in torch.split(rows, batch)]  
+    parts = [losses(photos, part) * len(part) for part in torch.split(rows, batch)]
     return torch.stack(parts).sum(dim=0) / len(photos.tokens)
 
 
@@ -163,7 +163,7 @@ def read_photos(folder: Path, index: GeoIndex, config: TokenConfig, held_out: in
     digests = index.rows["digest"].take(rows).to_pylist()
     near = index.search(vectors, config.neighbors, Tuning().search_weights, digests).rows
     validation = _photos(vectors, near, tokenizer.encode(*index.lat_lon[rows].T))
-    ids, vectors, own = stages.read_embeddings(folder)
+    ids, vectors, own = read_embeddings(folder)
     photos = read_table(folder / "photos.parquet", ["id", "lat", "lon"])
     lat_lon = zip(photos["lat"].to_pylist(), photos["lon"].to_pylist(), strict=True)
     place_of = dict(zip(photos["id"].to_pylist(), lat_lon, strict=True))
@@ -171,7 +171,7 @@ def read_photos(folder: Path, index: GeoIndex, config: TokenConfig, held_out: in
     kept = np.isfinite(places).all(axis=1) & ~np.isin(own, digests)
     if not kept.any():
         raise GeoError(f"{folder.name} has no photo with a place that is not held out: hold out fewer")
-    near = stages.read_neighbors(folder).rows
+    near = read_neighbors(folder).rows
     return _photos(vectors[kept], near[kept], tokenizer.encode(*places[kept].T)), validation
 
 

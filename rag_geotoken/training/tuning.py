@@ -3,95 +3,120 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rag_geotoken import selection
+from rag_geotoken.confidence import fit_calibration
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.metrics import RADII_KM
 from rag_geotoken.pictures import load_pictures
 from rag_geotoken.pipeline import Geolocator, Options
-from rag_geotoken.selection import Tuning
+from rag_geotoken.pool import make_pool, neighbor_pool
 from rag_geotoken.sources import read_source
-from rag_geotoken.types import Neighbors, Pool, Predictions
+from rag_geotoken.tuning import Tuning
+from rag_geotoken.types import Candidates, Neighbors, Predictions
 
 # One setting after the other, twice around: what is best for the mean share within the radii that views can reach.
 DECISION = {
     "neighbor_share": [0.02, 0.05, 0.1, 0.2, 0.3, 0.5],
-    "neighbor_scale": [5.0, 10.0, 15.0, 20.0, 30.0],
-    "alignment_scale": [32.0, 64.0, 96.0, 128.0, 192.0, 256.0, 384.0],
-    "spread_km": [12.0, 18.0, 25.0, 35.0, 50.0, 75.0],
+    "neighbor_scale": [5.0, 10.0, 15.0, 20.0, 30.0, 45.0],
+    "alignment_scale": [64.0, 96.0, 128.0, 192.0, 256.0, 384.0, 512.0, 768.0],
+    "spread_km": [12.0, 18.0, 25.0, 35.0, 50.0, 75.0, 100.0],
 }
-# The same for the mean squared error of the stated chances (Brier), the decision standing still.
+REWARD = {"reward_scale": [0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0]}
+# The same for the mean squared error of the calibrated chances (Brier), the decision standing still.
 CONFIDENCE = {
-    "confidence_scale": [8.0, 16.0, 24.0, 32.0, 48.0, 64.0, 96.0],
-    "confidence_km": [6.0, 10.0, 14.0, 18.0, 25.0, 35.0],
+    "confidence_scale": [0.06, 0.1, 0.15, 0.25, 0.4, 0.6, 1.0],
+    "confidence_km": [6.0, 10.0, 14.0, 18.0, 25.0, 35.0, 50.0],
 }
-DENSITY = {"density_scale": [5.0, 10.0, 20.0, 40.0], "density_km": [10.0, 25.0, 50.0, 100.0, 200.0]}
-
-
+DENSITY = {"density_scale": [5.0, 10.0, 20.0, 40.0], "density_km": [10.0, 25.0, 50.0, 100.0, 200.0, 300.0]}
+MODES: tuple[tuple[str, ...], ...] = ((), ("alignment",), ("reward",), ("alignment", "reward"))
 Log = Callable[[str], None]
+Scores = dict[str, NDArray[np.float32]]
 
 
 def tune(geolocator: Geolocator, source: str, log: Log) -> Tuning:
     """Coordinate search on a source of validation photos -> the tuning that did best on them.
 
-    The density baseline gets its best kernel too, so that it is an honest opponent.
+    The decision is tuned as verified by alignment, then the reward head's scale beside it, then the confidence, with a
+    calibration for every set of verifiers. The density baseline gets its best kernel too, to be an honest opponent.
     """
     photos = read_source(source)
     truth = np.column_stack([photos["lat"].to_numpy(), photos["lon"].to_numpy()])
-    pixels, _ = load_pictures(photos["image"].to_pylist(), 64)
-    photo = geolocator.encode(pixels)
+    parts = _propose(geolocator, photos["image"].to_pylist(), log)
+    modes = [mode for mode in MODES if "reward" not in mode or geolocator.reward is not None]
+
+    def decide(tuning: Tuning, mode: tuple[str, ...]) -> Predictions:
+        found = []
+        for near, cells, scores in parts:
+            pool = make_pool(near, cells, geolocator.tokenizer, tuning)
+            found.append(selection.decide(pool, {name: scores[name] for name in mode}, tuning))
+        return _together(found)
+
+    def density(tuning: Tuning) -> Predictions:
+        pools = (neighbor_pool(near, tuning.density_scale) for near, _, _ in parts)
+        return _together([selection.density(pool, tuning) for pool in pools])
+
+    def brier(tuning: Tuning) -> float:
+        decided = decide(tuning, ("alignment",))
+        right = _hits(decided, truth)
+        sure = replace(tuning, calibration={"alignment": fit_calibration(decided.confidence, right)})
+        return -float(np.mean((decide(sure, ("alignment",)).confidence - right)[:, 1:] ** 2))
+
     best = Tuning(search_weights=geolocator.tuning.search_weights)
-    options = Options()
-    neighbors = geolocator.search(photo, options.neighbors)
-    blocks = [slice(i, i + 256) for i in range(0, len(photo), 256)]
-    parts = [Neighbors(neighbors.rows[b], neighbors.lat_lon[b], neighbors.scores[b]) for b in blocks]
-    candidates = [geolocator.propose(photo[b], n, options) for b, n in zip(blocks, parts, strict=True)]
+    best = _search(best, DECISION, lambda tuning: _share(decide(tuning, ("alignment",)), truth), log)
+    if geolocator.reward is not None:
+        best = _search(best, REWARD, lambda tuning: _share(decide(tuning, ("alignment", "reward")), truth), log)
+    best = _search(best, CONFIDENCE, brier, log)
+    best = _search(best, DENSITY, lambda tuning: _share(density(tuning), truth), log)
+    decided = {mode: decide(best, mode) for mode in modes}
+    for mode, predictions in decided.items():
+        log(f"verified by {selection.verified_by(mode)}: {_share(predictions, truth):.4f}")
+    pairs = {mode: fit_calibration(found.confidence, _hits(found, truth)) for mode, found in decided.items()}
+    return replace(best, calibration={selection.verified_by(mode): each for mode, each in pairs.items()})
 
-    def pools(tuning: Tuning) -> list[Pool]:
-        pairs = zip(parts, candidates, strict=True)
-        return [selection.make_pool(n, c, geolocator.tokenizer, tuning) for n, c in pairs]
 
-    similar = [geolocator.verify(photo[b], pool) for b, pool in zip(blocks, pools(best), strict=True)]
-
-    def decide(tuning: Tuning) -> list[Predictions]:
-        return [selection.decide(p, s, tuning) for p, s in zip(pools(tuning), similar, strict=True)]
-
-    def density(tuning: Tuning) -> list[Predictions]:
-        return [selection.density(n, tuning) for n in parts]
-
-    best = _search(best, DECISION, lambda tuning: _share(decide(tuning), truth), log)
-    best = _search(best, CONFIDENCE, lambda tuning: -_brier(decide(tuning), truth), log)
-    return _search(best, DENSITY, lambda tuning: _share(density(tuning), truth), log)
+def _propose(geolocator: Geolocator, references: list[str], log: Log) -> list[tuple[Neighbors, Candidates, Scores]]:
+    """Neighbours, candidates and every verifier's scores of photos, in blocks: what no setting changes."""
+    options, parts = Options(), []
+    for start in range(0, len(references), 256):
+        pixels, _ = load_pictures(references[start : start + 256], 64)
+        photo = geolocator.encode(pixels)
+        near = geolocator.search(photo, options.neighbors)
+        keys = list(range(start, start + len(photo)))
+        cells = geolocator.propose(photo, near, options, keys)
+        pool = geolocator.pool(near, cells)
+        names = ["alignment"] if geolocator.reward is None else ["alignment", "reward"]
+        parts.append((near, cells, {name: geolocator.verify(name, photo, near, pool) for name in names}))
+    log(f"pools of {len(references)} validation photos")
+    return parts
 
 
 def _search(best: Tuning, grid: dict[str, list[float]], value: Callable[[Tuning], float], log: Log) -> Tuning:
     """Coordinate search: every setting's best value with the others as they are, twice around."""
-    for _ in range(2):
+    for _ in range(2 if len(grid) > 1 else 1):
         for name, choices in grid.items():
-            tried = [Tuning(**asdict(best) | {name: choice}) for choice in choices]
+            tried = [replace(best, **{name: choice}) for choice in choices]  # type: ignore[arg-type]
             values = [value(tuning) for tuning in tried]
             best = tried[int(np.argmax(values))]
             log(f"{name} {getattr(best, name)}: " + " ".join(f"{v:.4f}" for v in values))
     return best
 
 
-def _share(decided: list[Predictions], truth: NDArray[np.float64]) -> float:
+def _together(parts: list[Predictions]) -> Predictions:
+    return Predictions(*(np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])))
+
+
+def _share(decided: Predictions, truth: NDArray[np.float64]) -> float:
     """Mean percent within 25, 200, 750 and 2500 km."""
-    return 100.0 * float(_hits(decided, truth).mean())
+    return 100.0 * float(_hits(decided, truth)[:, 1:].mean())
 
 
-def _brier(decided: list[Predictions], truth: NDArray[np.float64]) -> float:
-    """Mean squared error of the stated chances at 25, 200, 750 and 2500 km."""
-    stated = np.concatenate([part.confidence for part in decided])[:, 1:]
-    return float(np.mean((stated - _hits(decided, truth)) ** 2))
-
-
-def _hits(decided: list[Predictions], truth: NDArray[np.float64]) -> NDArray[np.bool_]:
-    answers = np.concatenate([part.lat_lon for part in decided])
-    km = haversine_km(*truth.T, *answers.T)
-    hits: NDArray[np.bool_] = km[:, None] <= np.array(RADII_KM[1:])
+def _hits(decided: Predictions, truth: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Which of the radii (B, R) each answer lies within."""
+    km = haversine_km(*truth.T, *decided.lat_lon.T)
+    hits: NDArray[np.bool_] = km[:, None] <= np.array(RADII_KM)
     return hits

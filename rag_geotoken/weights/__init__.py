@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ EARTH = Path(__file__).parent / "earth"
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def save_weights(model: nn.Module, config: dict[str, Any], folder: Path, name: str, half: bool = True) -> None:
+def save_weights(model: nn.Module, config: dict[str, Any], folder: Path, name: str, half: bool) -> None:
     """Write ``NAME.json`` and ``NAME.safetensors``: parameters in half precision if asked, buffers as they are."""
     from safetensors.torch import save
 
@@ -28,6 +29,15 @@ def save_weights(model: nn.Module, config: dict[str, Any], folder: Path, name: s
 
 def _fill(path: Path, content: bytes) -> None:
     path.write_bytes(content)
+
+
+def fingerprint(*models: nn.Module) -> str:
+    """64 hexadecimal digits that follow from the models' tensors and their names."""
+    digest = hashlib.sha256()
+    for name, value in (pair for model in models for pair in model.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype};".encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_weights(model: type[Model], config: type[Any], folder: Path, name: str) -> Model:

@@ -1,0 +1,107 @@
+"""The pool: generated and retrieved places of a photo together, one of which will be the answer."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rag_geotoken.cells import S2Tokenizer, cell_centers
+from rag_geotoken.geo import haversine_km
+from rag_geotoken.posterior import Posterior
+from rag_geotoken.tuning import Tuning
+from rag_geotoken.types import FRONTIER, NEIGHBOUR, Candidates, Neighbors, Pool
+
+Floats = NDArray[np.float64]
+
+
+def make_pool(
+    neighbors: Neighbors | None, candidates: Candidates | None, tokenizer: S2Tokenizer, tuning: Tuning
+) -> Pool:
+    """Put generated and retrieved places together, one entry a cell of the tokenizer's level.
+
+    Generated entries are weighted by their untempered probability, retrieved ones by a softmax of their score; either
+    kind's weights add up to its share. A retrieved place in a generated cell keeps its own coordinates and the sum of
+    both weights. Raises ValueError when both are missing.
+    """
+    places, weights, sources, cells = [], [], [], []
+    share = tuning.neighbor_share if candidates is not None else 1.0
+    if neighbors is not None:
+        scores = tuning.neighbor_scale * neighbors.scores.astype(np.float64)
+        places.append(neighbors.lat_lon)
+        weights.append(log_softmax(scores) + np.log(share))
+        sources.append(np.full(scores.shape, NEIGHBOUR, np.int8))
+        cells.append(tokenizer.cell_ids(*neighbors.lat_lon.reshape(-1, 2).T).reshape(scores.shape))
+    if candidates is not None:
+        flat = candidates.tokens.reshape(-1, candidates.tokens.shape[-1])
+        shape = candidates.log_prob.shape
+        ids = tokenizer.tokens_to_ids(flat).reshape(shape)
+        log_prob = np.where(_repeats(ids), -np.inf, candidates.log_prob.astype(np.float64))
+        places.append(np.stack(tokenizer.decode(flat), axis=-1).reshape(*shape, 2))
+        weights.append(log_softmax(log_prob) + (np.log(1.0 - share) if neighbors is not None else 0.0))
+        sources.append(candidates.source)
+        cells.append(ids)
+    if not places:
+        raise ValueError("a pool needs neighbours or candidates")
+    return _merge(*(np.concatenate(parts, axis=1) for parts in (places, weights, sources, cells)))
+
+
+def neighbor_pool(neighbors: Neighbors, scale: float) -> Pool:
+    """The neighbours alone, each an entry of its own, weighted by a softmax of their scores."""
+    weight = log_softmax(scale * neighbors.scores.astype(np.float64)).astype(np.float32)
+    return Pool(neighbors.lat_lon, weight, np.full(weight.shape, NEIGHBOUR, np.int8), np.ones(weight.shape, bool))
+
+
+def posterior_pool(posterior: Posterior, most: int = 64) -> Pool:
+    """The ``most`` heaviest cells of a posterior, each at its centre."""
+    mass = posterior.mass[:, :most].astype(np.float64)
+    mask = mass > 0
+    with np.errstate(divide="ignore"):
+        weight = log_softmax(np.log(mass)).astype(np.float32)
+    lat_lon = np.stack(cell_centers(posterior.cells[:, :most]), axis=-1)
+    return Pool(lat_lon, weight, np.full(mass.shape, FRONTIER, np.int8), mask)
+
+
+def keep_within(pool: Pool, within: tuple[float, float, float]) -> Pool:
+    """The entries no further than (lat, lon, km) from that place; where none is, the nearest alone stays."""
+    lat, lon, km = within
+    away = np.where(pool.mask, haversine_km(pool.lat_lon[..., 0], pool.lat_lon[..., 1], lat, lon), np.inf)
+    mask = pool.mask & (away <= np.maximum(km, away.min(axis=1, keepdims=True)))
+    weight = log_softmax(np.where(mask, pool.log_weight.astype(np.float64), -np.inf))
+    return Pool(pool.lat_lon, weight.astype(np.float32), pool.source, mask)
+
+
+def reweigh(pool: Pool, scores: NDArray[np.float32], scale: float) -> Pool:
+    """A verdict as evidence: each entry's weight times exp(scale * score (B, C)), normalised."""
+    weight = pool.log_weight + scale * scores.astype(np.float64)
+    weight = log_softmax(np.where(pool.mask, weight, -np.inf))
+    return Pool(pool.lat_lon, weight.astype(np.float32), pool.source, pool.mask)
+
+
+def temper(pool: Pool, power: float) -> Pool:
+    """Every weight raised to a power, normalised: below 1 milder, above 1 sharper."""
+    with np.errstate(invalid="ignore"):
+        weight = np.where(pool.mask, power * pool.log_weight.astype(np.float64), -np.inf)
+    return Pool(pool.lat_lon, log_softmax(weight).astype(np.float32), pool.source, pool.mask)
+
+
+def log_softmax(values: Floats) -> Floats:
+    """Over the last axis; minus infinity stays so."""
+    shifted = values - values.max(axis=-1, keepdims=True)
+    result: Floats = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return result
+
+
+def _merge(lat_lon: Floats, log_weight: Floats, source: NDArray[np.int8], cells: NDArray[np.uint64]) -> Pool:
+    """One entry a cell: the first stays, with the sum of the weights; the others are masked."""
+    same = cells[:, :, None] == cells[:, None, :]
+    total = np.log((same * np.exp(log_weight)[:, None, :]).sum(axis=2) + 1e-30)
+    mask = ~_repeats(cells) & np.isfinite(log_weight)
+    log_weight = log_softmax(np.where(mask, total, -np.inf))
+    return Pool(lat_lon, log_weight.astype(np.float32), source, mask)
+
+
+def _repeats(ids: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """(B, N) -> true where the same value stands further left in its row."""
+    earlier = np.tri(ids.shape[1], k=-1, dtype=bool)
+    repeats: NDArray[np.bool_] = ((ids[:, :, None] == ids[:, None, :]) & earlier).any(axis=2)
+    return repeats

@@ -1,0 +1,78 @@
+"""Train the reward head on pools of gallery photos: how far is each entry from where the photo was taken?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from rag_geotoken.errors import GeoError
+from rag_geotoken.geo import haversine_km
+from rag_geotoken.metrics import RADII_KM
+from rag_geotoken.pipeline import Geolocator, Options
+from rag_geotoken.reward import RewardConfig, RewardHead
+from rag_geotoken.training.schedule import one_cycle
+
+BLOCK = 256
+
+
+def train_reward(
+    geolocator: Geolocator, photos: int, epochs: int, batch: int, rate: float, seed: int, log: Callable[[str], None]
+) -> RewardHead:
+    """Train on the pools of ``photos`` gallery photos, the token model as it is; a tenth is kept to look at.
+
+    No photo finds itself among its neighbours. Cross-entropy over the bins of error, every entry alike. Raises GeoError
+    when the gallery holds fewer photos or they do not fill a batch.
+    """
+    rows = np.random.default_rng(seed).permutation(geolocator.index.faiss_index.ntotal)
+    if not 10 * batch <= 9 * photos <= 9 * len(rows):
+        raise GeoError(f"photos = {photos}, batch = {batch}: the gallery has {len(rows)}, and nine tenths fill a batch")
+    states, bins, mask = pools_of(geolocator, rows[:photos], log)
+    held = photos // 10
+    accelerator = Accelerator()
+    torch.manual_seed(seed)
+    head = RewardHead(RewardConfig(states.shape[-1]))
+    adam = torch.optim.AdamW(head.parameters(), lr=rate, weight_decay=0.02)
+    steps = (photos - held) // batch
+    schedule = one_cycle(adam, rate, steps * epochs)
+    model, optimizer = accelerator.prepare(head, adam)
+
+    def loss_of(drawn: Tensor) -> Tensor:
+        kept = mask[drawn]
+        there, truth = states[drawn][kept].float().to(accelerator.device), bins[drawn][kept].to(accelerator.device)
+        return cross_entropy(model(there), truth)
+
+    for epoch in range(epochs):
+        order = held + torch.randperm(photos - held, generator=torch.Generator().manual_seed(seed + epoch))
+        for step in range(steps):
+            loss = loss_of(order[step * batch : (step + 1) * batch])
+            optimizer.zero_grad()
+            accelerator.backward(loss)
+            optimizer.step()
+            schedule.step()
+        with torch.no_grad():
+            left = loss_of(torch.arange(held)).item()
+        log(f"epoch {epoch + 1} of {epochs}: loss {loss.item():.4f}, held out {left:.4f}")
+    return head.cpu().eval()
+
+
+def pools_of(geolocator: Geolocator, rows: NDArray[np.int64], log: Callable[[str], None]) -> tuple[Tensor, ...]:
+    """Gallery photos (N,) -> their pools: the entries' last states (N, C, d) half, bins (N, C), and mask (N, C)."""
+    index, options, parts = geolocator.index, Options(), []
+    for start in range(0, len(rows), BLOCK):
+        own = rows[start : start + BLOCK]
+        photo, truth = index.vectors(own), index.lat_lon[own]
+        near = geolocator.search(photo, options.neighbors, index.rows["digest"].take(own).to_pylist())
+        pool = geolocator.pool(near, geolocator.propose(photo, near, options, own.tolist()))
+        km = haversine_km(truth[:, :1], truth[:, 1:], pool.lat_lon[..., 0], pool.lat_lon[..., 1])
+        states = geolocator.states(photo, near, pool).half()
+        parts.append((states, torch.from_numpy(np.searchsorted(RADII_KM, km)), torch.from_numpy(pool.mask)))
+        if start // BLOCK % 8 == 0:
+            log(f"pools of {start + len(own)} of {len(rows)} photos")
+    states, bins, mask = (torch.cat(part) for part in zip(*parts, strict=True))
+    return states, bins, mask

@@ -1,0 +1,49 @@
+"""The few numbers of pool, decision and confidence that are chosen on validation photos, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rag_geotoken.errors import GeoError
+from rag_geotoken.files import read_json
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What `rag-geotoken train tuning` chooses.
+
+    search_weights: of the image, GPS and text part of an embedding in the search.
+    neighbor_share: the weight of the retrieved entries in the pool, the generated have the rest.
+    neighbor_scale: how sharply a neighbour's score counts, in nats a unit.
+    alignment_scale, reward_scale: the same for a verifier's scores in a decision.
+    spread_km: spread of the places behind one pool entry, for the utility of a decision.
+    confidence_scale: all weights of a pool are raised to this power where a confidence is stated, since sharp weights
+    decide best and are far too sure of themselves; confidence_km is the spread that goes with it.
+    calibration: by the verifiers in use, an intercept and a slope for each radius (see :mod:`.confidence`).
+    density_scale, density_km: sharpness and Gaussian kernel of the density baseline, chosen for it alone.
+    """
+
+    search_weights: tuple[float, ...] = (0.5, 1.0, 0.5)
+    neighbor_share: float = 0.1
+    neighbor_scale: float = 10.0
+    alignment_scale: float = 100.0
+    reward_scale: float = 1.0
+    spread_km: float = 25.0
+    confidence_scale: float = 0.3
+    confidence_km: float = 15.0
+    calibration: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
+    density_scale: float = 10.0
+    density_km: float = 50.0
+
+
+def load_tuning(weights: Path) -> Tuning:
+    """Read ``tuning.json`` of a weights folder. Raises GeoError when it is missing or not what it should be."""
+    values = read_json(weights / "tuning.json")
+    try:
+        pairs = {name: tuple((float(a), float(b)) for a, b in rows) for name, rows in values["calibration"].items()}
+        weight = tuple(float(w) for w in values["search_weights"])
+        return Tuning(**values | {"search_weights": weight, "calibration": pairs})
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise GeoError(f"tuning.json in {weights.name} is not a tuning: {error}") from None
