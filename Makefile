@@ -38,6 +38,7 @@ lint: $(STAMP)
 weights: $(STAMP)
 	$(BIN)/rag-geotoken train alignment --out runs/weights
 	$(BIN)/rag-geotoken train tokens --out runs/weights
+	$(BIN)/rag-geotoken train reward --out runs/weights
 	$(BIN)/rag-geotoken train tuning --out runs/weights
 
 clean:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -138,6 +139,9 @@ def locate(
     from rag_geotoken.pipeline import Options
     from rag_geotoken.weights import EARTH
 
+    for value in (temperature, top_p, epsilon, max_area or 0.0):
+        if not math.isfinite(value):
+            raise typer.BadParameter(f"{value} is no finite number")
     ways, verifiers = (() if given == "none" else tuple(given.split(",")) for given in (propose, verify))
     options = Options(
         neighbors=neighbors,
@@ -153,7 +157,7 @@ def locate(
         max_area_km2=max_area,
     )
     done, failed = locate_photos(photos, index, out, options, weights or EARTH, run or out.with_suffix(".run"))
-    typer.echo(f"{done} photos located in {out}" + (f", {len(failed)} could not be read" if failed else ""))
+    typer.echo(f"{done} photos located in {out}" + (f", {len(failed)} without an answer" if failed else ""))
     for line in failed[:10]:
         typer.echo(f"  {line}", err=True)
 

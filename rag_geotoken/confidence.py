@@ -50,28 +50,35 @@ def _disk_chance(spread: float) -> tuple[Floats, Floats]:
 def calibrated(stated: Floats, pairs: Sequence[tuple[float, float]]) -> Floats:
     """Platt scaling a radius: chances (B, R) -> 1 / (1 + exp(-a - b logit)), kept growing with the radius."""
     a, b = np.array(pairs).T
-    moved = 1.0 / (1.0 + np.exp(-(a + b * _logit(stated))))
+    moved = np.exp(-np.logaddexp(0.0, -a - b * _logit(stated)))
     return np.maximum.accumulate(moved, axis=1)
 
 
 def fit_calibration(stated: Floats, right: NDArray[np.bool_]) -> tuple[tuple[float, float], ...]:
     """Intercept and slope of each radius from chances (B, R) and what came true (B, R).
 
-    Logistic regression by Newton's method, with Platt's softened targets (1999), so that a radius within which nothing
-    or everything fell stays finite. The slope never falls below zero.
+    Logistic regression with Platt's softened targets (1999), so that a radius within which nothing or everything fell
+    stays finite, and with no slope below zero.
     """
+    from scipy.optimize import minimize
+
     pairs = []
     for x, hit in zip(_logit(stated).T, right.T, strict=True):
         target = np.where(hit, (hit.sum() + 1.0) / (hit.sum() + 2.0), 1.0 / ((~hit).sum() + 2.0))
-        design, weights = np.column_stack([np.ones_like(x), x]), np.array([0.0, 1.0])
-        for _ in range(50):
-            chance = 1.0 / (1.0 + np.exp(-design @ weights))
-            # A faint pull towards doing nothing keeps the step finite where all x are alike.
-            slope = design.T @ (chance - target) + 1e-3 * (weights - [0.0, 1.0])
-            curve = (design * (chance * (1 - chance))[:, None]).T @ design + 1e-3 * np.eye(2)
-            weights = weights - np.clip(np.linalg.solve(curve, slope), -1.0, 1.0)
-        pairs.append((float(weights[0]), max(0.0, float(weights[1]))))
+        design = np.column_stack([np.ones_like(x), x])
+        bounds = [(None, None), (0.0, None)]
+        found = minimize(_log_loss, [0.0, 1.0], (design, target), "SLSQP", jac=True, bounds=bounds, tol=1e-9).x
+        pairs.append((float(found[0]), float(found[1])))
     return tuple(pairs)
+
+
+def _log_loss(weights: Floats, design: Floats, target: Floats) -> tuple[float, Floats]:
+    """The logistic loss of intercept and slope (2,), and its gradient."""
+    logit, away = design @ weights, weights - [0.0, 1.0]
+    rest = np.logaddexp(0.0, logit)
+    # A faint pull towards doing nothing decides where all x are alike.
+    loss = rest.sum() - target @ logit + 0.5e-3 * (away @ away)
+    return float(loss), design.T @ (np.exp(logit - rest) - target) + 1e-3 * away
 
 
 def _logit(stated: Floats) -> Floats:

@@ -172,9 +172,9 @@ def _example(folder: Path, row: int, index: GeoIndex) -> dict[str, Any]:
             }
             for c in kept
         ],
-        "heat": heat_map(read_posterior(folder), row),
+        "heat": heat_map(read_posterior(folder), row, height=360, detail=9),
         "area_km2": answer["area_km2"],
         "answer": (answer["lat"], answer["lon"]),
         "km": float(haversine_km(*truth, answer["lat"], answer["lon"])),
-        "confidence": {r: answer[f"confidence_{r}"] for r in (25, 200, 750, 2500)},
+        "confidence": {r: answer[f"confidence_{r}"] for r in RADII_KM},
     }

@@ -13,7 +13,11 @@ from rag_geotoken.geo import haversine_km
 
 
 class Lattice:
-    """Some of the cells of a tokenizer's level, asked prefix by prefix which next tokens lead to one of them."""
+    """Some of the cells of a tokenizer's level, asked prefix by prefix which next tokens lead to one of them.
+
+    Cells are counted along the Hilbert curves of the six faces; the valid ones are kept as ranges of these numbers,
+    first (R,) and end (R,), apart and in order.
+    """
 
     def __init__(self, tokenizer: S2Tokenizer, tokens: ArrayLike) -> None:
         """Tokens (N, T) of the valid cells, in any order. Raises GeoError when there is none or one is no cell."""
@@ -21,15 +25,16 @@ class Lattice:
         if not len(rows):
             raise GeoError("a lattice without a cell leaves nothing to decode: give at least one")
         rows = tokenizer.ids_to_tokens(tokenizer.tokens_to_ids(rows))  # refuses what is no cell of this level
-        self.sizes = tokenizer.vocab_sizes
-        self.cells = torch.from_numpy(np.unique(np.ravel_multi_index(tuple(rows.T), self.sizes)))
+        numbers = np.ravel_multi_index(tuple(rows.T), tokenizer.vocab_sizes)
+        self._keep(tokenizer, np.stack([numbers, numbers + 1], axis=-1))
 
     @classmethod
     def within(cls, tokenizer: S2Tokenizer, lat: float, lon: float, km: float) -> Lattice:
         """The cells whose centre lies within ``km`` of a place, and the cell of the place itself."""
-        # A disk touches a cell only if it touches the cell's parent: go down level by level, never over all cells.
-        ids = _descend(tokenizer, lat, lon, km)
-        return cls(tokenizer, np.concatenate([tokenizer.encode([lat], [lon]), ids]))
+        lattice = cls(tokenizer, tokenizer.encode([lat], [lon]))
+        own = torch.stack([lattice.first, lattice.end], dim=-1).numpy()
+        lattice._keep(tokenizer, np.concatenate([own, *_disk(tokenizer, lat, lon, km)]))
+        return lattice
 
     def allowed(self, tokens: Tensor) -> Tensor:
         """Prefixes (..., t) -> which next tokens (..., V_t) lead to a valid cell."""
@@ -38,17 +43,35 @@ class Lattice:
         for column, size in enumerate(self.sizes[:t]):
             prefix = prefix * size + tokens[..., column]
         below = int(np.prod(self.sizes[t + 1 :], dtype=np.int64))
-        first = (prefix[..., None] * self.sizes[t] + torch.arange(self.sizes[t], device=tokens.device)) * below
-        self.cells = self.cells.to(tokens.device)
-        return torch.searchsorted(self.cells, first) < torch.searchsorted(self.cells, first + below)
+        start = (prefix[..., None] * self.sizes[t] + torch.arange(self.sizes[t], device=tokens.device)) * below
+        self.first, self.end = self.first.to(tokens.device), self.end.to(tokens.device)
+        behind = torch.searchsorted(self.end, start, right=True)
+        return behind < torch.searchsorted(self.first, start + below)
+
+    def _keep(self, tokenizer: S2Tokenizer, ranges: NDArray[np.int64]) -> None:
+        """Ranges (N, 2) in any order, which may touch or overlap."""
+        first, end = ranges[ranges[:, 0].argsort()].T
+        reached = np.maximum.accumulate(end)
+        new = np.concatenate([[True], first[1:] > reached[:-1]])
+        self.sizes = tokenizer.vocab_sizes
+        self.first = torch.from_numpy(first[new])
+        self.end = torch.from_numpy(reached[np.append(np.flatnonzero(new)[1:] - 1, len(first) - 1)])
 
 
-def _descend(tokenizer: S2Tokenizer, lat: float, lon: float, km: float) -> NDArray[np.int64]:
-    """Tokens (N, T) of the cells with their centre within ``km``."""
-    rows = np.zeros((1, 0), np.int64)
+def _disk(tokenizer: S2Tokenizer, lat: float, lon: float, km: float) -> list[NDArray[np.int64]]:
+    """Ranges (N, 2) of the cells with their centre within ``km``, from coarse prefixes to fine.
+
+    A prefix wholly inside is one range, one wholly outside is dropped: only the border is followed down.
+    """
+    rows, ranges = np.zeros((1, 0), np.int64), []
     for t, (size, level) in enumerate(zip(tokenizer.vocab_sizes, tokenizer.levels, strict=True)):
         rows = np.concatenate([np.repeat(rows, size, axis=0), np.tile(np.arange(size), len(rows))[:, None]], axis=1)
+        below = int(np.prod(tokenizer.vocab_sizes[t + 1 :], dtype=np.int64))
         # No cell reaches further from its centre than this: 7,850 km a face edge, halved at every level, with room.
         reach = 0.0 if t + 1 == tokenizer.length else 9_000.0 / 2**level
-        rows = rows[haversine_km(*tokenizer.decode(rows), lat, lon) <= km + reach]
-    return rows
+        away = haversine_km(*tokenizer.decode(rows), lat, lon)
+        whole = away <= km - reach
+        first = np.ravel_multi_index(tuple(rows[whole].T), tokenizer.vocab_sizes[: t + 1]) * below
+        ranges.append(np.stack([first, first + below], axis=-1))
+        rows = rows[~whole & (away <= km + reach)]
+    return ranges

@@ -26,9 +26,8 @@ EARTH_PIXELS = (3600, 1800)
 MAP_SCALE = 2.0  # units of the world map per degree: 720 x 360 in all
 INSET = 300.0  # units of the square close-up
 INSET_KM = (250.0, 1500.0)  # least and most from its middle to its edge
-HEAT_FLOOR = 1e-5  # the least mass in a pixel that is drawn
-HEAT_COLORS = ((0, 196, 60, 120), (0.35, 240, 90, 40), (0.7, 255, 190, 60), (1, 255, 252, 235))  # where, R, G, B
-HEAT_ALPHA = (0.3, 0.95)  # of the least mass drawn and of all of it
+HEAT_FLOOR, HEAT_TOP = 1e-5, 1e-3  # mass of a pixel: the least that is drawn, and what the scale reaches at least
+HEAT_COLORS = ((0.0, 170, 80, 255, 70), (0.6, 245, 105, 215, 165), (1.0, 255, 240, 250, 235))  # where, R, G, B, alpha
 KM_PER_DEGREE = EARTH_RADIUS_KM * math.pi / 180
 
 # Upper edge in km, label and CSS class of the error classes; no answer comes after the last.
@@ -199,7 +198,7 @@ def earth_picture() -> str | None:
 def heat_picture(heat: ArrayLike) -> str:
     """A posterior's mass as a picture for the world map, a data URI: the more mass, the lighter and the less sheer.
 
-    The scale is the logarithm of the mass and the same for every photo; below `HEAT_FLOOR` nothing is drawn.
+    The scale is logarithmic, from `HEAT_FLOOR`, below which nothing is drawn, to the heaviest pixel.
 
     Args:
         heat: mass (H, 2H) of each pixel, north up, from 180 W (see `posterior.heat_map`).
@@ -214,16 +213,14 @@ def heat_picture(heat: ArrayLike) -> str:
         raise GeoError(f"a heat map of shape {mass.shape}: give (height, 2 * height)")
     if not np.all((mass >= 0) & np.isfinite(mass)):
         raise GeoError("a heat map with a mass that is negative or not finite: give shares of 1")
-    # Colour 0 of the palette is clear; the 31 others are steps of the scale, few enough for a picture of some kilobytes.
-    step = np.linspace(0, 1, 31)
-    height = 1 - np.log(np.clip(mass, HEAT_FLOOR, 1)) / math.log(HEAT_FLOOR)
+    height = np.log(np.maximum(mass, HEAT_FLOOR) / HEAT_FLOOR) / math.log(max(mass.max(), HEAT_TOP) / HEAT_FLOOR)
+    # Colour 0 is clear, the 31 others are steps of the scale: few enough for a picture of some kilobytes.
     picture = Image.fromarray(np.where(mass < HEAT_FLOOR, 0, 1 + np.rint(30 * height)).astype(np.uint8))
-    at, *colors = np.array(HEAT_COLORS).T
-    palette = np.stack([np.interp(step, at, color) for color in colors], axis=-1).astype(np.uint8)
-    picture.putpalette(bytes(3) + palette.tobytes())
-    alpha = np.interp(step, (0, 1), HEAT_ALPHA) * 255
+    at, *channels = np.array(HEAT_COLORS).T
+    red, green, blue, alpha = (np.interp(np.linspace(0, 1, 31), at, c).astype(np.uint8) for c in channels)
+    picture.putpalette(bytes(3) + np.stack([red, green, blue], axis=-1).tobytes())
     out = io.BytesIO()
-    picture.save(out, "PNG", optimize=True, transparency=bytes(1) + alpha.astype(np.uint8).tobytes())
+    picture.save(out, "PNG", optimize=True, transparency=bytes(1) + alpha.tobytes())
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode("ascii")
 
 

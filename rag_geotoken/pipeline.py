@@ -67,6 +67,9 @@ class Geolocator:
         reward: RewardHead | None = None,
     ) -> None:
         index.check_encoder(encoder)
+        if reward is not None and reward.config.d_model != tokens.config.d_model:
+            width, wanted = reward.config.d_model, tokens.config.d_model
+            raise GeoError(f"a reward head of width {width}, a token model of width {wanted}: train the head again")
         self.alignment, self.tokens, self.index, self.tuning, self.encoder = alignment, tokens, index, tuning, encoder
         self.reward = reward
         self.tokenizer = S2Tokenizer(tokens.config.level, tokens.config.group)

@@ -146,7 +146,7 @@ def _reliability(calibration: Mapping[str, Mapping[str, Any]]) -> list[dict[str,
                     "y": 100 - 100 * b["correct"],
                     "top": 100 - 100 * high,
                     "bottom": 100 - 100 * low,
-                    "r": 1.6 + 3.4 * math.sqrt(b["n"] / most),
+                    "r": 1.5 + 2.5 * math.sqrt(b["n"] / most),
                     "title": f"{b['n']:,} photo{'s' if b['n'] > 1 else ''}: {found}",
                 }
             )
@@ -159,21 +159,23 @@ def _silence(abstention: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Accuracy against the share of photos answered: a curve for 25 and for 200 km, in units of 100, and the rows."""
     if not abstention:
         return None
+    rows = sorted(abstention, key=lambda row: -float(row["kept"]))
+    silent = max(1 - float(rows[-1]["kept"]), 1e-9)
     curves = [
         {
             "radius": radius,
             "dots": [
                 {
-                    "x": 100 - 100 * row["kept"],  # all photos on the left, silence grows to the right
+                    "x": 100 * (1 - row["kept"]) / silent,  # all photos on the left, the most silence on the right
                     "y": 100 - row["acc"][radius],
                     "title": f"{row['kept']:.0%} answered: {row['acc'][radius]:.1f} % within {radius} km",
                 }
-                for row in sorted(abstention, key=lambda row: -float(row["kept"]))
+                for row in rows
             ],
         }
         for radius in ("25", "200")
     ]
-    return {"curves": curves, "rows": list(abstention)}
+    return {"curves": curves, "rows": rows}
 
 
 def _place(lat_lon: tuple[float, float]) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rag_geotoken.errors import GeoError
 from rag_geotoken.files import read_json
+from rag_geotoken.metrics import RADII_KM
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,18 @@ def load_tuning(weights: Path) -> Tuning:
     """Read ``tuning.json`` of a weights folder. Raises GeoError when it is missing or not what it should be."""
     values = read_json(weights / "tuning.json")
     try:
-        pairs = {name: tuple((float(a), float(b)) for a, b in rows) for name, rows in values["calibration"].items()}
-        weight = tuple(float(w) for w in values["search_weights"])
-        return Tuning(**values | {"search_weights": weight, "calibration": pairs})
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        image, gps, text = values.pop("search_weights")
+        pairs = {
+            name: tuple((_number(a), _number(b)) for _, (a, b) in zip(RADII_KM, rows, strict=True))
+            for name, rows in values.pop("calibration").items()
+        }
+        numbers = {name: _number(value) for name, value in values.items()}
+        return Tuning((_number(image), _number(gps), _number(text)), calibration=pairs, **numbers)
+    except (TypeError, KeyError, ValueError, OverflowError, AttributeError) as error:
         raise GeoError(f"tuning.json in {weights.name} is not a tuning: {error}") from None
+
+
+def _number(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"{value} is no finite number")
+    return float(value)

@@ -1,4 +1,4 @@
-"""Tiny models and a tiny index, saved to a folder, so that tests go through saving and loading as users do."""
+"""Tiny models, a tiny index and pools; models are saved and loaded, so that tests go the way users do."""
 
 from __future__ import annotations
 
@@ -7,25 +7,49 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from torch import Tensor
 
 from rag_geotoken.alignment import AlignmentConfig, GeoAlignment
 from rag_geotoken.cells import S2Tokenizer
-from rag_geotoken.demo import make_index
+from rag_geotoken.demo import make_index, run_road
 from rag_geotoken.errors import GeoError
 from rag_geotoken.files import write_json
 from rag_geotoken.index import GeoIndex
-from rag_geotoken.pipeline import Geolocator
-from rag_geotoken.selection import Tuning
+from rag_geotoken.pipeline import Geolocator, Options
+from rag_geotoken.pool import make_pool
+from rag_geotoken.reward import RewardConfig, RewardHead
+from rag_geotoken.sources import read_source
+from rag_geotoken.tables import write_table
 from rag_geotoken.token_model import TokenConfig, TokenModel
+from rag_geotoken.tuning import Tuning
+from rag_geotoken.types import BEAM, GREEDY, SAMPLE, Candidates, Neighbors, Pool
 
 ALIGNMENT = AlignmentConfig(dim=32, sigmas=(2.0, 12.0), frequencies=8, hidden=32, text_buckets=256, text_dim=16)
 TOKENS = TokenConfig(
     level=4, group=2, neighbors=3, dim=32, d_model=24, heads=2, ff=32, encoder_layers=1, decoder_layers=2
 )
+REWARD = RewardConfig(d_model=TOKENS.d_model, hidden=16)
 ROWS = 200
+OPTIONS = Options(neighbors=6, beam_width=4, samples=6, openings=8)
+
+# Of the pools below: B photos, K neighbours, N candidates each, cells of about 100 km.
+PHOTOS, K, N = 6, 8, 12
+TOKENIZER = S2Tokenizer(6, 2)
+TUNING = Tuning(
+    neighbor_share=0.3,
+    neighbor_scale=20.0,
+    alignment_scale=10.0,
+    reward_scale=2.0,
+    spread_km=15.0,
+    confidence_scale=0.5,
+    confidence_km=15.0,
+    density_scale=20.0,
+    density_km=100.0,
+)
 
 OneLine = Callable[[str], AbstractContextManager[None]]
 
@@ -59,6 +83,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         GeoAlignment(ALIGNMENT).save_pretrained(folder)
+        RewardHead(REWARD).save_pretrained(folder)
     tiny_tokens().save_pretrained(folder)
     write_json(folder / "tuning.json", asdict(Tuning()))
     return folder
@@ -96,6 +121,24 @@ def geolocator(index_folder: Path, weights: Path) -> Geolocator:
     return Geolocator.from_pretrained(index_folder, weights)
 
 
+def write_test_photos(folder: Path, count: int = 30) -> None:
+    """A photos table of test photos, the third of which is no picture."""
+    table = read_source(f"blue-marble:test,n={count},seed=1")
+    images = table["image"].to_pylist()
+    images[2] = "missing.png"
+    table = table.set_column(table.column_names.index("image"), "image", pa.array(images))
+    write_table(folder / "photos.parquet", table)
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory, geolocator: Geolocator) -> Path:
+    """All stages and all variants of the ablation on those photos, with ``OPTIONS``. Not to be changed: copy it."""
+    folder = tmp_path_factory.mktemp("run")
+    write_test_photos(folder)
+    run_road(folder, geolocator, OPTIONS)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def one_line() -> OneLine:
     """A context that expects a GeoError of one line, matching a regular expression."""
@@ -107,3 +150,39 @@ def one_line() -> OneLine:
         assert len(str(caught.value).splitlines()) == 1
 
     return expect
+
+
+def pool_of(places: list[tuple[float, float]], weights: list[float], masked: int = 0) -> Pool:
+    """One photo's pool, with entries that do not count at its end."""
+    lat_lon = np.array([[*places, *[(0.0, 0.0)] * masked]])
+    with np.errstate(divide="ignore"):
+        log_weight = np.log(np.array([[*weights, *[0.0] * masked]])).astype(np.float32)
+    return Pool(lat_lon, log_weight, np.full(log_weight.shape, BEAM, np.int8), np.isfinite(log_weight))
+
+
+@pytest.fixture(scope="session")
+def neighbors() -> Neighbors:
+    """Neighbours around one place a photo, several of them in one cell."""
+    rng = np.random.default_rng(0)
+    around = np.column_stack([rng.uniform(-50, 70, PHOTOS), rng.uniform(-170, 170, PHOTOS)])
+    lat_lon = around[:, None] + rng.normal(0, 1.5, (PHOTOS, K, 2))
+    scores = -np.sort(-rng.uniform(0.5, 0.9, (PHOTOS, K)), axis=1).astype(np.float32)
+    return Neighbors(rng.integers(0, 100, (PHOTOS, K)), lat_lon, scores)
+
+
+@pytest.fixture(scope="session")
+def candidates(neighbors: Neighbors) -> Candidates:
+    """Cells near the neighbours: some theirs, some drawn twice."""
+    rng = np.random.default_rng(1)
+    lat_lon = neighbors.lat_lon[:, rng.integers(0, K, N)] + rng.choice([0.0, 1.0], (PHOTOS, N, 1))
+    tokens = TOKENIZER.encode(*lat_lon.reshape(-1, 2).T).reshape(PHOTOS, N, -1)
+    _, cell = np.unique(tokens.reshape(-1, tokens.shape[-1]), axis=0, return_inverse=True)
+    log_prob = np.random.default_rng(2).uniform(-9, -1, cell.max() + 1)[cell].reshape(PHOTOS, N)
+    source = np.tile(np.array([GREEDY, *[BEAM] * 4, *[SAMPLE] * 7], np.int8), (PHOTOS, 1))
+    return Candidates(tokens, log_prob.astype(np.float32), source)
+
+
+@pytest.fixture(scope="session")
+def pool(neighbors: Neighbors, candidates: Candidates) -> Pool:
+    """Both together: several entries a photo, and several places of the arrays without one."""
+    return make_pool(neighbors, candidates, TOKENIZER, TUNING)

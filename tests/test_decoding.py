@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any, TypedDict
 
 import numpy as np
 import pytest
@@ -171,6 +172,12 @@ def test_frequencies_match_the_probabilities(small: TokenModel, small_memory: Te
     torch.testing.assert_close(found.log_prob, scored(small, small_memory[:2], found.tokens), rtol=0, atol=1e-4)
 
 
+class Settings(TypedDict, total=False):
+    temperature: float
+    top_p: float
+    epsilon: float
+
+
 @pytest.mark.parametrize(
     ("temperature", "top_p", "epsilon"), [(1.0, 0.8, 0.0), (1.5, 1.0, 0.08), (0.7, 0.9, 0.01), (1.3, 0.6, 0.1)]
 )
@@ -202,7 +209,8 @@ def truncated_cells(
                 if rank == 0 or (reached < top_p and row[token] >= epsilon):
                     to[token] = row[token]
                 reached += row[token]
-        return kept / kept.sum(axis=-1, keepdims=True)
+        left: NDArray[np.float64] = kept / kept.sum(axis=-1, keepdims=True)
+        return left
 
     faces = torch.arange(6)[:, None].expand(-1, 2)
     parts = []
@@ -214,15 +222,18 @@ def truncated_cells(
 
 def test_the_likeliest_token_always_stays(token_model: TokenModel, memory: Tensor) -> None:
     best = greedy(token_model, memory).tokens.expand(-1, 5, -1)
-    for cut in ({"top_p": 1e-9}, {"epsilon": 0.999}, {"temperature": 0.01}, {"temperature": 1e-45}):
+    cuts: list[Settings] = [{"top_p": 1e-9}, {"epsilon": 0.999}, {"temperature": 0.01}, {"temperature": 1e-45}]
+    for cut in cuts:
         assert torch.equal(sample(token_model, memory, 5, **cut).tokens, best), cut
-    for all_alike in ({"temperature": 1e30}, {"temperature": 1e30, "top_p": 0.5}):
-        assert len(set(numbers(token_model, sample(token_model, memory, 200, **all_alike).tokens)[0])) > 100
+    alike: list[Settings] = [{"temperature": 1e30}, {"temperature": 1e30, "top_p": 0.5}]
+    for hot in alike:
+        assert len(set(numbers(token_model, sample(token_model, memory, 200, **hot).tokens)[0])) > 100, hot
 
 
 def test_nothing_is_cut_off_unless_asked(token_model: TokenModel, memory: Tensor) -> None:
     plain = sample(token_model, memory, 200, seed=8)
-    for settings in ({"top_p": 1.0}, {"epsilon": 0.0}, {"top_p": 1 - 1e-7, "epsilon": 1e-9}):
+    little: list[Settings] = [{"top_p": 1.0}, {"epsilon": 0.0}, {"top_p": 1 - 1e-7, "epsilon": 1e-9}]
+    for settings in little:
         assert torch.equal(sample(token_model, memory, 200, seed=8, **settings).tokens, plain.tokens)
 
 
@@ -234,11 +245,11 @@ def test_nothing_is_cut_off_unless_asked(token_model: TokenModel, memory: Tensor
     + [{"n": n} for n in (0, -1)],
 )
 def test_wrong_settings_are_refused(
-    token_model: TokenModel, memory: Tensor, settings: dict[str, float], one_line: OneLine
+    token_model: TokenModel, memory: Tensor, settings: dict[str, Any], one_line: OneLine
 ) -> None:
     [(name, value)] = settings.items()
     with one_line(f"{name} {value}"):
-        sample(token_model, memory, **({"n": 3} | settings))  # type: ignore[arg-type]
+        sample(token_model, memory, **({"n": 3} | settings))
 
 
 def test_a_beam_of_nothing_is_refused(token_model: TokenModel, memory: Tensor, one_line: OneLine) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -84,9 +85,25 @@ def test_at_any_moment_the_mass_of_the_whole_earth_is_exact(
             np.testing.assert_allclose(list(row.values()), inside @ chance, rtol=1e-3, atol=1e-7)
 
 
-def test_everything_open_is_the_distribution_over_the_cells(
-    model: TokenModel, memory: Tensor, leaves: Leaves
-) -> None:
+def test_a_photo_that_has_less_left_to_open_than_another() -> None:
+    model = tiny_tokens(replace(TOKENS, level=2, group=1))
+    with torch.no_grad():
+        model.output_layers[0].get_parameter("weight").mul_(3.0)  # the unlikeliest face of some is opened last
+    memory = torch.randn(8, 7, TOKENS.d_model, generator=torch.Generator().manual_seed(3))
+    tokens = every_cell(model, 8)
+    ids, chances = tokenizer_of(model).tokens_to_ids(tokens[0].numpy()), scored(model, memory, tokens).exp().numpy()
+    counts = set()
+    for openings in range(20, 31):
+        posterior = frontier(model, memory, openings, 5)
+        for row, chance in zip(rows(posterior), chances, strict=True):
+            assert sum(cell & -cell for cell in row) == 6 * 4**30
+            expected = [chance[below(cell, ids)].sum() for cell in row]
+            np.testing.assert_allclose(list(row.values()), expected, rtol=1e-3, atol=1e-8)
+            counts.add((openings, len(row)))
+    assert len(counts) > 11
+
+
+def test_everything_open_is_the_distribution_over_the_cells(model: TokenModel, memory: Tensor, leaves: Leaves) -> None:
     ids, chances = leaves
     for openings, at_once in ((to_the_end(model), 8), (to_the_end(model), 1), (5_000, 64)):
         posterior = frontier(model, memory, openings, at_once)
@@ -125,7 +142,7 @@ def test_one_at_once_is_best_first(model: TokenModel, memory: Tensor, leaves: Le
 def test_more_openings_only_refine(model: TokenModel, memory: Tensor, at_once: int) -> None:
     """Every cell lies in one of the coarser posterior, whose mass is the sum of its parts."""
     steps = [frontier(model, memory, openings, at_once) for openings in range(0, 49, 6)]
-    for coarse, fine in zip(steps, steps[1:], strict=False):
+    for coarse, fine in pairwise(steps):
         for before, after in zip(rows(coarse), rows(fine), strict=True):
             ids, mass = np.array(list(after), np.uint64), np.array(list(after.values()))
             inside = np.array([below(cell, ids) for cell in before])

@@ -10,7 +10,17 @@ import pytest
 
 from rag_geotoken import metrics
 from rag_geotoken.errors import GeoError
-from rag_geotoken.metrics import RADII_KM, accuracy, bootstrap, calibration, geoscore, median_km, summary
+from rag_geotoken.metrics import (
+    RADII_KM,
+    abstention,
+    accuracy,
+    bootstrap,
+    calibration,
+    geoscore,
+    median_km,
+    summary,
+    wilson_interval,
+)
 
 NAN = math.nan
 
@@ -129,6 +139,55 @@ def test_calibration_leaves_out_what_states_nothing() -> None:
     json.dumps(table, allow_nan=False)
 
 
+def test_wilson_interval_by_hand_and_by_its_definition() -> None:
+    assert wilson_interval(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert wilson_interval(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert wilson_interval(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    for bound in wilson_interval(0.3, 40):  # 1.96 standard errors of a true share there away
+        assert abs(0.3 - bound) == pytest.approx(1.959964 * math.sqrt(bound * (1 - bound) / 40))
+    with pytest.raises(GeoError, match="no photos"):
+        wilson_interval(0.5, 0)
+
+
+def test_abstention_by_hand() -> None:
+    half, whole = abstention([1.0, 9.0, 2.0, NAN], [0.5, 900.0, 30.0, NAN], shares=(0.5, 1.0))
+    assert half == {
+        "kept": 0.5,
+        "n": 2,
+        "max_area_km2": 2.0,
+        "acc": {"1": 50.0, "25": 50.0, "200": 100.0, "750": 100.0, "2500": 100.0},
+        "median_km": 15.25,
+    }
+    assert (whole["n"], whole["max_area_km2"], whole["median_km"]) == (4, None, 465.0)
+    assert whole["acc"] == {"1": 25.0, "25": 25.0, "200": 50.0, "750": 50.0, "2500": 75.0}
+    json.dumps([half, whole], allow_nan=False)
+
+
+def test_abstention_keeps_the_least_spread() -> None:
+    rng = np.random.default_rng(0)
+    area = rng.lognormal(8, 2, 1000)
+    km = area / 100  # the wider, the worse
+    rows = abstention(area, km)
+    assert [(row["kept"], row["n"]) for row in rows] == [(1.0, 1000), (0.9, 900), (0.75, 750), (0.5, 500), (0.25, 250)]
+    assert rows[0]["acc"] == {r: round(v, 4) for r, v in accuracy(km).items()}
+    for row in rows:
+        kept = np.sort(km)[: row["n"]]
+        assert row["median_km"] == pytest.approx(np.median(kept), abs=1e-4)
+        assert row["max_area_km2"] == pytest.approx(100 * kept[-1], rel=1e-5)
+    shares = [row["acc"]["25"] for row in rows]
+    assert shares == sorted(shares) and shares[-1] > shares[0] + 20
+    blind = abstention(rng.permutation(area), km)
+    assert abs(blind[-1]["acc"]["25"] - blind[0]["acc"]["25"]) < 10
+
+
+def test_abstention_counts_no_answer_as_wrong_and_keeps_one_photo() -> None:
+    sure, rest = abstention([1.0, 2.0], [NAN, 0.0], shares=(0.01, 1.0))
+    assert (sure["n"], sure["acc"]["2500"], sure["median_km"]) == (1, 0.0, None)
+    assert rest["acc"]["1"] == 50.0
+    ties = abstention([5.0] * 4, [0.0, 0.0, 99.0, 99.0], shares=(0.5,))  # equals stay in order
+    assert ties[0]["acc"]["1"] == 100.0
+
+
 def test_wrong_input_is_named() -> None:
     with pytest.raises(GeoError, match="no photos"):
         accuracy([])
@@ -140,3 +199,12 @@ def test_wrong_input_is_named() -> None:
         calibration([[0.5, 0.5]], [1.0, 2.0])
     with pytest.raises(GeoError, match="percent"):
         calibration([[50.0] * 5], [1.0])
+    with pytest.raises(GeoError, match="no photos"):
+        abstention([], [])
+    with pytest.raises(GeoError, match="each of the 2 photos"):
+        abstention([1.0], [1.0, 2.0])
+    with pytest.raises(GeoError, match="area is negative"):
+        abstention([-1.0], [1.0])
+    for share in (0.0, 1.5, NAN):
+        with pytest.raises(GeoError, match="at most 1"):
+            abstention([1.0], [1.0], shares=(share,))

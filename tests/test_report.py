@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import html
+import io
 import json
 import math
 import re
@@ -12,8 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from rag_geotoken import maps, metrics, report
+from rag_geotoken.ablation import VARIANTS
 from rag_geotoken.errors import GeoError
 
 HOSTILE = "<script>alert('x')</script>\"><img src=http://evil.example/a.png onerror=alert(1)>"
@@ -212,8 +216,108 @@ def test_optional_parts_come_and_go(tmp_path: Path) -> None:
     stated = np.random.default_rng(0).random((50, 5))
     extra = {"stages": {"encode": 12.0, "search": 0.0}, "calibration": metrics.calibration(stated, np.full(50, 10.0))}
     full = _page(tmp_path, metrics={**_metrics(), **extra})
-    assert full.count("ECE 0.") == 5 and "12.0 s" in full and "1 min 23 s" in full
-    _Tags(full)
+    assert full.count('<div class="card"><h3>') == 5 and "12.0 s" in full and "1 min 23 s" in full
+    assert not _Tags(full).open
+
+
+def test_calibration_error_is_in_points_with_intervals(tmp_path: Path) -> None:
+    stated = np.repeat([[0.9], [0.9], [0.123], [0.1]], 5, axis=1)
+    table = metrics.calibration(stated, [10.0, 9999.0, 10.0, math.nan])
+    assert table["25"]["ece"] == pytest.approx(0.394, abs=5e-4)
+    page = _page(tmp_path, metrics={**_metrics(), "calibration": table})
+    assert page.count("ECE <b>39.4</b> points") == 4 and page.count("ECE <b>50.6</b> points") == 1  # 1 km: none right
+    # One of two right: Wilson gives 9 to 91 %, the bar from 90.5 down to 9.5 of 100 on a panel whose y runs down.
+    assert page.count("2 photos: stated 90%, found 50% (95 % interval 9% to 91%)") == 4
+    assert page.count('d="M90.0 9.5V90.5"') == 4
+    assert "no photos" in _page(
+        tmp_path, metrics={**_metrics(), "calibration": metrics.calibration([[math.nan] * 5], [1.0])}
+    )
+
+
+def test_when_to_stay_silent(tmp_path: Path) -> None:
+    assert "When to stay silent" not in _page(tmp_path)
+    areas = np.array([math.nan, *np.geomspace(3.21, 8e6, 19)])
+    km = np.array([math.nan, *np.linspace(1, 400, 19)])
+    rows = json.loads(json.dumps(metrics.abstention(areas, km)))
+    page = _page(tmp_path, metrics={**_metrics(), "abstention": rows})
+    assert not _Tags(page).open
+    section = page.split("When to stay silent")[1].split("</section>")[0]
+    assert "spatial entropy" in section
+    table = section.split("<tbody>")[1].split("</tbody>")[0].split("</tr>")
+    assert table[0].count("<td>—</td>") == 1 and "100 %<span>20 photos</span>" in table[0]
+    for row, line in zip(rows, table, strict=False):
+        assert f"<td>{row['acc']['25']:.1f} %</td><td>{row['acc']['200']:.1f} %</td>" in line
+    # From all answered on the left (0) to the least on the right (150), high shares up.
+    curves = [re.findall(r"[\d.]+,[\d.]+", points) for points in re.findall('points="([^"]*)"', section)]
+    assert [(len(c), c[0], c[-1]) for c in curves] == [
+        (5, f"0.0,{100 - rows[0]['acc'][r]:.1f}", f"150.0,{100 - rows[-1]['acc'][r]:.1f}") for r in ("25", "200")
+    ]
+    alone = metrics.abstention(areas, km, shares=(1.0,))  # one point is no curve, and no division by nothing
+    assert "When to stay silent" in _page(tmp_path, metrics={**_metrics(), "abstention": alone})
+
+
+def test_heat_lies_under_the_marks_of_both_maps(tmp_path: Path) -> None:
+    heat = np.zeros((90, 180))
+    heat[20, 94] = 1.0
+    shown = _example(heat=heat, area_km2=12_345.6)
+    page = _page(tmp_path, examples=[shown, _example(), shown])
+    assert not _Tags(page).open and page.count('href="#heat-') == 2
+    for at in ("heat-1", "heat-3"):
+        assert page.index(f'<image id="{at}"') < page.index("<use", page.index(f'id="{at}"')) < page.index(f"#{at}")
+    assert page.count("belief is spread over about 12,000 km².") == 2
+    assert "mass lies, lighter where there is more" in page
+    assert len(page) < len(_page(tmp_path, examples=[_example()] * 3)) + 5_000
+    plain = _page(tmp_path, examples=[_example(area_km2=math.nan)])
+    assert "mass lies" not in plain and 'id="heat-' not in plain and "belief is spread" not in plain
+    across = _page(tmp_path, examples=[_example(true=(10.0, 179.9), heat=heat)])
+    assert across.count('href="#heat-1"') == 2  # a second one beyond the date line, as the Earth itself
+
+
+def test_heat_picture_by_its_pixels() -> None:
+    heat = np.zeros((2, 4))
+    heat[0, 1], heat[1, 2], heat[1, 3], heat[0, 0] = 0.9, 0.099, 1e-5, 0.9e-5
+    uri = maps.heat_picture(heat)
+    assert uri.startswith("data:image/png;base64,")
+    with Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))) as picture:
+        pixels = np.asarray(picture.convert("RGBA")).astype(int)
+    alpha = pixels[..., 3]
+    assert pixels.shape == (2, 4, 4)
+    assert alpha[0, 0] == alpha[0, 2] == 0  # too little to be seen, and nothing
+    assert 0 < alpha[1, 3] < alpha[1, 2] < alpha[0, 1]
+    assert tuple(pixels[0, 1]) == tuple(maps.HEAT_COLORS[-1][1:]) and tuple(pixels[1, 3]) == maps.HEAT_COLORS[0][1:]
+    assert maps.heat_picture(np.full((90, 180), 1 / 16200))  # spread over all the Earth
+    assert maps.heat_picture(np.zeros((90, 180)))
+
+
+def test_heat_that_is_none_is_named() -> None:
+    for wrong in (np.zeros((4, 4)), np.zeros(8), np.zeros((0, 0))):
+        with pytest.raises(GeoError, match="heat map of shape"):
+            maps.draw_example(_example(heat=wrong))
+    for value in (-0.1, math.nan, math.inf):
+        with pytest.raises(GeoError, match="negative or not finite"):
+            maps.heat_picture(np.full((2, 4), value))
+
+
+def test_areas_in_words() -> None:
+    given = {0.02: "under 1 km²", 1.0: "1.0 km²", 3.21: "3.2 km²", 9.99: "10 km²", 12_345.0: "12,000 km²"}
+    assert {value: maps.format_km2(value) for value in given} == given
+    assert maps.draw_example(_example(area_km2=0.02))["area"] == "under 1 km²"
+    assert maps.draw_example(_example(area_km2=5.1e8))["area"] == "about 510,000,000 km²"
+
+
+def test_every_variant_of_the_ablation_is_described_and_grouped(tmp_path: Path) -> None:
+    names = [*VARIANTS, "oracle-20"]
+    rows = [metrics.summary(name, "test", [1.0, 300.0], draws=10) for name in [*names, "one-of-your-own"]]
+    page = _page(tmp_path, metrics=_metrics() | {"variants": rows})
+    assert not _Tags(page).open
+    table = page.split('<table class="ablation">')[1].split("</table>")[0]
+    told = re.findall(r'<th scope="row"><b>([\w+-]+)(?: <span.*?</span>)?</b><span>(.*?)</span>', table)
+    assert [name for name, _ in told] == [*names, "one-of-your-own"]
+    assert all(text for _, text in told[:-1]) and len({text for _, text in told}) == len(told)
+    assert told[-1][1] == ""
+    groups = re.findall(r'<th scope="rowgroup" colspan="7">(.*?)</th>', table)
+    assert len(groups) == len(set(groups)) == 5  # each group stands once: its variants come together
+    assert table.count("<tbody>") == table.count("</tbody>")
 
 
 def test_median_that_is_infinite_is_a_dash(tmp_path: Path) -> None:

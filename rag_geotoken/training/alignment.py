@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
@@ -16,6 +15,7 @@ from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.geo import destination
 from rag_geotoken.places import place_text
 from rag_geotoken.sources import blue_marble
+from rag_geotoken.training.processes import descend, make_accelerator
 from rag_geotoken.training.schedule import one_cycle
 
 NEARBY = 3  # wrong places near the right one, a photo: they make the embedding sharp below the batch's spacing
@@ -30,7 +30,7 @@ def train_alignment(steps: int, batch: int, rate: float, seed: int, log: Callabl
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     views = blue_marble.draw_views("train", steps * batch, seed)
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    accelerator = make_accelerator(cpu=True)
     model = _Losses(GeoAlignment()).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.02)
     schedule = one_cycle(optimizer, rate, steps)
@@ -43,11 +43,7 @@ def train_alignment(steps: int, batch: int, rate: float, seed: int, log: Callabl
         pixels = torch.from_numpy(blue_marble.cut(drawn))
         texts = place_text(places[:, 0], places[:, 1])
         loss, gps_loss, text_loss = model(pixels, torch.from_numpy(places), torch.from_numpy(wrong), texts)
-        optimizer.zero_grad()
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        descend(accelerator, loss, model, optimizer, schedule)
         if step % 50 == 0 or step == steps - 1:
             log(f"step {step + 1} of {steps}: gps loss {gps_loss.item():.3f}, text loss {text_loss.item():.3f}")
     trained: GeoAlignment = accelerator.unwrap_model(model).alignment

@@ -33,7 +33,7 @@ def load_checkpoint(
 ) -> dict[str, Any] | None:
     """Fill model and optimizer -> the facts; None where there is no checkpoint of a training with this identity.
 
-    Raises GeoError for a file that is broken.
+    Raises GeoError for a file that is broken or holds other tensors than this model's and AdamW's.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -45,6 +45,10 @@ def load_checkpoint(
             if facts["identity"] != identity:
                 return None
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        wanted = _shapes(model, optimizer)
+        wrong = [name for name in wanted | tensors if name not in tensors or wanted.get(name) != tensors[name].shape]
+        if wrong:
+            raise ValueError(f"{len(wrong)} tensors do not fit, {wrong[0]} is the first")
         moments: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             if name.startswith("optimizer."):
@@ -57,3 +61,13 @@ def load_checkpoint(
         reason = " ".join(str(error).split())[:200]
         raise GeoError(f"the checkpoint {path} is broken: {reason}; delete it to begin again") from None
     return facts
+
+
+def _shapes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Size]:
+    """What a checkpoint holds: the model's tensors, and three of AdamW for each parameter."""
+    shapes = {f"model.{name}": value.shape for name, value in model.state_dict().items()}
+    parameters = [value for group in optimizer.param_groups for value in group["params"]]
+    for index, value in enumerate(parameters):
+        shapes |= {f"optimizer.{index}.{name}": value.shape for name in ("exp_avg", "exp_avg_sq")}
+        shapes[f"optimizer.{index}.step"] = torch.Size([])
+    return shapes

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -16,6 +15,7 @@ from rag_geotoken.geo import haversine_km
 from rag_geotoken.metrics import RADII_KM
 from rag_geotoken.pipeline import Geolocator, Options
 from rag_geotoken.reward import RewardConfig, RewardHead
+from rag_geotoken.training.processes import make_accelerator
 from rag_geotoken.training.schedule import one_cycle
 
 BLOCK = 256
@@ -27,14 +27,15 @@ def train_reward(
     """Train on the pools of ``photos`` gallery photos, the token model as it is; a tenth is kept to look at.
 
     No photo finds itself among its neighbours. Cross-entropy over the bins of error, every entry alike. Raises GeoError
-    when the gallery holds fewer photos or they do not fill a batch.
+    when the gallery holds fewer photos, or they are too few to keep one or to fill a batch.
     """
     rows = np.random.default_rng(seed).permutation(geolocator.index.faiss_index.ntotal)
-    if not 10 * batch <= 9 * photos <= 9 * len(rows):
-        raise GeoError(f"photos = {photos}, batch = {batch}: the gallery has {len(rows)}, and nine tenths fill a batch")
-    states, bins, mask = pools_of(geolocator, rows[:photos], log)
     held = photos // 10
-    accelerator = Accelerator()
+    if photos > len(rows) or held < 1 or photos - held < batch:
+        raise GeoError(f"photos = {photos}, batch = {batch} do not fit: the gallery has {len(rows)} photos, a tenth of "
+                       "those asked for is held out, and the rest must fill a batch")  # fmt: skip
+    states, bins, mask = pools_of(geolocator, rows[:photos], log)
+    accelerator = make_accelerator()
     torch.manual_seed(seed)
     head = RewardHead(RewardConfig(states.shape[-1]))
     adam = torch.optim.AdamW(head.parameters(), lr=rate, weight_decay=0.02)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -15,11 +16,13 @@ from rag_geotoken import stages
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.demo import make_index
 from rag_geotoken.errors import GeoError
-from rag_geotoken.files import file_sha256, write_json
+from rag_geotoken.files import check_writable, file_sha256, write_json
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.pipeline import Geolocator, encoder_id
 from rag_geotoken.reward import RewardHead
+from rag_geotoken.sources import blue_marble
 from rag_geotoken.token_model import TokenConfig, TokenModel
+from rag_geotoken.training.processes import world_size
 from rag_geotoken.tuning import Tuning
 
 Log = Callable[[str], None]
@@ -39,15 +42,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "tuning": {"source": str},
 }
 LEAST = {"seed": 0, "rate": 1e-9}  # every other number at least 1
+# What may be drawn from the Earth: photos that results are measured on are never trained on or chosen by, and photos
+# that tuning chooses by are not trained on.
+SPLITS = {"tokens": ("train", "gallery"), "tuning": ("validation",)}
 
 
 def train(what: str, recipe: dict[str, Any], out: Path) -> None:
     """Train ``alignment``, ``tokens``, ``reward`` or ``tuning`` with the recipe's section of that name.
 
     They are made in this order in one folder; the gallery's index is kept beside it in ``OUT-index``. Raises
-    GeoError when an earlier one is missing or the recipe does not fit.
+    GeoError when an earlier one is missing, the recipe does not fit or its source is kept for something else.
     """
-    settings = _settings(recipe, what)
+    settings, out = _settings(recipe, what), out.resolve()  # so that "." has a name
+    if what != "tokens" and world_size() > 1:
+        raise GeoError(f"{world_size()} processes were started to train {what}: start one, only tokens take several")
     begun = time.monotonic()
 
     def log(line: str) -> None:
@@ -56,15 +64,14 @@ def train(what: str, recipe: dict[str, Any], out: Path) -> None:
     if what == "alignment":
         from rag_geotoken.training.alignment import train_alignment
 
+        check_writable(out)
         train_alignment(**settings, log=log).save_pretrained(out, half=True)
         return
-    alignment = GeoAlignment.from_pretrained(out)
-    folder = out.with_name(f"{out.name}-index")
-    make_index(folder, GALLERY, alignment, out)
-    index = GeoIndex.load(folder)
     if what == "tokens":
-        _train_tokens(alignment, index, folder, settings, out, log)
+        _train_tokens(settings, out, log)
         return
+    alignment = GeoAlignment.from_pretrained(out)
+    index = _gallery(alignment, out)
     tokens, encoder = TokenModel.from_pretrained(out), encoder_id(out)
     if what == "reward":
         from rag_geotoken.training.reward import train_reward
@@ -78,27 +85,39 @@ def train(what: str, recipe: dict[str, Any], out: Path) -> None:
     write_json(out / "tuning.json", asdict(tune(geolocator, **settings, log=log)))
 
 
-def _train_tokens(
-    alignment: GeoAlignment, index: GeoIndex, folder: Path, settings: dict[str, Any], out: Path, log: Log
-) -> None:
-    """Photos through the stages photos, embeddings and neighbours, then the training itself."""
-    from accelerate import PartialState
+def _gallery(alignment: GeoAlignment, out: Path) -> GeoIndex:
+    """The index that all but the alignment are trained with, made where it is missing."""
+    check_writable(out)
+    folder = out.with_name(f"{out.name}-index")
+    make_index(folder, GALLERY, alignment, out)
+    return GeoIndex.load(folder)
 
+
+def _train_tokens(settings: dict[str, Any], out: Path, log: Log) -> None:
+    """Photos through the stages photos, embeddings and neighbours, then the training itself."""
+    from rag_geotoken.training.processes import make_accelerator
     from rag_geotoken.training.tokens import read_photos, train_tokens
 
+    alignment = GeoAlignment.from_pretrained(out)
     config = TokenConfig(dim=alignment.config.dim, neighbor_positions=settings["neighbor_positions"])
+    TokenModel(config)  # refuses what cannot be built, before the long work
     # "gallery" is GeoToken's way: the index's own photos, each without itself among its neighbours.
-    photos = folder / "stages" if settings["source"] == "gallery" else out.with_name(f"{out.name}-photos")
-    with PartialState().main_process_first():
-        if settings["source"] != "gallery":
+    own = settings["source"] == "gallery"
+    photos = out.with_name(f"{out.name}-index") / "stages" if own else out.with_name(f"{out.name}-photos")
+    accelerator = make_accelerator()
+    with accelerator.main_process_first():  # the others find every table made
+        index = _gallery(alignment, out)
+        if not own:
             stages.write_photos(photos, settings["source"])
             stages.encode(photos, alignment, encoder_id(out))
-        neighbors = stages.search(photos, index, config.neighbors, Tuning().search_weights)
-    facts = {"settings": settings, "config": asdict(config), "photos": file_sha256(neighbors)}
+        stages.search(photos, index, config.neighbors, Tuning().search_weights)
+    tables = [file_sha256(photos / f"{name}.parquet") for name in ("photos", "embeddings", "neighbours")]
+    facts = {"settings": settings, "config": asdict(config), "tables": tables, "index": index.manifest["sha256"]}
     identity = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     train_on, validation = read_photos(photos, index, config, settings["held_out"], settings["seed"])
     numbers = {name: settings[name] for name in ("epochs", "batch", "rate", "seed")}
     train_tokens(config, index, train_on, validation, out, identity, **numbers, log=log)
+    accelerator.end_training()
 
 
 def _settings(recipe: dict[str, Any], what: str) -> dict[str, Any]:
@@ -109,6 +128,11 @@ def _settings(recipe: dict[str, Any], what: str) -> dict[str, Any]:
         raise GeoError(f"the recipe's section [{what}] has {given or 'nothing'}: give it {', '.join(wanted)}")
     for name, kind in wanted.items():
         value = section[name]
-        if not isinstance(value, kind) or (kind is not str and value < LEAST.get(name, 1)):
+        if type(value) is not kind or (kind is not str and not LEAST.get(name, 1) <= value < math.inf):
             raise GeoError(f"the recipe's [{what}] {name} = {value!r} does not fit: give {kind.__name__}, above zero")
+    scheme, _, rest = section.get("source", "").partition(":")
+    if scheme == "blue-marble" and blue_marble.parse(rest)[0] not in SPLITS[what]:
+        fitting = " or ".join(f"blue-marble:{split}" for split in SPLITS[what])
+        raise GeoError(f"the recipe's [{what}] source {section['source']} is kept for other uses: choose {fitting}, or "
+                       "photos of your own")  # fmt: skip
     return section

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -21,6 +22,7 @@ from rag_geotoken.run_tables import read_embeddings, read_neighbors
 from rag_geotoken.tables import read_table
 from rag_geotoken.token_model import TokenConfig, TokenModel
 from rag_geotoken.training.checkpoint import load_checkpoint, save_checkpoint
+from rag_geotoken.training.processes import descend, make_accelerator
 from rag_geotoken.training.schedule import one_cycle
 from rag_geotoken.tuning import Tuning
 
@@ -59,41 +61,37 @@ def train_tokens(
 
     Cross-entropy a position, its weight falling linearly from 2 (face) to 1 (last), as in GeoToken; AdamW, one cosine
     cycle, bf16. With several processes each takes its part of every batch. ``OUT-checkpoint.safetensors`` lets a
-    stopped training with the same identity go on; it ends in the same weights as one that ran through. Raises GeoError
-    when the photos do not fill a batch or the processes cannot share one.
+    stopped training with the same identity go on; with as many processes it ends in the same weights as one that ran
+    through. Raises GeoError when the photos do not fill a batch, the processes cannot share one, or the loss diverges.
     """
-    accelerator = Accelerator(mixed_precision="bf16")
+    accelerator = make_accelerator()
     here, world = accelerator.process_index, accelerator.num_processes
     if len(photos.tokens) < batch or batch % world:
         raise GeoError(f"{len(photos.tokens)} photos, batches of {batch}, {world} processes: the first must fill the "
                        "second, and the third divide it")  # fmt: skip
     torch.manual_seed(seed)
-    losses = Losses(TokenModel(config), index)
+    losses = Losses(TokenModel(config), index, accelerator.device)
     adam = torch.optim.AdamW(losses.parameters(), lr=rate, weight_decay=0.02)
-    kept = out.with_name(f"{out.name}-checkpoint.safetensors")
-    facts = load_checkpoint(kept, losses, adam, identity) or {"identity": identity, "step": 0, "best": None}
-    each = len(photos.tokens) // batch
-    steps = each * epochs
-    schedule = one_cycle(adam, rate, steps, facts["step"])
     model, optimizer = accelerator.prepare(losses, adam)
     photos, validation = photos.to(accelerator.device), validation.to(accelerator.device)
+    kept = out.with_name(f"{out.name}-checkpoint.safetensors")
+    facts: dict[str, Any] = {"identity": identity, "step": 0, "best": None}
+    if (out / "tokens.safetensors").is_file():  # the best weights so far; without them it begins anew
+        facts = load_checkpoint(kept, losses, adam, identity) or facts
+    steps = len(photos.tokens) // batch * epochs
+    schedule = one_cycle(adam, rate, steps, facts["step"])
     checks = {round(steps * (i + 1) / CHECKS) for i in range(CHECKS)}
-    # Order and dropout follow from the step, not from what came before: a resumed training draws the same.
-    order = cache(lambda epoch: np.random.default_rng([seed, epoch]).permutation(len(photos.tokens)))
     for step in range(facts["step"], steps):
-        epoch, at = divmod(step, each)
+        # Order and dropout follow from the step, not from what came before: a resumed training draws the same.
         torch.manual_seed(seed + step * world + here)
-        drawn = torch.from_numpy(order(epoch)[at * batch : (at + 1) * batch][here::world]).to(accelerator.device)
-        loss = weighted(model.train()(photos, drawn))
-        optimizer.zero_grad()
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        drawn = torch.from_numpy(batch_of(step, len(photos.tokens), batch, seed)[here::world]).to(accelerator.device)
+        descend(accelerator, weighted(model.train()(photos, drawn)), model, optimizer, schedule)
         if step + 1 not in checks:
             continue
         found = validate(losses, validation, batch)
         value = float(weighted(found))
+        if not math.isfinite(value):
+            raise GeoError(f"the validation loss is {value} at step {step + 1}: train with a lower rate than {rate}")
         better = facts["best"] is None or value < facts["best"]
         facts = facts | {"step": step + 1, "best": value if better else facts["best"]}
         if accelerator.is_main_process:
@@ -104,6 +102,17 @@ def train_tokens(
             log(f"step {step + 1} of {steps}: validation loss {value:.4f}, a position {shown}")
     accelerator.wait_for_everyone()
     return TokenModel.from_pretrained(out)
+
+
+def batch_of(step: int, photos: int, batch: int, seed: int) -> NDArray[np.int64]:
+    """The photos (batch,) of a step; every epoch goes through them in an order that follows from the seed and it."""
+    epoch, at = divmod(step, photos // batch)
+    return _order(photos, seed, epoch)[at * batch : (at + 1) * batch]
+
+
+@lru_cache(maxsize=1)
+def _order(photos: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    return np.random.default_rng([seed, epoch]).permutation(photos)
 
 
 def weighted(losses: Tensor) -> Tensor:
@@ -124,18 +133,15 @@ def validate(losses: Losses, photos: Photos, batch: int) -> Tensor:
 class Losses(nn.Module):
     """Mean cross-entropy of each position, neighbours looked up in the gallery."""
 
-    def __init__(self, tokens: TokenModel, index: GeoIndex) -> None:
+    def __init__(self, tokens: TokenModel, index: GeoIndex, device: torch.device | str = "cpu") -> None:
         super().__init__()
         self.tokens = tokens
-        vectors = torch.from_numpy(index.vectors(np.arange(index.faiss_index.ntotal))).half()
-        self.register_buffer("gallery", vectors, persistent=False)
+        # No buffers: several processes would send them round before every step.
+        vectors = index.vectors(np.arange(index.faiss_index.ntotal)).astype(np.float16)
         cells = S2Tokenizer(tokens.config.level, tokens.config.group).encode(*index.lat_lon.T)
-        self.register_buffer("cells", torch.from_numpy(cells), persistent=False)
-        self.register_buffer("places", torch.from_numpy(index.lat_lon), persistent=False)
-
-    gallery: Tensor
-    cells: Tensor
-    places: Tensor
+        self.gallery, self.cells, self.places = (
+            torch.from_numpy(array).to(device) for array in (vectors, cells, index.lat_lon)
+        )
 
     def memory(self, photos: Photos, drawn: Tensor) -> Tensor:
         """The token model's memory of the photos at ``drawn`` (B,)."""

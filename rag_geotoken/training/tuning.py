@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 
 from rag_geotoken import selection
 from rag_geotoken.confidence import fit_calibration
+from rag_geotoken.errors import GeoError
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.metrics import RADII_KM
 from rag_geotoken.pictures import load_pictures
-from rag_geotoken.pipeline import Geolocator, Options
+from rag_geotoken.pipeline import Geolocator, Options, digests
 from rag_geotoken.pool import make_pool, neighbor_pool
 from rag_geotoken.sources import read_source
 from rag_geotoken.tuning import Tuning
@@ -43,8 +44,12 @@ def tune(geolocator: Geolocator, source: str, log: Log) -> Tuning:
 
     The decision is tuned as verified by alignment, then the reward head's scale beside it, then the confidence, with a
     calibration for every set of verifiers. The density baseline gets its best kernel too, to be an honest opponent.
+    Photos without a place are left out. Raises GeoError when none has one or a picture cannot be read.
     """
     photos = read_source(source)
+    photos = photos.filter(photos["lat"].is_valid())
+    if not len(photos):
+        raise GeoError(f"{source} has no photo with a place: tuning needs the truth")
     truth = np.column_stack([photos["lat"].to_numpy(), photos["lon"].to_numpy()])
     parts = _propose(geolocator, photos["image"].to_pylist(), log)
     modes = [mode for mode in MODES if "reward" not in mode or geolocator.reward is not None]
@@ -83,9 +88,11 @@ def _propose(geolocator: Geolocator, references: list[str], log: Log) -> list[tu
     """Neighbours, candidates and every verifier's scores of photos, in blocks: what no setting changes."""
     options, parts = Options(), []
     for start in range(0, len(references), 256):
-        pixels, _ = load_pictures(references[start : start + 256], 64)
+        pixels, errors = load_pictures(references[start : start + 256], 64)
+        if any(errors):
+            raise GeoError(f"tuning needs pictures that can be read: {next(filter(None, errors))}")
         photo = geolocator.encode(pixels)
-        near = geolocator.search(photo, options.neighbors)
+        near = geolocator.search(photo, options.neighbors, digests(pixels))
         keys = list(range(start, start + len(photo)))
         cells = geolocator.propose(photo, near, options, keys)
         pool = geolocator.pool(near, cells)

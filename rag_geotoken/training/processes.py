@@ -1,0 +1,45 @@
+"""How trainings run: in bf16, on a GPU where there is one, in one process or in those that torchrun started."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from rag_geotoken.errors import GeoError
+
+
+def world_size() -> int:
+    """How many processes torchrun or accelerate launch started together; 1 without them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def make_accelerator(cpu: bool = False) -> Accelerator:
+    """This process's part of a training; all processes of a group must call it alike.
+
+    bf16 unless ``accelerate launch --mixed_precision no`` asks for float32. Several processes without a GPU share the
+    CPUs. Raises GeoError for another precision: a checkpoint here keeps no loss scale, so it could not resume exactly.
+    """
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "bf16")
+    if precision not in ("bf16", "no"):
+        raise GeoError(f"training in {precision} cannot resume exactly: choose --mixed_precision bf16 or no")
+    cpu = cpu or (world_size() > 1 and not torch.cuda.is_available())
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=1))  # while the first process encodes the photos
+    return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[patience])
+
+
+def descend(
+    accelerator: Accelerator, loss: Tensor, model: nn.Module, optimizer: Optimizer, schedule: LRScheduler
+) -> None:
+    """One step down a loss, the gradient (the mean of all processes') cut to length one."""
+    optimizer.zero_grad()
+    accelerator.backward(loss)
+    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    schedule.step()

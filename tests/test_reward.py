@@ -1,0 +1,206 @@
+"""The reward head, and verification by it and by the alignment: pools at once against entries one by one."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from conftest import REWARD, TOKENS, OneLine
+from numpy.typing import NDArray
+
+from rag_geotoken.metrics import RADII_KM
+from rag_geotoken.pipeline import Geolocator, Options, encoder_id
+from rag_geotoken.reward import RewardConfig, RewardHead
+from rag_geotoken.sources.blue_marble import cut, draw_views
+from rag_geotoken.types import Neighbors, Pool
+from rag_geotoken.weights import fingerprint
+
+
+@pytest.fixture(scope="module")
+def head(weights: Path) -> RewardHead:
+    return RewardHead.from_pretrained(weights)
+
+
+class Road(NamedTuple):
+    """What four photos have become before they are verified."""
+
+    photo: NDArray[np.float32]
+    neighbors: Neighbors
+    pool: Pool
+
+
+@pytest.fixture(scope="module")
+def road(geolocator: Geolocator) -> Road:
+    photo = geolocator.encode(cut(draw_views("validation", 4, 0)))
+    neighbors = geolocator.search(photo, 6)
+    candidates = geolocator.propose(photo, neighbors, Options(beam_width=4, samples=9))
+    pool = geolocator.pool(neighbors, candidates)
+    assert (~pool.mask).any() and pool.mask.sum(axis=1).min() > 5
+    return Road(photo, neighbors, pool)
+
+
+# the head
+
+
+def test_the_head_is_two_layers_by_hand(head: RewardHead) -> None:
+    states = torch.randn(5, TOKENS.d_model, generator=torch.Generator().manual_seed(0))
+    logits = head(states)
+    assert logits.shape == (5, len(RADII_KM) + 1)
+    first, last = head.state_dict(), head.head
+    for state, found in zip(states.tolist(), logits.tolist(), strict=True):
+        pairs = zip(first["fc1.weight"].tolist(), first["fc1.bias"].tolist(), strict=True)
+        hidden = [max(0.0, sum(w * x for w, x in zip(row, state, strict=True)) + b) for row, b in pairs]
+        pairs = zip(last.weight.tolist(), last.bias.tolist(), strict=True)
+        expected = [sum(w * x for w, x in zip(row, hidden, strict=True)) + b for row, b in pairs]
+        assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_score_is_the_log_of_the_mean_chance_within_the_radii(head: RewardHead) -> None:
+    states = torch.randn(2, 3, TOKENS.d_model, generator=torch.Generator().manual_seed(1))
+    scores = head.scores(states)
+    assert scores.shape == (2, 3)
+    for given, found in zip(head(states).flatten(0, 1).tolist(), scores.flatten().tolist(), strict=True):
+        chances = [math.exp(x) / sum(math.exp(y) for y in given) for x in given]
+        # Within the r-th radius lie the errors of the bins up to the r-th; the last bin lies beyond all.
+        within = [sum(chances[: r + 1]) for r in range(5)]
+        assert found == pytest.approx(math.log(sum(within) / 5), abs=1e-5)
+
+
+def test_a_nearer_bin_scores_higher(head: RewardHead) -> None:
+    sure = RewardHead(REWARD)
+    scores = []
+    for bin_ in range(6):
+        with torch.no_grad():
+            sure.head.weight.zero_()
+            sure.head.bias.copy_(10.0 * torch.eye(6)[bin_])
+        scores.append(sure.scores(torch.zeros(1, TOKENS.d_model)).item())
+    assert scores == sorted(scores, reverse=True) and scores[0] == pytest.approx(0.0, abs=1e-3)
+    # The bins of 1 and 25 km differ by one radius of five.
+    assert math.exp(scores[1]) == pytest.approx(0.8, abs=1e-3) and math.exp(scores[5]) < 1e-3
+
+
+def test_saved_in_half_precision_it_scores_alike(head: RewardHead, tmp_path: Path) -> None:
+    states = torch.randn(20, TOKENS.d_model, generator=torch.Generator().manual_seed(2))
+    sizes = {}
+    for half in (False, True):
+        head.save_pretrained(tmp_path / str(half), half=half)
+        loaded = RewardHead.from_pretrained(tmp_path / str(half))
+        assert loaded.config == REWARD and not loaded.training
+        assert all(value.dtype == torch.float32 for value in loaded.state_dict().values())
+        torch.testing.assert_close(loaded.scores(states), head.scores(states), atol=2e-3 * half, rtol=0)
+        sizes[half] = (tmp_path / str(half) / "reward.safetensors").stat().st_size
+    assert sizes[True] < 0.7 * sizes[False]
+
+
+@pytest.mark.parametrize("settings", ['{"d_model": 24}', '{"d_model": 24, "width": 3}', "[]", '{"hidden": "many"}'])
+def test_settings_that_do_not_fit_are_named(settings: str, weights: Path, tmp_path: Path, one_line: OneLine) -> None:
+    shutil.copy(weights / "reward.safetensors", tmp_path)
+    (tmp_path / "reward.json").write_text(settings)
+    with one_line(r"reward\.safetensors .* cannot be used as RewardHead weights"):
+        RewardHead.from_pretrained(tmp_path)
+
+
+# verification
+
+
+def test_alignment_scores_are_cosines_one_by_one(geolocator: Geolocator, road: Road) -> None:
+    scores = geolocator.verify("alignment", *road)
+    assert scores.shape == road.pool.mask.shape and scores.dtype == np.float32
+    assert (scores[~road.pool.mask] == 0).all()
+    for b, c in np.argwhere(road.pool.mask).tolist():
+        place = geolocator.alignment.embed_places(road.pool.lat_lon[b, c])[0]
+        gps = road.photo[b, 1]
+        cosine = float(gps @ place) / math.sqrt(float(gps @ gps) * float(place @ place))
+        assert scores[b, c] == pytest.approx(cosine, abs=1e-5)
+    assert np.ptp(scores[road.pool.mask]) > 0.01
+
+
+def test_reward_scores_follow_from_states_one_by_one(geolocator: Geolocator, road: Road, head: RewardHead) -> None:
+    scores = geolocator.verify("reward", *road)
+    assert scores.shape == road.pool.mask.shape and scores.dtype == np.float32
+    assert (scores[~road.pool.mask] == 0).all()
+    with torch.inference_mode():
+        for b, c in np.argwhere(road.pool.mask).tolist():
+            memory = geolocator.memory(road.photo[b : b + 1], road.neighbors[b : b + 1])
+            cell = torch.from_numpy(geolocator.tokenizer.encode(*road.pool.lat_lon[b, c : c + 1].T))
+            last = geolocator.tokens.states(memory, cell)[0, -1]
+            chances = head(last).softmax(-1).tolist()
+            expected = math.log(sum(sum(chances[: r + 1]) for r in range(5)) / 5)
+            assert scores[b, c] == pytest.approx(expected, abs=1e-4)
+    assert np.ptp(scores[road.pool.mask]) > 0.01
+
+
+def test_states_of_other_photos_change_nothing(geolocator: Geolocator, road: Road) -> None:
+    whole = geolocator.states(*road)
+    assert whole.shape == (*road.pool.mask.shape, TOKENS.d_model)
+    for b in range(4):
+        alone = geolocator.states(*(part[b : b + 1] for part in road))
+        kept = torch.from_numpy(road.pool.mask[b])
+        torch.testing.assert_close(alone[0][kept], whole[b][kept], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("names", [(), ("alignment",), ("reward",), ("alignment", "reward")], ids="+".join)
+def test_every_set_of_verifiers_decides(geolocator: Geolocator, names: Sequence[str]) -> None:
+    pixels = cut(draw_views("validation", 3, 1))
+    decided = geolocator.locate(pixels, Options(neighbors=6, samples=5, verify=tuple(names)))
+    assert np.isfinite(decided.lat_lon).all() and ((decided.confidence >= 0) & (decided.confidence <= 1)).all()
+
+
+@pytest.mark.parametrize("name", ["sometimes", "", "Alignment", "mllm"])
+def test_an_unknown_verifier_is_refused(name: str, geolocator: Geolocator, road: Road, one_line: OneLine) -> None:
+    with one_line(f"nothing verifies by the name '{name}': choose of alignment, reward"):
+        geolocator.verify(name, *road)
+
+
+def test_weights_without_a_reward_head(
+    weights: Path, index_folder: Path, road: Road, tmp_path: Path, one_line: OneLine
+) -> None:
+    bare = shutil.copytree(weights, tmp_path / weights.name, ignore=shutil.ignore_patterns("reward*"))
+    found = Geolocator.from_pretrained(index_folder, bare)
+    assert found.reward is None and found.verify("alignment", *road).any()
+    with one_line("these weights have no reward head: train one with rag-geotoken train reward"):
+        found.verify("reward", *road)
+
+
+def test_a_reward_head_of_another_width_is_refused(
+    weights: Path, index_folder: Path, tmp_path: Path, one_line: OneLine
+) -> None:
+    other = shutil.copytree(weights, tmp_path / weights.name)
+    RewardHead(RewardConfig(TOKENS.d_model + 2, 16)).save_pretrained(other)
+    with one_line("a reward head of width 26, a token model of width 24: train the head again"):
+        Geolocator.from_pretrained(index_folder, other)
+
+
+def test_scores_are_known_by_the_weights_they_follow_from(geolocator: Geolocator, weights: Path) -> None:
+    assert geolocator.reward is not None
+    assert geolocator.verifier_id("alignment") == encoder_id(weights)
+    assert geolocator.verifier_id("reward") == fingerprint(geolocator.tokens, geolocator.reward)
+    other = RewardHead(REWARD)
+    changed = Geolocator(
+        geolocator.alignment, geolocator.tokens, geolocator.index, geolocator.tuning, geolocator.encoder, other
+    )
+    assert changed.verifier_id("reward") != geolocator.verifier_id("reward")
+
+
+# fingerprints
+
+
+def test_a_fingerprint_follows_from_tensors_and_names(head: RewardHead) -> None:
+    same = RewardHead(REWARD)
+    same.load_state_dict(head.state_dict())
+    assert fingerprint(same) == fingerprint(head) and len(fingerprint(head)) == 64
+    assert fingerprint(head, head) != fingerprint(head)
+    with torch.no_grad():
+        same.fc1.bias[3] = torch.nextafter(same.fc1.bias[3], torch.tensor(9.0))
+    assert fingerprint(same) != fingerprint(head)
+    square = torch.nn.Linear(4, 4, bias=False)
+    wide, named = torch.nn.Linear(2, 8, bias=False), torch.nn.ModuleDict({"other": square})
+    with torch.no_grad():
+        wide.weight.copy_(square.weight.view(8, 2))
+    assert len({fingerprint(square), fingerprint(wide), fingerprint(named)}) == 3

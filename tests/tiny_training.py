@@ -1,0 +1,85 @@
+"""A training small enough for a test, in this process or in others."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from conftest import ALIGNMENT, TOKENS
+
+from rag_geotoken.alignment import GeoAlignment
+from rag_geotoken.token_model import TokenConfig
+from rag_geotoken.training import run
+
+SETTINGS: dict[str, Any] = {
+    "source": "blue-marble:train,n=48,seed=1",
+    "held_out": 10,
+    "neighbor_positions": "spherical",
+    "epochs": 5,
+    "batch": 8,
+    "rate": 1e-2,
+    "seed": 1,
+}
+
+
+def quiet(line: str) -> None:
+    assert "nan" not in line
+
+
+def save_alignment(folder: Path) -> Path:
+    """A folder with an untrained tiny alignment, the same at every call."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        GeoAlignment(ALIGNMENT).save_pretrained(folder)
+    return folder
+
+
+@contextmanager
+def tiny() -> Iterator[None]:
+    """Trainings of recipes have a gallery of 60 photos and a tiny token model; DROPOUT in the environment is heard."""
+
+    def config(**changes: Any) -> TokenConfig:
+        return replace(TOKENS, dropout=float(os.environ.get("DROPOUT", "0.1")), **changes)
+
+    with patch.object(run, "GALLERY", "blue-marble:gallery,n=60"), patch.object(run, "TokenConfig", config):
+        yield
+
+
+def toml(settings: dict[str, Any], path: Path) -> Path:
+    lines = [f"{name} = {value!r}" for name, value in settings.items()]
+    path.write_text("\n".join(["[tokens]", *lines, ""]))
+    return path
+
+
+def start(arguments: list[str], processes: int = 1, **environment: str) -> subprocess.Popen[str]:
+    """``rag-geotoken ARGUMENTS`` as above in a process of its own, or in several of torchrun."""
+    program = [sys.executable, "-c", "import tiny_training; tiny_training.main()", *arguments]
+    if processes > 1:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--no-python"]
+        program = [sys.executable, *torchrun, *program]
+    here = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(program, env=os.environ | here | environment, stderr=subprocess.PIPE, text=True)
+
+
+def main() -> None:
+    """What :func:`start` runs: a line of WRITES for each file that is written, the process's rank and the name."""
+    from rag_geotoken.cli import main as command_line
+
+    put = os.replace
+
+    def noted(source: Path, target: Path) -> None:
+        if "WRITES" in os.environ:
+            with open(os.environ["WRITES"], "a") as file:
+                file.write(f"{os.environ.get('RANK', '0')} {Path(target).name}\n")
+        put(source, target)
+
+    with tiny(), patch.object(os, "replace", noted):
+        command_line()
