@@ -4,8 +4,8 @@ GeoToken's configuration with random weights, 32 photos of 15 neighbours, the en
 what one writes first with PyTorch's own transformer layers, sequence first: no cache, so that at every step the whole
 prefix and the memory, copied for every beam, go through all decoder layers; samples are drawn one after another. It
 holds the same weights and draws with the same random numbers: exits 1 when a token differs in float32, or when beam
-search on a CPU is not 8 times and sampling 20 times as fast. The floor is what the multiplications alone would take at
-the speed of one large product of matrices.
+search on a CPU is not 8 times and sampling 20 times as fast. The floor is what the products of matrices alone would
+take at the speed of one large product, the quicker of PyTorch's own and ours.
 """
 
 from __future__ import annotations
@@ -16,24 +16,50 @@ import os
 import statistics
 import sys
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from rag_geotoken import decoding
 from rag_geotoken.decoding import Decoded, pick
+from rag_geotoken.dense import affine
 from rag_geotoken.frontier import frontier
-from rag_geotoken.prefix_tree import PrefixTree
 from rag_geotoken.tables import versions
-from rag_geotoken.token_model import GEOTOKEN, TokenModel
+from rag_geotoken.token_model import GEOTOKEN, Block, TokenModel
 
 WIDTH, SAMPLES, TEMPERATURE, OPENINGS = 4, 30, 0.7, 64
 BARS = {"beam": 8.0, "sample": 20.0}
+
+
+def build(args: argparse.Namespace) -> tuple[TokenModel, list[Tensor]]:
+    """The model and its inputs: embeddings of photos (B, 3, 768), of neighbours (B, 15, 3, 768), neighbours' tokens.
+
+    Fresh weights heed neither photo nor neighbours and give every token nearly the same chance. Sharper and louder
+    attention lets the argmax differ between photos, larger output layers give chances of 1 to 2 nats; still calm enough
+    that rounding is not amplified.
+    """
+    torch.manual_seed(args.seed)
+    model = TokenModel(GEOTOKEN).eval().requires_grad_(False)
+    d = GEOTOKEN.d_model
+    for block in cast(list[Block], model.encoder["layers"]):
+        block.self_attn.in_proj_weight[: 2 * d] *= 2
+    for block in model.blocks:
+        block.multihead_attn.in_proj_weight[: 2 * d] *= 3
+        block.multihead_attn.out_proj.weight *= 3
+    for layer in cast(list[nn.Linear], model.output_layers):
+        layer.weight *= 5
+    photo, near = torch.randn(args.batch, 3, GEOTOKEN.dim), torch.randn(args.batch, GEOTOKEN.neighbors, 3, GEOTOKEN.dim)
+    shape = args.batch, GEOTOKEN.neighbors
+    tokens = torch.stack([torch.randint(size, shape) for size in model.vocab_sizes], dim=-1)
+    dtype = getattr(torch, args.dtype)
+    inputs = [photo.to(args.device, dtype), near.to(args.device, dtype), tokens.to(args.device)]
+    return model.to(args.device, dtype), inputs
 
 
 class Plain:
@@ -95,11 +121,11 @@ class Plain:
         return tokens
 
 
-def gigaflops(model: TokenModel, nodes: dict[str, int], drawn: int) -> dict[str, float]:
+def gigaflops(model: TokenModel, nodes: dict[str, float]) -> dict[str, float]:
     """10^9 floating-point operations a photo by phase, a multiplication and an addition each one.
 
-    nodes: how many prefixes of a photo go through our decoder, by way of decoding. ``drawn`` samples by the plain way.
-    Products of matrices alone: norms, softmax and the like are left out on both sides.
+    nodes: how many different prefixes of a photo our decoder must see, by way of decoding. Products of matrices alone:
+    norms, softmax and the like are left out on both sides, and so is what masks or fillings waste.
     """
     c, d = model.config, model.config.d_model
     length, vocabulary = len(model.vocab_sizes), sum(model.vocab_sizes) / len(model.vocab_sizes)
@@ -109,7 +135,7 @@ def gigaflops(model: TokenModel, nodes: dict[str, int], drawn: int) -> dict[str,
     encoder = projections + c.encoder_layers * positions * (around + 2 * positions * d + think)
     keys = c.decoder_layers * positions * 2 * d * d
 
-    def decoder(count: int, before: float) -> float:
+    def decoder(count: float, before: float) -> float:
         """``count`` prefixes that each look at ``before`` positions on average; one in each has an output layer."""
         return count * c.decoder_layers * (around + 2 * before * d + look + think)
 
@@ -117,5 +143,158 @@ def gigaflops(model: TokenModel, nodes: dict[str, int], drawn: int) -> dict[str,
     # At step t the plain decode computes t + 1 positions, each looking at all of them, and the memory's keys again.
     steps = sum(decoder(t + 1, t + 1) + keys + d * vocabulary for t in range(length))
     first = decoder(1, 1) + keys + d * vocabulary
-    plain = {"plain beam": WIDTH * (steps - first) + first, "plain sample": drawn * steps}
+    plain = {"plain beam": WIDTH * (steps - first) + first, "plain sample": SAMPLES * steps}
     return {name: 2e-9 * n for name, n in {"encoder": encoder, "memory keys": keys, **ours, **plain}.items()}
+
+
+def peak(device: str, dtype: torch.dtype) -> dict[str, float]:
+    """GFLOP/s of one large product, by PyTorch's matmul and by our dense layers."""
+    n = 8192 if device == "cuda" else 2048
+    a, b, zero = (torch.randn(shape, device=device, dtype=dtype) for shape in ((n, n), (n, n), (n,)))
+    ways: dict[str, Callable[[], Tensor]] = {"matmul": lambda: a @ b, "dense layer": lambda: affine(a, b, zero)}
+    return {name: 2e-9 * n**3 / min(timed(device, work)[1] for _ in range(4)) for name, work in ways.items()}
+
+
+def timed(device: str, work: Callable[[], Any]) -> tuple[Any, float]:
+    """What ``work`` returns and the seconds it took."""
+    wait: Callable[[], None] = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    result = work()
+    wait()
+    return result, time.perf_counter() - start
+
+
+@torch.inference_mode()
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Plain and ours in turn; the record that is printed and written."""
+    model, inputs = build(args)
+    plain = Plain(model)
+    if args.compile:
+        model.memory = torch.compile(model.memory)  # type: ignore[method-assign]
+    length, drawn = len(model.vocab_sizes), SAMPLES if args.full else min(SAMPLES, 3 * args.repeats)
+    numbers = torch.from_numpy(decoding._uniform(range(args.batch), drawn, length, args.seed)).to(args.device)
+    seconds, speeds, singles = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list), list[Tensor]()
+
+    def run(name: str, work: Callable[[], Any]) -> Any:
+        result, took = timed(args.device, work)
+        seconds[name].append(took)
+        return result
+
+    def ours() -> tuple[Tensor, Decoded, Decoded]:
+        memory = run("encoder", lambda: model.memory_of(*inputs))
+        run("memory keys", lambda: [block.memory_keys(memory) for block in model.blocks])
+        run("greedy", lambda: decoding.greedy(model, memory))
+        run("frontier", lambda: frontier(model, memory, OPENINGS))
+        beams = run("beam", lambda: decoding.beam(model, memory, WIDTH))
+        return memory, beams, run("sample", lambda: decoding.sample(model, memory, SAMPLES, TEMPERATURE, args.seed))
+
+    plain.beam(plain.memory(*inputs), 1)
+    ours()
+    seconds.clear()  # all is warm now
+    for n in range(args.repeats):
+        for name, speed in peak(args.device, inputs[0].dtype).items():
+            speeds[name].append(speed)
+        far = run("plain encoder", lambda: plain.memory(*inputs))
+        expected = run("plain beam", partial(plain.beam, far, WIDTH))
+        memory, beams, samples = ours()
+        for i in range(n, drawn, args.repeats):
+            singles.append(run("plain sample", partial(plain.sample, far, numbers[:, i], TEMPERATURE)))
+    few = samples if args.full else decoding.sample(model, memory, drawn, TEMPERATURE, args.seed)
+    nodes = {"greedy": length, "beam": 1 + WIDTH * (length - 1), "sample": prefixes(samples), "frontier": 1 + OPENINGS}
+    different = {"beam tokens": int((beams.tokens != expected.tokens).sum())}
+    different["samples"] = unmatched(few.tokens, torch.stack(singles, dim=1))
+    return {
+        **{name: value for name, value in vars(args).items() if name != "json"},
+        "threads": torch.get_num_threads(),
+        "environment": {name: value for name, value in os.environ.items() if name.startswith("OMP_")},
+        "processor": torch.backends.cpu.get_cpu_capability() if args.device == "cpu" else torch.cuda.get_device_name(),
+        "different": {**different, "beam_log_prob": float((beams.log_prob - expected.log_prob).abs().max())},
+        "compared": {"beams": args.batch * WIDTH, "samples": args.batch * drawn},
+        "distinct_beams": len({tuple(row) for row in beams.tokens[:, 0].tolist()}),
+        "prefixes_a_photo": nodes,
+        **summary(seconds, speeds, gigaflops(model, nodes), args),
+        "all_seconds": {name: [round(took, 4) for took in times] for name, times in seconds.items()},
+        "versions": versions(),
+        "command": " ".join(["python", "eval/bench_decoding.py", *sys.argv[1:]]),
+    }
+
+
+def prefixes(found: Decoded) -> float:
+    """How many different prefixes begin the cells of a photo, whole cells left out, on average."""
+    rows = found.tokens.tolist()
+    return sum(len({tuple(cell[:t]) for cell in cells}) for cells in rows for t in range(len(cells[0]))) / len(rows)
+
+
+def unmatched(ours: Tensor, theirs: Tensor) -> int:
+    """How many of the cells (B, N, T) of one have no partner in the other, in whatever order."""
+    pairs = zip(ours.tolist(), theirs.tolist(), strict=True)
+    return sum((Counter(map(tuple, a)) - Counter(map(tuple, b))).total() for a, b in pairs)
+
+
+def summary(
+    seconds: dict[str, list[float]], speeds: dict[str, list[float]], work: dict[str, float], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Medians, ratios, and the floor of each phase: its operations at the peak speed."""
+    took = {name: statistics.median(times) for name, times in seconds.items()}
+    took["plain sample"] *= SAMPLES
+    peaks = {name: statistics.median(found) for name, found in speeds.items()}
+    # Our decoding is what comes after the memory's keys and values.
+    phase = {name: took[name] for name in ("encoder", "memory keys", "plain beam", "plain sample")}
+    phase |= {f"ours {way}": took[way] - took["memory keys"] for way in ("greedy", "beam", "sample", "frontier")}
+    floor = {name: args.batch * work[name] / max(peaks.values()) for name in phase}
+    total = {way: took["encoder"] + took[way] for way in ("greedy", "beam", "sample", "frontier")}
+    total |= {way: took["plain encoder"] + took[way] for way in ("plain beam", "plain sample")}
+    near = {way: floor["encoder"] + floor["memory keys"] + floor[f"ours {way}"] for way in ("beam", "sample")}
+    return {
+        "peak_gflops": {name: round(speed, 1) for name, speed in peaks.items()},
+        "seconds": {name: round(value, 3) for name, value in total.items()},
+        "photos_per_second": {name: round(args.batch / value, 3) for name, value in total.items()},
+        "times_faster": {way: round(total[f"plain {way}"] / total[way], 2) for way in BARS},
+        "floor_share": {way: round(value / total[way], 3) for way, value in near.items()},
+        "phases": {
+            name: {
+                "gflop_a_photo": round(work[name], 3),
+                "floor_seconds": round(floor[name], 4),
+                "seconds": round(value, 4),
+                "floor_share": round(floor[name] / value, 3),
+            }
+            for name, value in phase.items()
+        },
+        "plain_sampling": f"{len(seconds['plain sample'])} samples one after another; time: {SAMPLES} times the median",
+    }
+
+
+def main() -> int:
+    """Print a small table, write the record, say by the exit status whether all is well."""
+    parser = argparse.ArgumentParser(description="Time our decoding against a plain decode with the same tokens.")
+    parser.add_argument("--batch", type=int, default=32, help="photos (default 32)")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds of plain and ours in turn (default 3)")
+    parser.add_argument("--full", action="store_true", help="all 30 plain samples instead of three a round")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--compile", action="store_true", help="torch.compile of the encoder")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write the record here")
+    args = parser.parse_args()
+    if args.batch < 1 or args.repeats < 1:
+        parser.error("--batch and --repeats must be at least 1")
+    record = measure(args)
+    for name, value in record["photos_per_second"].items():
+        print(f"  {name:14}{value:10.3f} photos/s {record['seconds'][name]:10.3f} s")
+    for name, phase in record["phases"].items():
+        print("  {:14}{:9.2f} GFLOP a photo, floor {:8.3f} s, took {:8.3f} s ({:.0%})".format(name, *phase.values()))
+    for way, ratio in record["times_faster"].items():
+        print(f"  {way}: {ratio:.1f} times as fast as the plain decode, {record['floor_share'][way]:.0%} of the floor")
+    print(f"peak {record['peak_gflops']} GFLOP/s; different: {record['different']}")
+    if args.json:
+        beside = args.json.with_name(args.json.name + ".part")
+        beside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        os.replace(beside, args.json)
+    exact = not record["different"]["beam tokens"] + record["different"]["samples"] or args.dtype != "float32"
+    fast = all(record["times_faster"][way] >= bar for way, bar in BARS.items()) or args.device != "cpu"
+    return 0 if exact and fast else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -12,18 +12,19 @@ from numpy.typing import NDArray
 from rag_geotoken import selection, stages
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.pipeline import VERIFIERS, Geolocator
-from rag_geotoken.pool import neighbor_pool, posterior_pool
+from rag_geotoken.pool import neighbor_pool, posterior_pool, without
 from rag_geotoken.posterior import Posterior, effective_area_km2
 from rag_geotoken.run_tables import (
     read_candidates,
     read_neighbors,
+    read_places,
     read_pool,
     read_posterior,
     read_predictions,
     read_verdicts,
 )
 from rag_geotoken.tables import read_table
-from rag_geotoken.types import BEAM, GREEDY, SAMPLE, Candidates, Neighbors, Pool, Predictions
+from rag_geotoken.types import BEAM, GPS, GREEDY, SAMPLE, Candidates, Neighbors, Places, Pool, Predictions
 
 NEIGHBORS, CELLS, POSTERIOR, POOL = ["neighbours"], ["candidates"], ["posterior"], ["pool"]
 ALIGNED, REWARDED = [*POOL, "verdicts-alignment"], [*POOL, "verdicts-reward"]
@@ -36,8 +37,10 @@ class Run:
 
     neighbors: Neighbors
     candidates: Candidates
+    places: Places
     posterior: Posterior
-    pool: Pool
+    pool: Pool  # neighbours and generated cells
+    everything: Pool  # and the places found by GPS embedding
     scores: dict[str, NDArray[np.float32]]
 
 
@@ -55,6 +58,15 @@ def _verified(*names: str) -> Decision:
     return lambda run, locator: selection.decide(run.pool, {n: run.scores[n] for n in names}, locator.tuning)
 
 
+def _everything(*names: str) -> Decision:
+    return lambda run, locator: selection.decide(run.everything, {n: run.scores[n] for n in names}, locator.tuning)
+
+
+def _by_gps(run: Run, locator: Geolocator) -> Predictions:
+    found = locator.pool(None, None, run.places)
+    return selection.highest(found, run.places.scores, locator.tuning)
+
+
 def _density(run: Run, locator: Geolocator) -> Predictions:
     return selection.density(neighbor_pool(run.neighbors, locator.tuning.density_scale), locator.tuning)
 
@@ -67,6 +79,7 @@ def _snapped(run: Run, locator: Geolocator) -> Predictions:
 VARIANTS: dict[str, tuple[list[str], Decision]] = {
     "nearest": (NEIGHBORS, lambda run, to: selection.nearest(run.neighbors, to.tuning)),
     "density": (NEIGHBORS, _density),
+    "gps": (["places"], _by_gps),
     "tokens-greedy": (CELLS, lambda run, to: selection.log_probability(_cells_of(GREEDY, run, to), to.tuning)),
     "tokens-beam": (CELLS, lambda run, to: selection.log_probability(_cells_of(BEAM, run, to), to.tuning)),
     "tokens-samples": (CELLS, lambda run, to: selection.minimum_bayes_risk(_cells_of(SAMPLE, run, to), to.tuning)),
@@ -87,6 +100,9 @@ VARIANTS: dict[str, tuple[list[str], Decision]] = {
     "pool+alignment": (ALIGNED, _verified("alignment")),
     "pool+alignment+reward": (BOTH, _verified("alignment", "reward")),
     "pool+alignment+snap": ([*ALIGNED, "neighbours"], _snapped),
+    "pool+gps": (POOL, _everything()),
+    "pool+gps+alignment": (ALIGNED, _everything("alignment")),
+    "pool+gps+alignment+reward": (BOTH, _everything("alignment", "reward")),
 }
 
 
@@ -94,7 +110,8 @@ def decide_all(folder: Path, geolocator: Geolocator) -> None:
     """Write ``predictions-VARIANT.parquet`` for every variant of a run whose stages are done."""
     pool, posterior = read_pool(folder), read_posterior(folder)
     scores = {verifier: read_verdicts(folder, pool, verifier) for verifier in VERIFIERS}
-    run = Run(read_neighbors(folder), read_candidates(folder), posterior, pool, scores)
+    places = read_places(folder)
+    run = Run(read_neighbors(folder), read_candidates(folder), places, posterior, without(pool, GPS), pool, scores)
     area = effective_area_km2(posterior)
     for name, (inputs, decision) in VARIANTS.items():
         stages.write_decision(folder, name, geolocator, [*inputs, "posterior"], decision(run, geolocator), area)

@@ -122,6 +122,7 @@ def locate(
     top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Sample the likeliest tokens up to this.")] = 1.0,
     epsilon: Annotated[float, typer.Option(min=0.0, max=0.99, help="Sample no token less likely.")] = 0.0,
     neighbors: Annotated[int, typer.Option(min=1, max=1000, help="Gallery photos retrieved a photo.")] = 20,
+    gps_places: Annotated[int, typer.Option(min=0, max=1000, help="Places found by GPS embedding a photo.")] = 32,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     verify: Annotated[str, typer.Option(help="Who verifies: some of alignment,reward, or none.")] = "alignment",
     within: Annotated[str | None, typer.Option(help="LAT,LON,KM: only places within so many km of there.")] = None,
@@ -145,6 +146,7 @@ def locate(
     ways, verifiers = (() if given == "none" else tuple(given.split(",")) for given in (propose, verify))
     options = Options(
         neighbors=neighbors,
+        gps_places=gps_places,
         propose=ways,
         beam_width=beam_width,
         samples=samples,

@@ -27,7 +27,7 @@ from rag_geotoken.weights import EARTH
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-BEST = "pool+alignment"
+BEST = "pool+gps+alignment"
 NOTES = [
     "The photos are satellite views cut from NASA's Blue Marble picture (public domain): real, free and small. They "
     "are not street photos; the same road serves those with another encoder and gallery.",
@@ -103,6 +103,7 @@ def run_road(folder: Path, geolocator: Geolocator, options: Options) -> None:
     stages.encode(folder, geolocator.alignment, geolocator.encoder)
     stages.search(folder, geolocator.index, options.neighbors, geolocator.tuning.search_weights)
     stages.propose(folder, geolocator, options)
+    stages.places(folder, geolocator, options)
     stages.posterior(folder, geolocator, options)
     stages.pool(folder, geolocator, options)
     for verifier in VERIFIERS:

@@ -19,6 +19,9 @@ class Lattice:
     first (R,) and end (R,), apart and in order.
     """
 
+    first: Tensor
+    end: Tensor
+
     def __init__(self, tokenizer: S2Tokenizer, tokens: ArrayLike) -> None:
         """Tokens (N, T) of the valid cells, in any order. Raises GeoError when there is none or one is no cell."""
         rows = np.asarray(tokens)

@@ -42,6 +42,8 @@ def locate_photos(
     if options.max_area_km2 is not None:
         stages.posterior(run, geolocator, options)
         inputs, area = ["pool", "posterior"], effective_area_km2(read_posterior(run))
+    if options.gps_places:
+        stages.places(run, geolocator, options)
     stages.pool(run, geolocator, options)
     entries, scores = read_pool(run), {}
     for verifier in options.verify:

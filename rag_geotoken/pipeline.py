@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from rag_geotoken.cells import S2Tokenizer
 from rag_geotoken.errors import GeoError
 from rag_geotoken.files import file_sha256
 from rag_geotoken.frontier import frontier
+from rag_geotoken.gps_search import GpsSearch
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.lattice import Lattice
 from rag_geotoken.pictures import load_pictures
@@ -26,7 +28,7 @@ from rag_geotoken.posterior import Posterior
 from rag_geotoken.reward import RewardHead
 from rag_geotoken.token_model import TokenModel
 from rag_geotoken.tuning import Tuning, load_tuning
-from rag_geotoken.types import BEAM, GREEDY, SAMPLE, Candidates, Neighbors, Pool, Prediction, Predictions
+from rag_geotoken.types import BEAM, GREEDY, SAMPLE, Candidates, Neighbors, Places, Pool, Prediction, Predictions
 from rag_geotoken.weights import EARTH, fingerprint
 
 VERIFIERS = ("alignment", "reward")
@@ -34,13 +36,15 @@ VERIFIERS = ("alignment", "reward")
 
 @dataclass(frozen=True)
 class Options:
-    """What a run may change: neighbours searched, how cells are proposed, and who verifies the pool.
+    """What a run may change: what is retrieved, how cells are proposed, and who verifies the pool.
 
+    gps_places: places found by the photo's GPS embedding, none for 0.
     within: a place and a distance, (lat, lon, km): only cells and neighbours inside count. openings: prefixes that the
     frontier search opens a photo. max_area_km2: a photo whose posterior is spread over more gets no answer.
     """
 
     neighbors: int = 20
+    gps_places: int = 32
     propose: tuple[str, ...] = ("greedy", "beam", "sample")
     beam_width: int = 10
     samples: int = 40
@@ -102,7 +106,8 @@ class Geolocator:
         photo = self.encode(pixels)
         neighbors = self.search(photo, options.neighbors, digests(pixels))
         candidates = self.propose(photo, neighbors, options) if options.propose else None
-        pool = self.pool(neighbors, candidates, options.within)
+        places = self.places(photo, options.gps_places) if options.gps_places else None
+        pool = self.pool(neighbors, candidates, places, options.within)
         scores = {verifier: self.verify(verifier, photo, neighbors, pool) for verifier in options.verify}
         return selection.decide(pool, scores, self.tuning)
 
@@ -113,6 +118,14 @@ class Geolocator:
     def search(self, photo: NDArray[np.float32], k: int, own: list[str] | None = None) -> Neighbors:
         """Embeddings (B, 3, dim) -> the k nearest gallery photos, those with a digest of ``own`` passed over."""
         return self.index.search(photo, k, self.tuning.search_weights, own)
+
+    def places(self, photo: NDArray[np.float32], n: int) -> Places:
+        """The ``n`` places most like the GPS embedding of photos (B, 3, dim)."""
+        return self._gps_search(photo[:, 1], n)
+
+    @cached_property
+    def _gps_search(self) -> GpsSearch:
+        return GpsSearch(self.alignment, self.index.lat_lon)
 
     @torch.inference_mode()
     def memory(self, photo: NDArray[np.float32], neighbors: Neighbors) -> Tensor:
@@ -158,10 +171,11 @@ class Geolocator:
         self,
         neighbors: Neighbors | None,
         candidates: Candidates | None,
+        places: Places | None = None,
         within: tuple[float, float, float] | None = None,
     ) -> Pool:
         """Generated and retrieved places together, one entry a cell, those outside ``within`` left out."""
-        made = make_pool(neighbors, candidates, self.tokenizer, self.tuning)
+        made = make_pool(neighbors, candidates, self.tokenizer, self.tuning, places)
         return keep_within(made, within) if within else made
 
     @torch.inference_mode()

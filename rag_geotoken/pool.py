@@ -9,40 +9,65 @@ from rag_geotoken.cells import S2Tokenizer, cell_centers
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.posterior import Posterior
 from rag_geotoken.tuning import Tuning
-from rag_geotoken.types import FRONTIER, NEIGHBOUR, Candidates, Neighbors, Pool
+from rag_geotoken.types import FRONTIER, GPS, NEIGHBOUR, Candidates, Neighbors, Places, Pool
 
 Floats = NDArray[np.float64]
 
 
 def make_pool(
-    neighbors: Neighbors | None, candidates: Candidates | None, tokenizer: S2Tokenizer, tuning: Tuning
+    neighbors: Neighbors | None,
+    candidates: Candidates | None,
+    tokenizer: S2Tokenizer,
+    tuning: Tuning,
+    places: Places | None = None,
 ) -> Pool:
     """Put generated and retrieved places together, one entry a cell of the tokenizer's level.
 
-    Generated entries are weighted by their untempered probability, retrieved ones by a softmax of their score; either
-    kind's weights add up to its share. A retrieved place in a generated cell keeps its own coordinates and the sum of
-    both weights. Raises ValueError when both are missing.
+    Generated entries are weighted by their untempered probability, neighbours by a softmax of their score, places found
+    by GPS embedding evenly; each kind's weights add up to its share. The first of a cell keeps its coordinates and has
+    the sum of all weights: neighbours come first, then generated cells, then places. Raises ValueError for no entries.
     """
-    places, weights, sources, cells = [], [], [], []
-    share = tuning.neighbor_share if candidates is not None else 1.0
+    lat_lon, weights, sources, cells = [], [], [], []
+    shares = _shares(neighbors is not None, candidates is not None, places is not None, tuning)
     if neighbors is not None:
         scores = tuning.neighbor_scale * neighbors.scores.astype(np.float64)
-        places.append(neighbors.lat_lon)
-        weights.append(log_softmax(scores) + np.log(share))
+        lat_lon.append(neighbors.lat_lon)
+        weights.append(log_softmax(scores) + np.log(shares[0]))
         sources.append(np.full(scores.shape, NEIGHBOUR, np.int8))
-        cells.append(tokenizer.cell_ids(*neighbors.lat_lon.reshape(-1, 2).T).reshape(scores.shape))
+        cells.append(tokenizer.cell_ids(neighbors.lat_lon[..., 0], neighbors.lat_lon[..., 1]))
     if candidates is not None:
         flat = candidates.tokens.reshape(-1, candidates.tokens.shape[-1])
         shape = candidates.log_prob.shape
         ids = tokenizer.tokens_to_ids(flat).reshape(shape)
         log_prob = np.where(_repeats(ids), -np.inf, candidates.log_prob.astype(np.float64))
-        places.append(np.stack(tokenizer.decode(flat), axis=-1).reshape(*shape, 2))
-        weights.append(log_softmax(log_prob) + (np.log(1.0 - share) if neighbors is not None else 0.0))
+        lat_lon.append(np.stack(tokenizer.decode(flat), axis=-1).reshape(*shape, 2))
+        weights.append(log_softmax(log_prob) + np.log(shares[1]))
         sources.append(candidates.source)
         cells.append(ids)
-    if not places:
-        raise ValueError("a pool needs neighbours or candidates")
-    return _merge(*(np.concatenate(parts, axis=1) for parts in (places, weights, sources, cells)))
+    if places is not None:
+        shape = places.scores.shape
+        lat_lon.append(places.lat_lon)
+        weights.append(np.full(shape, np.log(shares[2] / shape[1])))
+        sources.append(np.full(shape, GPS, np.int8))
+        cells.append(tokenizer.cell_ids(places.lat_lon[..., 0], places.lat_lon[..., 1]))
+    return _merge(*(np.concatenate(parts, axis=1) for parts in (lat_lon, weights, sources, cells)))
+
+
+def _shares(neighbors: bool, candidates: bool, places: bool, tuning: Tuning) -> tuple[float, float, float]:
+    """The weight of each kind that is there; the shares of those that are not go to the others in proportion."""
+    given = tuning.neighbor_share, 1.0 - tuning.neighbor_share - tuning.gps_share, tuning.gps_share
+    there = [share * here for share, here in zip(given, (neighbors, candidates, places), strict=True)]
+    if not sum(there):
+        raise ValueError("a pool needs neighbours, candidates or places")
+    first, second, third = (share / sum(there) for share in there)
+    return first, second, third
+
+
+def without(pool: Pool, source: int) -> Pool:
+    """A pool less the entries of one source; a cell that another source has too stays."""
+    mask = pool.mask & (pool.source != source)
+    weight = log_softmax(np.where(mask, pool.log_weight.astype(np.float64), -np.inf))
+    return Pool(pool.lat_lon, weight.astype(np.float32), pool.source, mask)
 
 
 def neighbor_pool(neighbors: Neighbors, scale: float) -> Pool:

@@ -81,7 +81,7 @@ def heat_map(posterior: Posterior, row: int, height: int = 180, detail: int = 7)
     levels = cell_level(cells)
     for level in np.unique(levels):
         here = levels == level
-        below = _descendants(cells[here], int(level), max(int(level), detail))
+        below = descendants(cells[here], int(level), max(int(level), detail))
         lat, lon = cell_centers(below)
         rows = np.clip(((90.0 - lat) / 180.0 * height).astype(int), 0, height - 1)
         columns = np.clip(((lon + 180.0) / 180.0 * height).astype(int), 0, 2 * height - 1)
@@ -89,7 +89,7 @@ def heat_map(posterior: Posterior, row: int, height: int = 180, detail: int = 7)
     return heat
 
 
-def _descendants(cells: NDArray[np.uint64], level: int, deeper: int) -> NDArray[np.uint64]:
+def descendants(cells: NDArray[np.uint64], level: int, deeper: int) -> NDArray[np.uint64]:
     """Cells (N,) of one level -> (N, 4**(deeper - level)), their parts at a deeper one."""
     first = parent_ids(cells - (cells & (~cells + np.uint64(1))) + np.uint64(1), deeper)
     steps = np.arange(4 ** (deeper - level), dtype=np.uint64) << np.uint64(61 - 2 * deeper)

@@ -12,7 +12,7 @@ from rag_geotoken.errors import GeoError
 from rag_geotoken.metrics import RADII_KM
 from rag_geotoken.posterior import Posterior
 from rag_geotoken.tables import read_table, to_numpy
-from rag_geotoken.types import SOURCES, Candidates, Neighbors, Pool
+from rag_geotoken.types import SOURCES, Candidates, Neighbors, Places, Pool
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -36,6 +36,14 @@ def read_neighbors(folder: Path) -> Neighbors:
     k = int(table["rank"].to_numpy().max())
     rows, lat, lon, score = (table[name].to_numpy().reshape(-1, k) for name in ("row", "lat", "lon", "score"))
     return Neighbors(rows, np.stack([lat, lon], axis=-1), score)
+
+
+def read_places(folder: Path) -> Places:
+    """The places of a run found by GPS embedding, as arrays (N, K)."""
+    table = read_table(folder / "places.parquet", ["rank", "lat", "lon", "score"])
+    k = int(table["rank"].to_numpy().max())
+    lat, lon, score = (table[name].to_numpy().reshape(-1, k) for name in ("lat", "lon", "score"))
+    return Places(np.stack([lat, lon], axis=-1), score)
 
 
 def read_candidates(folder: Path) -> Candidates:

@@ -1,7 +1,7 @@
 """The road on disk: each stage a function from tables to a table in a run folder, resumable, done once.
 
     photos -> embeddings -> neighbours -> candidates -> pool -> verdicts -> predictions
-                                       -> posterior
+                         -> places     -> posterior
 
 A photo that cannot be read has an error in ``embeddings``; it is missing from the tables between and stands again, with
 its error and without coordinates, in ``predictions``.
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from rag_geotoken.metrics import RADII_KM
 from rag_geotoken.pictures import load_pictures
 from rag_geotoken.progress import progress_bar
-from rag_geotoken.run_tables import read_candidates, read_embeddings, read_neighbors, read_pool
+from rag_geotoken.run_tables import read_candidates, read_embeddings, read_neighbors, read_places, read_pool
 from rag_geotoken.tables import fixed_list, read_table, stage, table_sha256
 from rag_geotoken.types import SOURCES, Predictions
 from rag_geotoken.weights import fingerprint
@@ -124,6 +124,29 @@ def propose(folder: Path, geolocator: Geolocator, options: Options) -> Path:
     return _run(folder, "candidates", recipe, ["embeddings", "neighbours"], ids, work)
 
 
+def places(folder: Path, geolocator: Geolocator, options: Options) -> Path:
+    """Embeddings -> places: id, rank, lat, lon, score, those most like the photo's GPS embedding."""
+    import pyarrow as pa
+
+    ids, photo, _ = read_embeddings(folder)
+
+    def work(at: slice) -> pa.Table:
+        found = geolocator.places(photo[at], options.gps_places)
+        n = found.scores.shape[1]
+        return pa.table(
+            {
+                "id": pa.array(np.repeat(ids[at], n), pa.string()),
+                "rank": np.tile(np.arange(1, n + 1, dtype=np.int32), len(found.scores)),
+                "lat": found.lat_lon[..., 0].ravel(),
+                "lon": found.lat_lon[..., 1].ravel(),
+                "score": found.scores.ravel(),
+            }
+        )
+
+    recipe = {"encoder": geolocator.encoder, "gps_places": options.gps_places}
+    return _run(folder, "places", recipe, ["embeddings"], ids, work)
+
+
 def posterior(folder: Path, geolocator: Geolocator, options: Options) -> Path:
     """Embeddings and neighbours -> posterior: id, cell (S2 id of any level), mass, the heaviest first."""
     import pyarrow as pa
@@ -147,15 +170,16 @@ def posterior(folder: Path, geolocator: Geolocator, options: Options) -> Path:
 
 
 def pool(folder: Path, geolocator: Geolocator, options: Options) -> Path:
-    """Neighbours, and candidates if there are any -> pool: id, lat, lon, log_weight, source, one entry a cell."""
+    """Neighbours, candidates and places -> pool: id, lat, lon, log_weight, source, one entry a cell."""
     import pyarrow as pa
 
     ids, _, _ = read_embeddings(folder)
-    inputs = ["neighbours", "candidates"] if options.propose else ["neighbours"]
+    inputs = ["neighbours"] + ["candidates"] * bool(options.propose) + ["places"] * bool(options.gps_places)
     neighbors, candidates = read_neighbors(folder), read_candidates(folder) if options.propose else None
+    found = read_places(folder) if options.gps_places else None
 
     def work(at: slice) -> pa.Table:
-        made = geolocator.pool(neighbors[at], candidates and candidates[at], options.within)
+        made = geolocator.pool(neighbors[at], candidates and candidates[at], found and found[at], options.within)
         return pa.table(
             {
                 "id": pa.array(np.repeat(ids[at], made.mask.sum(axis=1)), pa.string()),
@@ -168,7 +192,7 @@ def pool(folder: Path, geolocator: Geolocator, options: Options) -> Path:
 
     tuning = geolocator.tuning
     recipe: dict[str, Any] = {"level": geolocator.tokenizer.level, "within": options.within}
-    recipe |= {"neighbor_share": tuning.neighbor_share, "neighbor_scale": tuning.neighbor_scale}
+    recipe |= {name: getattr(tuning, name) for name in ("neighbor_share", "neighbor_scale", "gps_share")}
     return _run(folder, "pool", recipe, inputs, ids, work)
 
 

@@ -15,12 +15,16 @@ from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, linear, normalize, relu, scaled_dot_product_attention
+from torch.nn.functional import dropout, normalize, relu, scaled_dot_product_attention
 
 from rag_geotoken.cells import S2Tokenizer
+from rag_geotoken.dense import Dense, affine
 from rag_geotoken.errors import GeoError
 from rag_geotoken.spherical import rotate, rotations
 from rag_geotoken.weights import load_weights, save_weights
+
+# Positions of the memory that a CPU encodes at once.
+CPU_POSITIONS = 2048
 
 # Queries, keys and values (B, L, d_model) -> what each query heard (B, L, d_model).
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -122,7 +126,14 @@ class TokenModel(nn.Module):
         if self.config.neighbor_positions != "sequence":
             place = torch.where(place < 4, place, 4 + (place - 4) % each)
         states = dropout(states + self.positions[place], self.config.dropout, self.training)
-        attend = self._attend(turns=self._turns(neighbor_places, each))
+        turns = self._turns(neighbor_places, each)
+        # On a CPU a few photos go through all layers before the next, so that they stay in its cache.
+        parts = -(-batch * states.shape[1] // CPU_POSITIONS) if states.device.type == "cpu" else 1
+        turned = [None] * parts if turns is None else turns.chunk(parts)
+        return torch.cat([self._encode(*some) for some in zip(states.chunk(parts), turned, strict=False)])
+
+    def _encode(self, states: Tensor, turns: Tensor | None) -> Tensor:
+        attend = self._attend(turns=turns)
         for block in cast(nn.ModuleList, self.encoder["layers"]):
             states = block(states, attend)
         return states
@@ -181,13 +192,13 @@ class Attention(nn.Module):
         super().__init__()
         self.in_proj_weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(3 * d, d)))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * d))
-        self.out_proj = nn.Linear(d, d)
+        self.out_proj = Dense(d, d)
 
     def project(self, states: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
         """States (..., d) -> parts ``first`` to ``last`` of query, key and value, each (..., d)."""
         d = self.in_proj_weight.shape[1]
         rows = slice(first * d, last * d)
-        return linear(states, self.in_proj_weight[rows], self.in_proj_bias[rows]).chunk(last - first, dim=-1)
+        return affine(states, self.in_proj_weight[rows], self.in_proj_bias[rows]).chunk(last - first, dim=-1)
 
 
 class Block(nn.Module):
@@ -201,7 +212,7 @@ class Block(nn.Module):
         if cross:
             self.multihead_attn = Attention(d)
             self.norm3 = nn.LayerNorm(d)
-        self.linear1, self.linear2 = nn.Linear(d, config.ff), nn.Linear(config.ff, d)
+        self.linear1, self.linear2 = Dense(d, config.ff), Dense(config.ff, d)
         self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
 
     def forward(self, states: Tensor, attend: Attend, memory: tuple[Tensor, Tensor] | None = None) -> Tensor:

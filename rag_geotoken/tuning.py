@@ -17,7 +17,8 @@ class Tuning:
     """What `rag-geotoken train tuning` chooses.
 
     search_weights: of the image, GPS and text part of an embedding in the search.
-    neighbor_share: the weight of the retrieved entries in the pool, the generated have the rest.
+    neighbor_share, gps_share: the weight of the neighbours in the pool and of the places found by GPS embedding, the
+    latter shared out evenly; the generated entries have the rest.
     neighbor_scale: how sharply a neighbour's score counts, in nats a unit.
     alignment_scale, reward_scale: the same for a verifier's scores in a decision.
     spread_km: spread of the places behind one pool entry, for the utility of a decision.
@@ -29,6 +30,7 @@ class Tuning:
 
     search_weights: tuple[float, ...] = (0.5, 1.0, 0.5)
     neighbor_share: float = 0.1
+    gps_share: float = 0.02
     neighbor_scale: float = 10.0
     alignment_scale: float = 100.0
     reward_scale: float = 1.0

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-SOURCES = ("neighbour", "greedy", "beam", "sample", "frontier")
-NEIGHBOUR, GREEDY, BEAM, SAMPLE, FRONTIER = range(5)
+SOURCES = ("neighbour", "greedy", "beam", "sample", "frontier", "gps")
+NEIGHBOUR, GREEDY, BEAM, SAMPLE, FRONTIER, GPS = range(6)
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,18 @@ class Neighbors:
     def __getitem__(self, at: slice) -> Neighbors:
         """The neighbours of some of the photos."""
         return Neighbors(self.rows[at], self.lat_lon[at], self.scores[at])
+
+
+@dataclass(frozen=True)
+class Places:
+    """Places most like each photo's GPS embedding, best first: lat_lon (B, N, 2) degrees, scores (B, N) cosines."""
+
+    lat_lon: NDArray[np.float64]
+    scores: NDArray[np.float32]
+
+    def __getitem__(self, at: slice) -> Places:
+        """The places of some of the photos."""
+        return Places(self.lat_lon[at], self.scores[at])
 
 
 @dataclass(frozen=True)

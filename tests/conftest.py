@@ -47,7 +47,7 @@ TUNING = Tuning(
     spread_km=15.0,
     confidence_scale=0.5,
     confidence_km=15.0,
-    density_scale=20.0,
+    density_scale=12.0,
     density_km=100.0,
 )
 

@@ -144,9 +144,8 @@ def test_all_right_and_all_wrong_stay_finite(always: bool) -> None:
     pairs = fit_calibration(stated, np.full((200, 5), always))
     assert np.isfinite(pairs).all() and np.abs(pairs).max() < 20
     mended = calibrated(stated, pairs)
-    # Platt's softened target is 201 / 202 or 1 / 202.
-    assert (mended > 0.95).all() if always else (mended < 0.05).all()
-    assert ((mended > 0) & (mended < 1)).all()
+    # Platt's softened targets.
+    np.testing.assert_allclose(mended, 201 / 202 if always else 1 / 202, atol=2e-3)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.02, 0.5, 1.0])

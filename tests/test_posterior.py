@@ -12,7 +12,7 @@ from rag_geotoken.metrics import RADII_KM
 from rag_geotoken.posterior import (
     EARTH_KM2,
     Posterior,
-    _descendants,
+    descendants,
     area_km2,
     chance_within,
     effective_area_km2,
@@ -37,7 +37,7 @@ def cover(seed: int, openings: int = 12, deepest: int = 9) -> Posterior:
         heaviest = int(np.argmax(np.where(cell_level(np.array(cells, np.uint64)) < levels[-1], weights, -1)))
         cell, weight = np.uint64(cells.pop(heaviest)), weights.pop(heaviest)
         level = int(cell_level(cell))
-        cells += _descendants(np.array([cell]), level, level + 1)[0].tolist()
+        cells += descendants(np.array([cell]), level, level + 1)[0].tolist()
         weights += (weight * rng.dirichlet([0.5] * 4)).tolist()
     order = np.argsort(weights)[::-1]
     mass = np.array(weights)[order] / np.sum(weights)
@@ -172,10 +172,10 @@ def test_photos_are_separate() -> None:
 
 
 @pytest.mark.parametrize("level", [0, 1, 4, 10, 29])
-def test_descendants_are_those_whose_parent_it_is(level: int) -> None:
+def testdescendants_are_those_whose_parent_it_is(level: int) -> None:
     cells = np.unique(cell_ids(*points(30, level), level))
     for deeper in range(level, min(level + 4, 31)):
-        found = _descendants(cells, level, deeper)
+        found = descendants(cells, level, deeper)
         assert found.shape == (len(cells), 4 ** (deeper - level)) and len(np.unique(found)) == found.size
         assert (cell_level(found) == deeper).all()
         np.testing.assert_array_equal(parent_ids(found, level), np.broadcast_to(cells[:, None], found.shape))

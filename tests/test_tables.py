@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from numpy.typing import NDArray
 
 from rag_geotoken import files, progress, tables
 from rag_geotoken.errors import GeoError
@@ -30,7 +32,8 @@ class Worker:
     """Counts its calls and stops at a given one, as a killed run would."""
 
     def __init__(self, stop_at: int | None = None) -> None:
-        self.stop_at, self.seen = stop_at, []
+        self.stop_at = stop_at
+        self.seen: list[tuple[int, int]] = []
 
     def __call__(self, at: slice) -> pa.Table:
         if len(self.seen) == self.stop_at:
@@ -47,75 +50,12 @@ def source(tmp_path: Path) -> Path:
 
 
 def make(folder: Path, source: Path, work: Worker, **change: object) -> Path:
-    arguments = {"recipe": RECIPE, "inputs": [source], "keys": KEYS, "block": 3} | change
+    arguments: dict[str, Any] = {"recipe": RECIPE, "inputs": [source], "keys": KEYS, "block": 3} | change
     return tables.stage(folder, "encode", work=work, **arguments)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-# whole files
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "a.txt"
-    files.write_text(path, "old")
-
-    def fail(beside: Path) -> None:
-        beside.write_text("half")
-        assert beside.parent == path.parent and beside.name.startswith(".") and beside.suffix == ".txt"
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        files.write_whole(path, fail)
-    assert contents(path.parent) == {"a.txt": b"old"}
-
-
-def test_a_folder_that_cannot_be_made_gives_one_line(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(
-        GeoError, match=r"cannot write .*x\.json: a file stands where a folder is needed; choose"
-    ) as error:
-        files.write_json(tmp_path / "file" / "x.json", {})
-    assert "\n" not in str(error.value)
-    (tmp_path / "taken").mkdir()
-    with pytest.raises(GeoError, match="cannot write"):
-        files.write_text(tmp_path / "taken", "text")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken"]
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
-def test_a_read_only_folder_gives_one_line(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(GeoError, match=r"cannot write .*: permission denied; choose a folder that can be written"):
-        files.write_text(tmp_path / "a.txt", "text")
-
-
-def test_a_disk_that_is_full_gives_one_line(tmp_path: Path) -> None:
-    def full(beside: Path) -> None:
-        beside.write_text("half")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(GeoError, match="no space left on device"):
-        files.write_whole(tmp_path / "a.parquet", full)
-    assert contents(tmp_path) == {}
-
-
-def test_json_round_trip_and_its_errors(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    files.write_json(path, {"b": [1, 2.5], "a": "São"})
-    assert files.read_json(path) == {"b": [1, 2.5], "a": "São"}
-    assert list(files.read_json(path)) == ["b", "a"]
-    with pytest.raises(ValueError, match="JSON"):
-        files.write_json(path, {"median_km": float("nan")})
-    assert files.read_json(path)["a"] == "São"
-    for broken in (b"{", b"\xff\xfe", b"[" * 100_000):
-        path.write_bytes(broken)
-        with pytest.raises(GeoError, match=r"a\.json is not readable JSON"):
-            files.read_json(path)
-    with pytest.raises(GeoError, match="there is no"):
-        files.read_json(tmp_path / "none.json")
 
 
 # tables
@@ -124,7 +64,7 @@ def test_json_round_trip_and_its_errors(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", [(5, 4), (0, 3), (5, 3, 2), (1, 1)])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64, np.uint8])
 def test_vectors_survive_parquet(tmp_path: Path, shape: tuple[int, ...], dtype: type) -> None:
-    array = (np.random.default_rng(0).normal(size=shape) * 100).astype(dtype)
+    array: NDArray[Any] = (np.random.default_rng(0).normal(size=shape) * 100).astype(dtype)
     path = tmp_path / "a.parquet"
     tables.write_table(path, pa.table({"image": tables.fixed_list(array), "n": np.arange(len(array))}))
     back = tables.read_table(path)
@@ -181,7 +121,7 @@ def test_missing_and_broken_tables_give_one_line(tmp_path: Path) -> None:
 
 
 def test_a_stage_gives_its_rows_and_a_manifest(tmp_path: Path, source: Path) -> None:
-    work, told = Worker(), []
+    work, told = Worker(), list[int]()
     path = make(tmp_path / "run", source, work, progress=told.append)
     assert work.seen == [(0, 3), (3, 6), (6, 9), (9, 10)] and told == [3, 3, 3, 1]
     assert tables.read_table(path).equals(rows(slice(0, 10)))
@@ -196,7 +136,7 @@ def test_a_stage_gives_its_rows_and_a_manifest(tmp_path: Path, source: Path) -> 
 
 def test_asked_again_a_stage_does_nothing(tmp_path: Path, source: Path) -> None:
     path = make(tmp_path / "run", source, Worker())
-    before, told = path.stat(), []
+    before, told = path.stat(), list[int]()
     work = Worker()
     assert make(tmp_path / "run", source, work, progress=told.append) == path
     assert work.seen == [] and sum(told) == len(KEYS) and path.stat() == before
@@ -231,7 +171,7 @@ def test_stopped_and_resumed_gives_the_same_bytes(tmp_path: Path, source: Path, 
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path / "run", source, Worker(stop_at))
     assert not (tmp_path / "run" / "encode.parquet").exists()
-    work, told = Worker(), []
+    work, told = Worker(), list[int]()
     make(tmp_path / "run", source, work, progress=told.append)
     assert len(work.seen) == 4 - stop_at and sum(told) == len(KEYS)
     assert contents(tmp_path / "run") == contents(tmp_path / "through")
@@ -301,7 +241,7 @@ def test_plain_lines_come_at_most_every_ten_seconds(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("rag_geotoken.progress.time.monotonic", lambda: now[0])
     with progress.progress_bar(30, "encode") as advance:
         for _ in range(30):
             now[0] += 0.9
@@ -327,11 +267,3 @@ def test_a_terminal_gets_a_bar_and_errors_pass_through(
         raise GeoError("stop")
     said = capsys.readouterr()
     assert said.out == "" and "encode [b]" in said.err and "1/2" in said.err
-
-
-def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
-    left, other = tmp_path / ".a+b.0123abcd.json", tmp_path / ".a.0123abcd.json"
-    left.write_text("half")
-    other.write_text("another file's")
-    files.write_json(tmp_path / "a+b.json", {})
-    assert not left.exists() and other.exists()

@@ -113,9 +113,7 @@ def test_asked_again_a_finished_training_only_gives_its_weights(
     assert all(torch.equal(first.state_dict()[name], value) for name, value in again.state_dict().items())
 
 
-def test_without_its_best_weights_a_training_begins_anew(
-    train: Train, tmp_path: Path, whole: dict[str, bytes]
-) -> None:
+def test_without_its_best_weights_a_training_begins_anew(train: Train, tmp_path: Path, whole: dict[str, bytes]) -> None:
     train(tmp_path / "w")
     shutil.rmtree(tmp_path / "w")
     train(tmp_path / "w")
@@ -193,14 +191,18 @@ def test_two_processes_train_what_one_does(tmp_path: Path, float32: None, monkey
     settings = SETTINGS | {"source": "blue-marble:train,n=80,seed=1", "epochs": 2, "batch": 40}  # four steps
     recipe = toml(settings, tmp_path / "recipe.toml")
     alone, shared = (save_alignment(tmp_path / name / "w") for name in ("alone", "shared"))
-    process = start(["train", "tokens", str(recipe), "--out", str(shared)], 2, WRITES=str(tmp_path / "writes"))
+    process = start(["train", "tokens", str(recipe), "--out", str(shared)], 2, NOTES=str(tmp_path / "notes"))
     with tiny():
         run.train("tokens", {"tokens": settings}, alone)
     said = process.communicate(timeout=120)[1]
     assert process.returncode == 0, said
-    written = [line.split() for line in (tmp_path / "writes").read_text().splitlines()]
-    assert {rank for rank, _ in written} == {"0"}
-    assert [name for _, name in written].count("w-checkpoint.safetensors") == said.count(" of 4: ") == 4
+    notes = [line.split() for line in (tmp_path / "notes").read_text().splitlines()]
+    assert {rank for rank, what, _ in notes if what == "wrote"} == {"0"}
+    assert notes.count(["0", "wrote", "w-checkpoint.safetensors"]) == said.count(" of 4: ") == 4
+    drawn = {rank: [set(which.split(",")) for r, what, which in notes if (r, what) == (rank, "drew")] for rank in "01"}
+    assert len(drawn["0"]) == 4
+    for first, second in zip(drawn["0"], drawn["1"], strict=True):
+        assert len(first) == len(second) == 20 and not first & second
     one, two = (load_file(path.with_name("w-checkpoint.safetensors")) for path in (alone, shared))
     assert one.keys() == two.keys()
     for name in one:

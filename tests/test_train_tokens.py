@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rag_geotoken import stages
 from rag_geotoken.alignment import GeoAlignment
+from rag_geotoken.cells import S2Tokenizer
 from rag_geotoken.index import GeoIndex, build_index
 from rag_geotoken.pipeline import encoder_id
 from rag_geotoken.tables import read_table, write_table
@@ -94,7 +95,7 @@ def test_the_loss_is_teacher_forced_cross_entropy_with_weights_from_2_to_1(
                 rows = photos.neighbors[i].numpy()
                 near = torch.from_numpy(index.vectors(rows)).half().float()[None]
                 places = index.lat_lon[rows]
-                cells = torch.from_numpy(tokens.S2Tokenizer(TOKENS.level, TOKENS.group).encode(*places.T))[None]
+                cells = torch.from_numpy(S2Tokenizer(TOKENS.level, TOKENS.group).encode(*places.T))[None]
                 memory = model.memory_of(photos.vectors[i : i + 1].float(), near, cells)
                 state = model.states(memory, photos.tokens[i : i + 1, :t])[:, -1]
                 logits = model.output_layers[t](state)[0].double()
@@ -229,10 +230,12 @@ def test_photos_without_a_place_are_left_out(
     assert 35 < len(photos.tokens) < 65 and not rows & set(range(TWICE, 60))
 
 
-def test_several_processes_have_nothing_large_to_send_and_nothing_to_wait_for(both: tuple[Photos, Photos], index: GeoIndex) -> None:
+def test_several_processes_have_nothing_large_to_send_and_nothing_to_wait_for(
+    both: tuple[Photos, Photos], index: GeoIndex
+) -> None:
     config = TokenConfig(level=4, neighbors=3, dim=32, d_model=36, heads=2, ff=32, decoder_layers=1, dropout=0.1,
                          neighbor_positions="spherical")  # fmt: skip
     losses = Losses(TokenModel(config), index)
     assert not dict(losses.named_buffers()).keys() & {"gallery", "cells", "places"}
-    weighted(losses(both[0], torch.arange(4))).backward()
+    torch.autograd.backward(weighted(losses(both[0], torch.arange(4))))
     assert all(value.grad is not None for value in losses.parameters())

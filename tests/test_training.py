@@ -1,159 +1,158 @@
-"""Training: the same seed gives the same weights, the loss is what it says, and held-out cells stay unseen."""
+"""All trainings of a recipe in order: what they write, which photos they see, and what they refuse."""
 
 from __future__ import annotations
 
-import math
-import shutil
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import ALIGNMENT, TOKENS, OneLine
-from torch import nn
+from conftest import OneLine
+from numpy.typing import NDArray
+from tiny_training import no_choice, save_alignment, tiny
 
-from rag_geotoken.alignment import GeoAlignment
-from rag_geotoken.geo import haversine_km
-from rag_geotoken.index import GeoIndex
-from rag_geotoken.pipeline import load_tuning
-from rag_geotoken.selection import Tuning
-from rag_geotoken.sources import blue_marble
-from rag_geotoken.sources.blue_marble import cut, draw_views, is_unseen
-from rag_geotoken.token_model import TokenConfig, TokenModel
-from rag_geotoken.training import run, tokens
-from rag_geotoken.training.alignment import _Losses, nearby_places, train_alignment
+from rag_geotoken.pipeline import Geolocator
+from rag_geotoken.recipes import training_recipe
+from rag_geotoken.sources import blue_marble, read_source
+from rag_geotoken.sources.blue_marble import cut_references, draw_views, is_unseen
+from rag_geotoken.training import run
 from rag_geotoken.training.schedule import one_cycle
-from rag_geotoken.training.tokens import train_tokens
 
-Weights = dict[str, torch.Tensor]
-
-
-def quiet(line: str) -> None:
-    assert "nan" not in line
-
-
-def weights_of(model: nn.Module) -> Weights:
-    assert not model.training
-    assert all(torch.isfinite(value).all() for value in model.state_dict().values())
-    return {key: value.clone() for key, value in model.state_dict().items()}
-
-
-def same(first: Weights, second: Weights) -> bool:
-    return all(torch.equal(first[key], second[key]) for key in first)
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray[Any, Any]]:
-    """The views that a training cuts."""
-    views: list[np.ndarray[Any, Any]] = []
-    monkeypatch.setattr(blue_marble, "cut", lambda given: views.append(given) or cut(given))  # type: ignore[func-returns-value]
-    return views
+Floats = NDArray[np.float64]
+KEPT = ("test", "unseen", "relief")
+RECIPE: dict[str, dict[str, Any]] = {
+    "alignment": {"steps": 2, "batch": 6, "rate": 1e-3, "seed": 0},
+    "tokens": {
+        "source": "blue-marble:train,n=48,seed=1",
+        "held_out": 10,
+        "neighbor_positions": "sequence",
+        "epochs": 2,
+        "batch": 8,
+        "rate": 1e-3,
+        "seed": 1,
+    },
+    "reward": {"photos": 40, "epochs": 2, "batch": 8, "rate": 1e-3, "seed": 2},
+    "tuning": {"source": "blue-marble:validation,n=12"},
+}
 
 
-@pytest.fixture
-def tiny_config(monkeypatch: pytest.MonkeyPatch) -> None:
-    def config(**changes: Any) -> TokenConfig:
-        return replace(TOKENS, **changes)
+@dataclass
+class Seen:
+    """What was drawn and cut from the Earth: splits, and views (N, 6) with the picture that they came from."""
 
-    monkeypatch.setattr(tokens, "TokenConfig", config)
+    splits: set[str] = field(default_factory=set)
+    views: list[Floats] = field(default_factory=list)
+    pictures: set[str] = field(default_factory=set)
 
+    def kept(self) -> list[str]:
+        """What should have been left for measuring results."""
+        found = sorted(self.splits & set(KEPT)) + sorted(self.pictures - {"bmng"})
+        if any(is_unseen(*view[:, :2].T).any() for view in self.views):
+            found.append("a place in a cell kept for unseen")
+        for split in KEPT:
+            measured = places([draw_views(split, blue_marble.SPLITS[split], 0)])
+            found += [f"a photo of {split}"] * bool(measured & self.places())
+        return found
 
-def test_alignment_training_is_seeded_and_sees_no_held_out_cell(drawn: list[np.ndarray[Any, Any]]) -> None:
-    def train(seed: int) -> Weights:
-        return weights_of(train_alignment(steps=2, batch=6, rate=1e-3, seed=seed, log=quiet))
-
-    first = train(0)
-    assert [len(views) for views in drawn] == [6, 6]
-    assert same(first, train(0)) and not same(first, train(1))
-    places = np.concatenate(drawn)[:, :2]
-    assert not is_unseen(*places.T).any()
-    assert len(np.unique(places, axis=0)) == 24  # twelve a seed, drawn twice for seed 0
-
-
-def test_token_training_is_seeded_and_sees_no_held_out_cell(
-    alignment: GeoAlignment, gallery: GeoIndex, drawn: list[np.ndarray[Any, Any]], tiny_config: None
-) -> None:
-    def train(seed: int) -> Weights:
-        settings: dict[str, Any] = {"views": 16, "epochs": 1, "batch": 8, "rate": 1e-3}
-        return weights_of(train_tokens(alignment, gallery, **settings, seed=seed, log=quiet))
-
-    first = train(1)
-    assert same(first, train(1)) and not same(first, train(2))
-    places = np.concatenate(drawn)[:, :2]
-    assert len(places) == 48 and not is_unseen(*places.T).any()
-    assert not set(map(tuple, places.tolist())) & set(map(tuple, gallery.lat_lon.tolist()))
+    def places(self) -> set[tuple[float, float]]:
+        return places(self.views)
 
 
-def test_token_training_learns(alignment: GeoAlignment, gallery: GeoIndex, tiny_config: None) -> None:
-    lines: list[str] = []
-    settings: dict[str, Any] = {"views": 32, "epochs": 30, "batch": 32, "rate": 1e-2, "seed": 1}
-    train_tokens(alignment, gallery, **settings, log=lines.append)
-    faces = [float(line.split("position ")[1].split()[0]) for line in lines if "position" in line]
-    assert len(faces) == 30 and faces[-1] < faces[0] - 0.5
+def places(views: list[Floats]) -> set[tuple[float, float]]:
+    return {(lat, lon) for each in views for lat, lon in each[:, :2].tolist()}
 
 
-def test_nearby_places_lie_10_to_1000_km_away_in_no_held_out_cell() -> None:
-    places = draw_views("train", 3000, 0)[:, :2]
-    there = nearby_places(places, 3, np.random.default_rng(0))
-    assert there.shape == (9000, 2) and not is_unseen(*there.T).any()
-    km = haversine_km(*np.repeat(places, 3, axis=0).T, *there.T)
-    # The few that fell into a held-out cell are other photos' places.
-    inside = (km >= 9.999) & (km <= 1000.001)
-    assert 0.95 < inside.mean() < 1
-    assert np.log(km[inside]).mean() == pytest.approx(math.log(100.0), abs=0.05)
-    np.testing.assert_array_equal(there, nearby_places(places, 3, np.random.default_rng(0)))
+@contextmanager
+def watched() -> Iterator[Seen]:
+    seen, cut = Seen(), blue_marble.cut
+
+    def drawn(split: str, n: int, seed: int) -> Floats:
+        seen.splits.add(split)
+        return draw_views(split, n, seed)
+
+    def noted(views: Floats, picture: str = "bmng", *size: int) -> NDArray[np.uint8]:
+        seen.views.append(views)
+        seen.pictures.add(picture)
+        return cut(views, picture, *size)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blue_marble, "draw_views", drawn)
+        patch.setattr(blue_marble, "cut", noted)
+        yield seen
 
 
-def test_the_losses_are_contrastive_both_ways() -> None:
-    torch.manual_seed(0)
-    model = _Losses(GeoAlignment(ALIGNMENT)).eval()
-    views = draw_views("train", 5, 0)
-    pixels, places, wrong = cut(views), views[:, :2], draw_views("train", 4, 1)[:, :2]
-    texts = ["a", "b", "a", "c", "d"]
-    with torch.no_grad():
-        total, gps_loss, text_loss = model(*map(torch.from_numpy, (pixels, places, wrong)), texts)
-        words = nn.functional.normalize(model.alignment.text(texts), dim=-1).double().numpy()
-    _, gps, text = model.alignment.embed(pixels).astype(float).transpose(1, 0, 2)
-    near = model.alignment.embed_places(np.concatenate([places, wrong])).astype(float)
-
-    def log_softmax(logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        shares: np.ndarray[Any, Any] = np.log(np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True))
-        return shares
-
-    logits = gps @ near.T / 0.07
-    rows = np.arange(5)
-    expected = -(log_softmax(logits)[rows, rows].mean() + log_softmax(logits[:, :5].T)[rows, rows].mean()) / 2
-    assert gps_loss.item() == pytest.approx(expected, abs=1e-4)
-    logits = text @ words.T / 0.07
-    right = np.array([[1.0 if a == b else 0.0 for b in texts] for a in texts])
-    right /= right.sum(axis=1, keepdims=True)
-    expected = -((right * log_softmax(logits)).sum() + (right * log_softmax(logits.T)).sum()) / 10
-    assert text_loss.item() == pytest.approx(expected, abs=1e-4)
-    assert total.item() == pytest.approx(gps_loss.item() + 0.2 * text_loss.item(), abs=1e-5)
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Seen]]:
+    """A folder of weights that the recipe above made from nothing, and what each training saw."""
+    out, seen = tmp_path_factory.mktemp("made") / "weights", {}
+    for what in RECIPE:
+        with tiny(), no_choice(), watched() as seen[what]:
+            run.train(what, RECIPE, out)
+    return out, seen
 
 
-def test_tokens_and_tuning_are_trained_into_the_folder_of_the_alignment(
-    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_config: None
-) -> None:
-    monkeypatch.setattr(run, "GALLERY", "blue-marble:gallery,n=60")
-    out = shutil.copytree(weights, tmp_path / "made", ignore=shutil.ignore_patterns("to*", "tu*"))
-    recipe: dict[str, Any] = {
-        "tokens": {"views": 16, "epochs": 1, "batch": 8, "rate": 1e-3, "seed": 1},
-        "tuning": {"source": "blue-marble:validation,n=12"},
+def test_a_recipe_makes_a_folder_that_locates(made: tuple[Path, dict[str, Seen]]) -> None:
+    out, _ = made
+    names = {f"{name}.{kind}" for name in ("alignment", "tokens", "reward") for kind in ("json", "safetensors")}
+    assert {path.name for path in out.iterdir()} == names | {"tuning.json"}
+    beside = {"weights", "weights-index", "weights-photos", "weights-checkpoint.safetensors"}
+    assert {path.name for path in out.parent.iterdir()} == beside
+    geolocator = Geolocator.from_pretrained(out.with_name("weights-index"), out)
+    assert set(geolocator.tuning.calibration) == {"none", "alignment", "reward", "alignment+reward"}
+    [answer] = geolocator(read_source("blue-marble:validation,n=1")["image"].to_pylist())
+    assert answer.lat is not None and answer.error is None
+    tensors = [value for model in (geolocator.alignment, geolocator.tokens) for value in model.state_dict().values()]
+    assert all(torch.isfinite(value).all() for value in tensors)
+
+
+def test_no_training_sees_a_test_photo(made: tuple[Path, dict[str, Seen]]) -> None:
+    _, seen = made
+    assert {what: one.splits for what, one in seen.items()} == {
+        "alignment": {"train"},
+        "tokens": {"gallery", "train"},
+        "reward": {"gallery"},
+        "tuning": {"gallery", "validation"},
     }
-    run.train("tokens", recipe, out)
-    assert TokenModel.from_pretrained(out).config == TOKENS
-    run.train("tuning", recipe, out)
-    tuning = load_tuning(out)
-    assert set(asdict(tuning)) == set(asdict(Tuning())) and 0 < tuning.neighbor_share < 1
-    assert {path.name for path in tmp_path.iterdir()} == {"made", "made-index"}
+    assert {what: one.kept() for what, one in seen.items()} == {what: [] for what in RECIPE}
+    counts = {what: sum(map(len, one.views)) for what, one in seen.items()}
+    assert counts == {"alignment": 12, "tokens": 60 + 48, "reward": 0, "tuning": 12}
+    validation = places([draw_views("validation", 2000, 0)])
+    assert len(seen["tuning"].places()) == 12 and seen["tuning"].places() <= validation
+    assert not validation & (seen["alignment"].places() | seen["tokens"].places())
 
 
-def test_alignment_is_trained_into_a_folder(tmp_path: Path) -> None:
-    run.train("alignment", {"alignment": {"steps": 2, "batch": 4, "rate": 1e-3, "seed": 0}}, tmp_path / "made")
-    assert GeoAlignment.from_pretrained(tmp_path / "made").config.dim == 256
+@pytest.mark.parametrize("split", KEPT)
+def test_a_test_photo_would_be_seen(split: str) -> None:
+    with watched() as seen:
+        cut_references(read_source(f"blue-marble:{split},n=2")["image"].to_pylist())
+    assert split in seen.kept() and f"a photo of {split}" in seen.kept()
+
+
+@pytest.mark.parametrize(
+    ("what", "split"),
+    [("tokens", split) for split in (*KEPT, "validation")]
+    + [("tuning", split) for split in (*KEPT, "train", "gallery")],
+)
+def test_sources_that_are_kept_for_other_uses_are_refused(
+    what: str, split: str, tmp_path: Path, one_line: OneLine
+) -> None:
+    source = f"blue-marble:{split},n=5,seed=9"
+    with watched() as seen, one_line(rf"\[{what}\] source {source} is kept for other uses: choose blue-marble:"):
+        run.train(what, {what: RECIPE[what] | {"source": source}}, tmp_path)
+    assert not seen.views and not list(tmp_path.iterdir())
+
+
+def test_the_recipe_that_ships_fits() -> None:
+    recipe = training_recipe(None)
+    assert list(recipe) == list(RECIPE) == list(run.SETTINGS)
+    for what in recipe:
+        assert run._settings(recipe, what) == recipe[what]
+    seeds = [section["seed"] for section in recipe.values() if "seed" in section]
+    assert len(set(seeds)) == len(seeds)
 
 
 @pytest.mark.parametrize(
@@ -162,28 +161,37 @@ def test_alignment_is_trained_into_a_folder(tmp_path: Path) -> None:
         ("alignment", {"stepz": 2}, "stepz"),
         ("alignment", {"steps": 0}, "steps"),
         ("alignment", {"steps": "many"}, "steps"),
+        ("alignment", {"steps": 2.0}, "steps"),
         ("alignment", {"batch": 0}, "batch"),
         ("alignment", {"seed": -1}, "seed"),
+        ("alignment", {"seed": True}, "seed"),
+        ("alignment", {"rate": float("nan")}, "rate"),
+        ("alignment", {"rate": float("inf")}, "rate"),
+        ("alignment", {"rate": -1e-3}, "rate"),
         ("tokens", {"views": 4}, "views"),
+        ("tokens", {"held_out": 0}, "held_out"),
         ("tokens", {"epochs": 0}, "epochs"),
         ("tokens", {"rate": "fast"}, "rate"),
+        ("tokens", {"neighbor_positions": "flat"}, "'flat': choose sequence, none or spherical"),
+        ("tokens", {"source": "nowhere:at"}, "nowhere:at"),
+        ("tokens", {"batch": 49}, "48 photos, batches of 49"),
+        ("tokens", {"source": "gallery", "held_out": 60}, "hold out fewer"),
+        ("reward", {"photos": 0}, "photos"),
+        ("reward", {"source": "gallery"}, "source"),
         ("tuning", {"source": "blue-marble:validation,n=x"}, "n=x"),
+        ("tuning", {"source": "gallery"}, "gallery"),
         ("tuning", {"source": 3}, "source"),
     ],
 )
 def test_wrong_settings_are_named(
-    what: str, change: dict[str, Any], words: str, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    tiny_config: None, one_line: OneLine,
-) -> None:  # fmt: skip
-    monkeypatch.setattr(run, "GALLERY", "blue-marble:gallery,n=30")
-    out = shutil.copytree(weights, tmp_path / "made")
-    good: dict[str, dict[str, Any]] = {
-        "alignment": {"steps": 2, "batch": 4, "rate": 1e-3, "seed": 0},
-        "tokens": {"views": 16, "epochs": 1, "batch": 8, "rate": 1e-3, "seed": 1},
-        "tuning": {"source": "blue-marble:validation,n=12"},
-    }
-    with one_line(words):
-        run.train(what, {what: good[what] | change}, out)
+    what: str, change: dict[str, Any], words: str, made: tuple[Path, dict[str, Seen]], tmp_path: Path, one_line: OneLine
+) -> None:
+    out = tmp_path / "weights"
+    out.mkdir()
+    for file in made[0].iterdir():
+        (out / file.name).write_bytes(file.read_bytes())
+    with tiny(), one_line(words):
+        run.train(what, {what: RECIPE[what] | change}, out)
 
 
 @pytest.mark.parametrize("recipe", [{}, {"alignment": {"steps": 2}}, {"alignment": 3}])
@@ -192,10 +200,42 @@ def test_a_recipe_without_a_section_is_named(recipe: dict[str, Any], tmp_path: P
         run.train("alignment", recipe, tmp_path)
 
 
-def test_tokens_before_the_alignment_are_refused(tmp_path: Path, one_line: OneLine) -> None:
-    settings: dict[str, Any] = {"views": 16, "epochs": 1, "batch": 8, "rate": 1e-3, "seed": 1}
-    with one_line("alignment.json"):
-        run.train("tokens", {"tokens": settings}, tmp_path)
+@pytest.mark.parametrize(
+    ("what", "missing"),
+    [
+        ("tokens", "alignment"),
+        ("reward", "alignment"),
+        ("reward", "tokens"),
+        ("tuning", "tokens"),
+        ("tuning", "reward"),
+    ],
+)
+def test_a_model_that_should_be_there_first_is_named(
+    what: str, missing: str, made: tuple[Path, dict[str, Seen]], tmp_path: Path, one_line: OneLine
+) -> None:
+    out = tmp_path / "weights"
+    out.mkdir()
+    for file in made[0].iterdir():
+        if not file.name.startswith(missing):
+            (out / file.name).write_bytes(file.read_bytes())
+    with tiny(), one_line(f"{missing}.json"):
+        run.train(what, RECIPE, out)
+
+
+def test_gallery_photos_can_be_trained_on(tmp_path: Path) -> None:
+    out = save_alignment(tmp_path / "w")
+    with tiny(), watched() as seen:
+        run.train("tokens", {"tokens": RECIPE["tokens"] | {"source": "gallery"}}, out)
+    assert seen.splits == {"gallery"} and sum(map(len, seen.views)) == 60
+    assert not (tmp_path / "w-photos").exists() and (out / "tokens.safetensors").is_file()
+
+
+def test_here_is_a_folder_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = save_alignment(tmp_path / "w")
+    monkeypatch.chdir(out)
+    with tiny():
+        run.train("tokens", RECIPE, Path("."))
+    assert (out / "tokens.safetensors").is_file() and (tmp_path / "w-index").is_dir()
 
 
 def test_a_mistake_of_ours_is_no_wrong_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,19 +244,31 @@ def test_a_mistake_of_ours_is_no_wrong_recipe(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(blue_marble, "draw_views", mistaken)
     with pytest.raises(TypeError):
-        run.train("alignment", {"alignment": {"steps": 2, "batch": 4, "rate": 1e-3, "seed": 0}}, tmp_path)
+        run.train("alignment", RECIPE, tmp_path)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 19, 20, 21, 400])
 def test_the_learning_rate_rises_and_falls(steps: int) -> None:
-    weight = torch.zeros(1, requires_grad=True)
-    optimizer = torch.optim.AdamW([weight], lr=1.0)
-    schedule = one_cycle(optimizer, 1.0, steps)
-    rates = [schedule.get_last_lr()[0]]
-    for _ in range(steps - 1):
-        optimizer.step()
-        schedule.step()
-        rates.append(schedule.get_last_lr()[0])
-    assert all(0 <= rate <= 1.0 + 1e-9 for rate in rates)
+    rates = _rates(steps)
+    assert all(0 <= rate <= 1.0 + 1e-9 for rate, _ in rates)
     if steps >= 20:
-        assert max(rates) == pytest.approx(1.0, abs=0.02) and rates[-1] < 0.01
+        assert max(rates)[0] == pytest.approx(1.0, abs=0.02) and rates[-1][0] < 0.01
+
+
+@pytest.mark.parametrize(("steps", "done"), [(1, 1), (20, 1), (20, 20), (400, 7), (400, 399), (400, 400)])
+def test_a_schedule_goes_on_where_it_was(steps: int, done: int) -> None:
+    assert _rates(steps, done) == _rates(steps)[done:]
+
+
+def _rates(steps: int, done: int = 0) -> list[tuple[float, float]]:
+    """Learning rate and momentum before each step that is left, and after the last."""
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = one_cycle(optimizer, 1.0, steps, done)
+    rates = []
+    for step in range(done, steps + 1):
+        group = optimizer.param_groups[0]
+        rates.append((float(group["lr"]), float(group["betas"][0])))
+        if step < steps:
+            optimizer.step()
+            schedule.step()
+    return rates

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
-from conftest import ALIGNMENT, TOKENS
+from conftest import ALIGNMENT, TOKENS, TUNING
+from torch import Tensor
 
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.token_model import TokenConfig
-from rag_geotoken.training import run
+from rag_geotoken.training import run, tuning
+from rag_geotoken.training.tokens import Losses, Photos
 
 SETTINGS: dict[str, Any] = {
     "source": "blue-marble:train,n=48,seed=1",
@@ -53,6 +56,16 @@ def tiny() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def no_choice() -> Iterator[None]:
+    """Tuning has one number of each grid to choose from: what takes its time is the choice."""
+    with pytest.MonkeyPatch.context() as patched:
+        for grid in (tuning.DECISION, tuning.REWARD, tuning.CONFIDENCE, tuning.DENSITY):
+            for name in grid:
+                patched.setitem(grid, name, [getattr(TUNING, name)])
+        yield
+
+
 def toml(settings: dict[str, Any], path: Path) -> Path:
     lines = [f"{name} = {value!r}" for name, value in settings.items()]
     path.write_text("\n".join(["[tokens]", *lines, ""]))
@@ -70,16 +83,24 @@ def start(arguments: list[str], processes: int = 1, **environment: str) -> subpr
 
 
 def main() -> None:
-    """What :func:`start` runs: a line of WRITES for each file that is written, the process's rank and the name."""
+    """What :func:`start` runs. NOTES gets a line for each file written and each batch trained on: rank, what, which."""
     from rag_geotoken.cli import main as command_line
 
-    put = os.replace
+    put, memory = os.replace, Losses.memory
 
-    def noted(source: Path, target: Path) -> None:
-        if "WRITES" in os.environ:
-            with open(os.environ["WRITES"], "a") as file:
-                file.write(f"{os.environ.get('RANK', '0')} {Path(target).name}\n")
+    def note(what: str, which: object) -> None:
+        if "NOTES" in os.environ:
+            with open(os.environ["NOTES"], "a") as file:
+                file.write(f"{os.environ.get('RANK', '0')} {what} {which}\n")
+
+    def noted_put(source: Path, target: Path) -> None:
+        note("wrote", Path(target).name)
         put(source, target)
 
-    with tiny(), patch.object(os, "replace", noted):
+    def noted_memory(self: Losses, photos: Photos, drawn: Tensor) -> Tensor:
+        if self.training:
+            note("drew", ",".join(map(str, drawn.tolist())))
+        return memory(self, photos, drawn)
+
+    with tiny(), patch.object(os, "replace", noted_put), patch.object(Losses, "memory", noted_memory):
         command_line()

@@ -1,0 +1,98 @@
+"""Training the alignment: seeded, contrastive both ways, blind to the cells kept for ``unseen``."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ALIGNMENT, OneLine
+from numpy.typing import NDArray
+from tiny_training import quiet
+from torch import Tensor, nn
+
+from rag_geotoken.alignment import GeoAlignment
+from rag_geotoken.geo import haversine_km
+from rag_geotoken.sources import blue_marble
+from rag_geotoken.sources.blue_marble import cut, draw_views, is_unseen
+from rag_geotoken.training import run
+from rag_geotoken.training.alignment import _Losses, nearby_places, train_alignment
+
+Floats = NDArray[np.float64]
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Floats]:
+    """The views that a training cuts."""
+    views: list[Floats] = []
+    monkeypatch.setattr(blue_marble, "cut", lambda given: views.append(given) or cut(given))  # type: ignore[func-returns-value]
+    return views
+
+
+def test_training_is_seeded_and_sees_no_cell_kept_for_unseen(drawn: list[Floats]) -> None:
+    def train(seed: int) -> dict[str, Tensor]:
+        model = train_alignment(steps=2, batch=6, rate=1e-3, seed=seed, log=quiet)
+        assert not model.training and all(torch.isfinite(value).all() for value in model.state_dict().values())
+        return model.state_dict()
+
+    def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+        return all(torch.equal(first[key], second[key]) for key in first)
+
+    first = train(0)
+    assert [len(views) for views in drawn] == [6, 6]
+    assert same(first, train(0)) and not same(first, train(1))
+    places = np.concatenate(drawn)[:, :2]
+    assert not is_unseen(*places.T).any()
+    assert len(np.unique(places, axis=0)) == 24  # twelve a seed, drawn twice for seed 0
+
+
+def test_nearby_places_lie_10_to_1000_km_away_in_no_held_out_cell() -> None:
+    places = draw_views("train", 3000, 0)[:, :2]
+    there = nearby_places(places, 3, np.random.default_rng(0))
+    assert there.shape == (9000, 2) and not is_unseen(*there.T).any()
+    km = haversine_km(*np.repeat(places, 3, axis=0).T, *there.T)
+    # The few that fell into a held-out cell are other photos' places.
+    inside = (km >= 9.999) & (km <= 1000.001)
+    assert 0.95 < inside.mean() < 1
+    assert np.log(km[inside]).mean() == pytest.approx(math.log(100.0), abs=0.05)
+    np.testing.assert_array_equal(there, nearby_places(places, 3, np.random.default_rng(0)))
+
+
+def test_the_losses_are_contrastive_both_ways() -> None:
+    torch.manual_seed(0)
+    model = _Losses(GeoAlignment(ALIGNMENT)).eval()
+    views = draw_views("train", 5, 0)
+    pixels, places, wrong = cut(views), views[:, :2], draw_views("train", 4, 1)[:, :2]
+    texts = ["a", "b", "a", "c", "d"]
+    with torch.no_grad():
+        total, gps_loss, text_loss = model(*map(torch.from_numpy, (pixels, places, wrong)), texts)
+        words = nn.functional.normalize(model.alignment.text(texts), dim=-1).double().numpy()
+    _, gps, text = model.alignment.embed(pixels).astype(float).transpose(1, 0, 2)
+    near = model.alignment.embed_places(np.concatenate([places, wrong])).astype(float)
+
+    def log_softmax(logits: NDArray[Any]) -> Floats:
+        shares: Floats = np.log(np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True))
+        return shares
+
+    logits = gps @ near.T / 0.07
+    rows = np.arange(5)
+    expected = -(log_softmax(logits)[rows, rows].mean() + log_softmax(logits[:, :5].T)[rows, rows].mean()) / 2
+    assert gps_loss.item() == pytest.approx(expected, abs=1e-4)
+    logits = text @ words.T / 0.07
+    right = np.array([[1.0 if a == b else 0.0 for b in texts] for a in texts])
+    right /= right.sum(axis=1, keepdims=True)
+    expected = -((right * log_softmax(logits)).sum() + (right * log_softmax(logits.T)).sum()) / 10
+    assert text_loss.item() == pytest.approx(expected, abs=1e-4)
+    assert total.item() == pytest.approx(gps_loss.item() + 0.2 * text_loss.item(), abs=1e-5)
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_line: OneLine
+) -> None:
+    monkeypatch.setattr(blue_marble, "draw_views", lambda *_: pytest.fail("the work began"))
+    (tmp_path / "file").write_text("")
+    with one_line("cannot write into .*file"):
+        run.train("alignment", {"alignment": {"steps": 2, "batch": 4, "rate": 1e-3, "seed": 0}}, tmp_path / "file")

@@ -1,0 +1,133 @@
+"""Tuning: what is chosen did best, each set of verifiers is calibrated, and only photos with a place count."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROWS, OneLine
+from numpy.typing import NDArray
+from PIL import Image
+from tiny_training import no_choice, quiet
+
+from rag_geotoken.confidence import fit_calibration
+from rag_geotoken.files import write_json
+from rag_geotoken.metrics import RADII_KM
+from rag_geotoken.pipeline import Geolocator
+from rag_geotoken.sources.blue_marble import cut, draw_views
+from rag_geotoken.training import tuning as training
+from rag_geotoken.training.tuning import tune
+from rag_geotoken.tuning import Tuning, load_tuning
+
+Floats = NDArray[np.float64]
+SOURCE = "blue-marble:validation,n=30"
+
+
+@pytest.fixture(scope="module")
+def lines() -> list[str]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def tuned(geolocator: Geolocator, lines: list[str]) -> Tuning:
+    return tune(geolocator, SOURCE, lines.append)
+
+
+def test_every_number_is_chosen_from_its_grid_as_the_best(tuned: Tuning, lines: list[str]) -> None:
+    grids = training.DECISION | training.REWARD | training.CONFIDENCE | training.DENSITY
+    assert set(grids) | {"search_weights", "calibration"} == set(asdict(tuned)) == set(asdict(Tuning()))
+    tried = [line.split(": ") for line in lines if line.split()[0] in grids]
+    twice = [2 * list(grid) for grid in (training.DECISION, training.CONFIDENCE, training.DENSITY)]
+    assert [line[0].split()[0] for line in tried] == [*twice[0], *training.REWARD, *twice[1], *twice[2]]
+    for chosen, values in tried:
+        name, number = chosen.split()
+        shown = [float(value) for value in values.split()]
+        assert shown[grids[name].index(float(number))] == max(shown)
+    last = dict(chosen.split() for chosen, _ in tried)
+    assert {name: float(last[name]) for name in grids} == {name: getattr(tuned, name) for name in grids}
+
+
+def test_each_set_of_verifiers_is_calibrated(tuned: Tuning, lines: list[str]) -> None:
+    modes = {"none", "alignment", "reward", "alignment+reward"}
+    assert set(tuned.calibration) == modes
+    assert {line.split(": ")[0] for line in lines if line.startswith("verified by")} == {
+        f"verified by {m}" for m in modes
+    }
+    for pairs in tuned.calibration.values():
+        assert len(pairs) == len(RADII_KM) and all(math.isfinite(a) and 0 <= b < 100 for a, b in pairs)
+    assert len(set(tuned.calibration.values())) > 1
+
+
+def test_what_is_written_is_read_as_it_was(tuned: Tuning, tmp_path: Path) -> None:
+    write_json(tmp_path / "tuning.json", asdict(tuned))
+    assert load_tuning(tmp_path) == tuned
+
+
+def test_a_calibration_is_fitted_to_the_decision_that_it_is_for(
+    geolocator: Geolocator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted = []
+
+    def noted(stated: Floats, right: NDArray[np.bool_]) -> tuple[tuple[float, float], ...]:
+        fitted.append(fit_calibration(stated, right))
+        assert stated.shape == right.shape == (30, len(RADII_KM))
+        assert (np.diff(right.astype(int), axis=1) >= 0).all()  # within 1 km is within 25 km
+        return fitted[-1]
+
+    monkeypatch.setattr(training, "fit_calibration", noted)
+    with no_choice():
+        found = tune(geolocator, SOURCE, quiet)
+    # All is the same but the verifiers, and what was fitted last is what is stated.
+    assert list(found.calibration.values()) == fitted[-4:] and len(set(fitted[-4:])) > 1
+
+
+def test_without_a_reward_head_there_is_none_to_tune(geolocator: Geolocator) -> None:
+    parts = geolocator.alignment, geolocator.tokens, geolocator.index, geolocator.tuning, geolocator.encoder
+    with no_choice():
+        whole, found = tune(geolocator, SOURCE, quiet), tune(Geolocator(*parts), SOURCE, quiet)
+    assert set(found.calibration) == {"none", "alignment"} and found.reward_scale == Tuning().reward_scale
+    assert found.calibration == {name: whole.calibration[name] for name in found.calibration}
+
+
+def _pictures(folder: Path, *rows: str) -> str:
+    folder.mkdir(exist_ok=True)
+    for i, pixels in enumerate(cut(draw_views("validation", len(rows), 0))):
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    (folder / "photos.csv").write_text("\n".join(["file,lat,lon", *rows, ""]))
+    return f"folder:{folder}"
+
+
+def test_photos_without_a_place_are_left_out(geolocator: Geolocator, tmp_path: Path, one_line: OneLine) -> None:
+    lines: list[str] = []
+    with no_choice():
+        tune(geolocator, _pictures(tmp_path / "some", "0.png,10,20", "1.png,,", "2.png,30,40"), lines.append)
+    assert "pools of 2 validation photos" in lines
+    with one_line("has no photo with a place"):
+        tune(geolocator, _pictures(tmp_path / "none", "0.png,,"), quiet)
+
+
+def test_a_picture_that_cannot_be_read_is_named(geolocator: Geolocator, tmp_path: Path, one_line: OneLine) -> None:
+    source = _pictures(tmp_path / "photos", "0.png,10,20", "1.png,30,40")
+    (tmp_path / "photos" / "1.png").write_bytes(b"no picture")
+    with one_line(r"tuning needs pictures that can be read: .*1\.png"):
+        tune(geolocator, source, quiet)
+
+
+def test_a_gallery_photo_does_not_find_itself(
+    geolocator: Geolocator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched = []
+    search = geolocator.search
+    monkeypatch.setattr(geolocator, "search", lambda *given: searched.append(search(*given)) or searched[-1])  # type: ignore[func-returns-value]
+    for i, pixels in enumerate(cut(draw_views("gallery", ROWS, 0)[:3])):
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    (tmp_path / "photos.csv").write_text("file,lat,lon\n0.png,10,20\n1.png,30,40\n2.png,50,60\n")
+    with no_choice():
+        tune(geolocator, f"folder:{tmp_path}", quiet)
+    ids = geolocator.index.rows["id"].to_pylist()
+    assert len(searched[0].rows) == 3
+    for i, rows in enumerate(searched[0].rows.tolist()):
+        assert f"gallery-0-{i:06d}" in ids and f"gallery-0-{i:06d}" not in [ids[row] for row in rows]
