@@ -106,8 +106,7 @@ def compare(out: Path, kept: Path, recipe: dict[str, Any]) -> dict[str, Any]:
             name: {
                 "acc": {r: round(v, 2) for r, v in accuracy(away).items()},
                 "ci95": {
-                    str(r): [round(float(b), 2) for b in pair]
-                    for r, pair in zip(RADII_KM, intervals[i], strict=True)
+                    str(r): [round(float(b), 2) for b in pair] for r, pair in zip(RADII_KM, intervals[i], strict=True)
                 },
             }
             for i, (name, away) in enumerate(km.items())

@@ -41,6 +41,7 @@ PHOTOS, K, N = 6, 8, 12
 TOKENIZER = S2Tokenizer(6, 2)
 TUNING = Tuning(
     neighbor_share=0.3,
+    gps_share=0.0,
     neighbor_scale=20.0,
     alignment_scale=10.0,
     reward_scale=2.0,

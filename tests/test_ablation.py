@@ -19,18 +19,19 @@ from rag_geotoken.cells import S2Tokenizer
 from rag_geotoken.files import read_json
 from rag_geotoken.geo import haversine_km, pairwise_km
 from rag_geotoken.pipeline import Geolocator
-from rag_geotoken.pool import make_pool, neighbor_pool, posterior_pool
+from rag_geotoken.pool import make_pool, neighbor_pool, posterior_pool, without
 from rag_geotoken.posterior import Posterior, effective_area_km2
 from rag_geotoken.run_tables import (
     read_candidates,
     read_neighbors,
+    read_places,
     read_pool,
     read_posterior,
     read_predictions,
     read_verdicts,
 )
 from rag_geotoken.tables import read_table
-from rag_geotoken.types import BEAM, GREEDY, SAMPLE, SOURCES, Candidates, Neighbors, Pool, Predictions
+from rag_geotoken.types import BEAM, GPS, GREEDY, SAMPLE, SOURCES, Candidates, Neighbors, Places, Pool, Predictions
 
 BROKEN = 2
 TOKENIZER = S2Tokenizer(8, 2)
@@ -79,6 +80,8 @@ def test_a_variant_names_the_tables_that_it_reads(variant: str, run_folder: Path
     scores = {name: read_verdicts(run_folder, pool, name) for name in ("alignment", "reward")}
     tables = {
         "neighbors": read_neighbors(run_folder),
+        "places": read_places(run_folder),
+        "everything": pool,
         "candidates": read_candidates(run_folder),
         "posterior": read_posterior(run_folder),
         "pool": pool,
@@ -87,7 +90,7 @@ def test_a_variant_names_the_tables_that_it_reads(variant: str, run_folder: Path
 
     class Asked:
         def __getattr__(self, name: str) -> Any:
-            asked.add({"neighbors": "neighbours"}.get(name, name))
+            asked.add({"neighbors": "neighbours", "everything": "pool"}.get(name, name))
             return tables[name]
 
     inputs, decision = VARIANTS[variant]
@@ -136,18 +139,27 @@ def drawn_run(photos: int = 60) -> Run:
     pool = make_pool(neighbors, candidates, TOKENIZER, TUNING)
     scores = {name: rng.normal(0, 0.3, pool.mask.shape).astype(np.float32) for name in ("alignment", "reward")}
     posterior = Posterior(TOKENIZER.tokens_to_ids(candidates.tokens), mass)
-    return Run(neighbors, candidates, posterior, pool, scores)
+    near = middle + rng.normal(0, 0.7, (photos, 5, 2))
+    places = Places(near, -np.sort(-rng.uniform(0.2, 0.9, (photos, 5))).astype(np.float32))
+    everything = make_pool(neighbors, candidates, TOKENIZER, replace(TUNING, gps_share=0.4), places)
+    # The places' own entries come last, so the others' scores are the same.
+    scores = {
+        name: np.concatenate([given, rng.normal(0, 0.3, (photos, 5)).astype(np.float32)], axis=1)
+        for name, given in scores.items()
+    }
+    pool = without(everything, GPS)
+    return Run(neighbors, candidates, places, posterior, pool, everything, scores)
 
 
 def test_the_other_variants_are_the_strategies() -> None:
     run, tuning = drawn_run(), replace(TUNING, spread_km=60.0)
-    neighbors, candidates, posterior, pool, scores = vars(run).values()
+    neighbors, candidates, places, posterior, pool, everything, scores = vars(run).values()
 
-    def own(_: None, cells: Candidates) -> Pool:
-        return make_pool(None, cells, TOKENIZER, tuning)
+    def own(_: None, cells: Candidates | None, found: Places | None = None) -> Pool:
+        return make_pool(None, cells, TOKENIZER, replace(tuning, gps_share=0.5), found)
 
-    def verified(*names: str) -> Predictions:
-        return selection.decide(pool, {name: scores[name] for name in names}, tuning)
+    def verified(*names: str, over: Pool = pool) -> Predictions:
+        return selection.decide(over, {name: scores[name] for name in names}, tuning)
 
     around, cells = neighbor_pool(neighbors, tuning.density_scale), posterior_pool(posterior)
     expected = {
@@ -168,6 +180,10 @@ def test_the_other_variants_are_the_strategies() -> None:
         "pool+alignment": verified("alignment"),
         "pool+alignment+reward": verified("alignment", "reward"),
         "pool+alignment+snap": selection.snap(verified("alignment"), neighbors, TOKENIZER),
+        "gps": selection.highest(own(None, None, places), places.scores, tuning),
+        "pool+gps": verified(over=everything),
+        "pool+gps+alignment": verified("alignment", over=everything),
+        "pool+gps+alignment+reward": verified("alignment", "reward", over=everything),
     }
     assert set(VARIANTS) == {*expected, "tokens-greedy", "tokens-beam"}
     locator: Any = SimpleNamespace(tuning=tuning, tokenizer=TOKENIZER, pool=own)
@@ -188,14 +204,14 @@ def test_deciding_computes_nothing_that_the_tables_hold(
     run_folder: Path, geolocator: Geolocator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(shutil.copytree(run_folder, tmp_path / "run", ignore=shutil.ignore_patterns("predictions*")))
-    for name in ("encode", "search", "memory", "propose", "posterior", "verify", "states"):
+    for name in ("encode", "search", "places", "memory", "propose", "posterior", "verify", "states"):
         monkeypatch.setattr(Geolocator, name, lambda *_, name=name, **__: pytest.fail(f"{name} computed again"))
     read: list[str] = []
-    for name in ("read_pool", "read_posterior", "read_neighbors", "read_candidates", "read_verdicts"):
+    for name in ("read_pool", "read_posterior", "read_neighbors", "read_candidates", "read_places", "read_verdicts"):
         real = getattr(ablation, name)
         monkeypatch.setattr(ablation, name, lambda *given, real=real: read.append(real.__name__) or real(*given))  # type: ignore[func-returns-value]
     decide_all(folder, geolocator)
-    once = ["read_candidates", "read_neighbors", "read_pool", "read_posterior"]
+    once = ["read_candidates", "read_neighbors", "read_places", "read_pool", "read_posterior"]
     assert sorted(read) == [*once, "read_verdicts", "read_verdicts"]
     for variant in VARIANTS:
         name = f"predictions-{variant}.parquet"

@@ -210,9 +210,9 @@ def test_the_seed_changes_the_samples_and_nothing_else(locate: Command) -> None:
 
 
 def test_without_proposals_and_verification_neighbours_are_left(locate: Command) -> None:
-    rows = locate("--propose", "none", "--verify", "none")
+    rows = locate("--propose", "none", "--gps-places", 0, "--verify", "none")
     assert {row["source"] for row in rows} == {"neighbour"} and not any(row["verified"] for row in rows)
-    assert "candidates" not in locate.tables()
+    assert not {"candidates", "places"} & set(locate.tables())
     places_of = read_table(locate.run / "neighbours.parquet", ["lat", "lon"]).to_pylist()
     assert all({"lat": row["lat"], "lon": row["lon"]} in places_of for row in rows)
 

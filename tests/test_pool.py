@@ -83,7 +83,7 @@ def test_a_pool_of_one_kind_alone(neighbors: Neighbors, candidates: Candidates) 
         check_weights(made)
     assert (retrieved.source == NEIGHBOUR).all() and not (generated.source == NEIGHBOUR).any()
     np.testing.assert_array_equal(retrieved.lat_lon, neighbors.lat_lon)
-    with pytest.raises(ValueError, match="neighbours or candidates"):
+    with pytest.raises(ValueError, match="neighbours, candidates or places"):
         make_pool(None, None, TOKENIZER, TUNING)
 
 

@@ -12,9 +12,9 @@ from rag_geotoken.metrics import RADII_KM
 from rag_geotoken.posterior import (
     EARTH_KM2,
     Posterior,
-    descendants,
     area_km2,
     chance_within,
+    descendants,
     effective_area_km2,
     heat_map,
 )

@@ -29,6 +29,7 @@ STAGES = (
     "embeddings",
     "neighbours",
     "candidates",
+    "places",
     "posterior",
     "pool",
     "verdicts-alignment",
@@ -94,7 +95,7 @@ def test_stopped_before_a_stage_ends_goes_on_to_the_same_bytes(
         (GeoIndex, "search", 4),
         (Geolocator, "propose", 4),
         (Geolocator, "posterior", 4),
-        (Geolocator, "pool", 4 + 3),  # three variants make a pool of one kind of cells
+        (Geolocator, "pool", 4 + 4),  # four variants make a pool of one kind
         (Geolocator, "verify", 4 + 3),  # two verifiers
     ],
 )
@@ -182,7 +183,7 @@ def other_tokens() -> torch.nn.Module:
 POOLED = {"pool", "verdicts-alignment", "verdicts-reward"}
 DECIDED = {f"predictions-{variant}" for variant in VARIANTS}
 REWARDED = {f"predictions-{variant}" for variant, (inputs, _) in VARIANTS.items() if "verdicts-reward" in inputs}
-WITHOUT_CELLS = {"predictions-nearest", "predictions-density", "predictions-tokens-frontier"}
+WITHOUT_CELLS = {f"predictions-{variant}" for variant in ("nearest", "density", "gps", "tokens-frontier")}
 SAMPLED: dict[str, dict[str, Any]] = {
     "samples": {"samples": 7},
     "seed": {"seed": 1},
@@ -196,6 +197,11 @@ ANEW: dict[str, tuple[Callable[[Geolocator], Geolocator], Options, set[str]]] = 
     "tokens": (lambda to: other(to, tokens=other_tokens()), OPTIONS, {"candidates", "posterior", *POOLED, *DECIDED}),
     "reward": (lambda to: other(to, reward=RewardHead(REWARD)), OPTIONS, {"verdicts-reward", *REWARDED}),
     "spread": (lambda to: other(to, tuning=replace(to.tuning, spread_km=99.0)), OPTIONS, DECIDED),
+    "gps_places": (
+        lambda to: to,
+        replace(OPTIONS, gps_places=3),
+        {"places", *POOLED, "predictions-gps", *(name for name in DECIDED if "pool" in name)},
+    ),
     "openings": (lambda to: to, replace(OPTIONS, openings=2), {"posterior", *DECIDED}),
     **{
         name: (lambda to: to, replace(OPTIONS, **change), {"candidates", *POOLED, *DECIDED} - WITHOUT_CELLS)

@@ -22,6 +22,7 @@ from rag_geotoken.run_tables import (
     read_candidates,
     read_embeddings,
     read_neighbors,
+    read_places,
     read_pool,
     read_posterior,
     read_predictions,
@@ -138,7 +139,7 @@ def test_photos_of_different_numbers_of_cells_and_entries_come_back(tmp_path: Pa
 def test_the_pool_and_its_verdicts_come_back_as_arrays(run_folder: Path, geolocator: Geolocator) -> None:
     _, photo, _ = read_embeddings(run_folder)
     neighbors, pool = read_neighbors(run_folder), read_pool(run_folder)
-    made = geolocator.pool(neighbors, read_candidates(run_folder))
+    made = geolocator.pool(neighbors, read_candidates(run_folder), read_places(run_folder))
     for b in range(PHOTOS - 1):
         for name in ("lat_lon", "log_weight", "source"):
             np.testing.assert_array_equal(getattr(pool, name)[b][pool.mask[b]], getattr(made, name)[b][made.mask[b]])
