@@ -27,6 +27,7 @@ app.add_typer(train_app, name="train")
 app.add_typer(convert_app, name="convert")
 
 Weights = Annotated[Path | None, typer.Option(help="Folder of model weights; the embedded Earth models unless given.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="At most so many photos, the first of each source.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
@@ -53,18 +54,22 @@ def demo(
 def index_build(
     source: Annotated[str, typer.Argument(help="A recipe (indexes/NAME.toml) or a source, SCHEME:REST.")],
     out: Annotated[Path, typer.Option(help="Folder of the index.")],
+    limit: Limit = None,
     weights: Weights = None,
 ) -> None:
     """Read and encode photos with known places and index them; goes on where it was stopped.
 
-    Sources: blue-marble:gallery[,n=24000][,seed=0] or folder:DIR (places from photos.csv or EXIF).
+    Sources: blue-marble:gallery[,n=24000][,seed=0], folder:DIR (places from photos.csv or EXIF),
+    mp16-pro:DIR (CSV and tar as downloaded), im2gps3k:DIR, yfcc4k:DIR and hub:NAME (or hub:FOLDER).
+    Behind a source, ,limit=N takes its first photos, ,limit=N,seed=S a random subset.
     """
     from rag_geotoken.alignment import GeoAlignment
     from rag_geotoken.demo import make_index
     from rag_geotoken.recipes import index_source
+    from rag_geotoken.sources import limited
     from rag_geotoken.weights import EARTH
 
-    source = index_source(source)
+    source = limited(index_source(source), limit)
     folder = weights or EARTH
     manifest = make_index(out, source, GeoAlignment.from_pretrained(folder), folder)
     typer.echo(f"{manifest['rows']} photos indexed in {out}, {manifest['left_out']} left out")
@@ -129,6 +134,7 @@ def locate(
     max_area: Annotated[
         float | None, typer.Option(min=0.0, help="Abstain where the posterior is spread over more km2.")
     ] = None,
+    limit: Limit = None,
     run: Annotated[Path | None, typer.Option(help="Folder of the stage tables; else OUT with ending .run.")] = None,
     weights: Weights = None,
 ) -> None:
@@ -158,7 +164,8 @@ def locate(
         verify=verifiers,
         max_area_km2=max_area,
     )
-    done, failed = locate_photos(photos, index, out, options, weights or EARTH, run or out.with_suffix(".run"))
+    run = run or out.with_suffix(".run")
+    done, failed = locate_photos(photos, index, out, options, weights or EARTH, run, limit)
     typer.echo(f"{done} photos located in {out}" + (f", {len(failed)} without an answer" if failed else ""))
     for line in failed[:10]:
         typer.echo(f"  {line}", err=True)

@@ -56,6 +56,11 @@ def check_writable(folder: Path | str) -> None:
     remove(probe)
 
 
+def cache_folder() -> Path:
+    """Where things are kept that can be made again: ``$XDG_CACHE_HOME/rag-geotoken``, or under ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rag-geotoken"
+
+
 def remove(path: Path) -> None:
     """Removes a file if it is there and can be removed."""
     # Where a folder is read-only or no folder, the file was never written, and the first error says why.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,8 @@ from rag_geotoken.pictures import list_pictures, load_pictures
 from rag_geotoken.pipeline import Geolocator, Options, digests
 from rag_geotoken.posterior import effective_area_km2
 from rag_geotoken.run_tables import read_pool, read_posterior, read_verdicts
-from rag_geotoken.sources import read_source
+from rag_geotoken.sources import is_source, limited, read_source
+from rag_geotoken.sources.photos import read_left_out
 from rag_geotoken.tables import read_table, write_table
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def locate_photos(
-    photos: list[str], index: Path, out: Path, options: Options, weights: Path, run: Path
+    photos: list[str], index: Path, out: Path, options: Options, weights: Path, run: Path, limit: int | None = None
 ) -> tuple[int, list[str]]:
     """Locate pictures, folders, CSVs and sources, write ``out`` -> how many have an answer, errors of the others.
 
@@ -31,7 +33,7 @@ def locate_photos(
     """
     check_format(out)
     check_writable(out.parent)
-    table = read_photos(photos)
+    table = read_photos(photos, limit)
     geolocator = Geolocator.from_pretrained(index, weights)
     write_table(run / "photos.parquet", table)
     stages.encode(run, geolocator.alignment, geolocator.encoder)
@@ -51,8 +53,8 @@ def locate_photos(
         scores[verifier] = read_verdicts(run, entries, verifier)
         inputs.append(f"verdicts-{verifier}")
     decision = selection.decide(entries, scores, geolocator.tuning)
-    name, limit = selection.verified_by(scores), options.max_area_km2
-    predictions = read_table(stages.write_decision(run, name, geolocator, inputs, decision, area, limit))
+    name, largest = selection.verified_by(scores), options.max_area_km2
+    predictions = read_table(stages.write_decision(run, name, geolocator, inputs, decision, area, largest))
     write_predictions(out, predictions)
     failed = [error for error in predictions["error"].to_pylist() if error]
     return len(predictions) - len(failed), failed
@@ -72,18 +74,20 @@ def parse_within(text: str | None) -> tuple[float, float, float] | None:
     return lat, lon, km
 
 
-def read_photos(photos: list[str]) -> pa.Table:
+def read_photos(photos: list[str], limit: int | None = None) -> pa.Table:
     """Pictures, folders, CSVs with a column ``image`` and sources -> one photos table, each photo once.
 
-    Coordinates of a source are kept as the truth to compare with; those in EXIF are not read. Raises GeoError for an
-    empty folder, a missing file or a CSV without the column.
+    Coordinates of a source are kept as the truth to compare with; those in EXIF are not read. At most ``limit`` photos
+    in all, the first. Raises GeoError for an empty folder, a missing file or a CSV without the column.
     """
     import pyarrow as pa
 
     tables, paths = [], list[str]()
     for photo in photos:
-        if photo.startswith(("blue-marble:", "folder:")):
-            tables.append(read_source(photo))
+        if is_source(photo):
+            tables.append(read_source(limited(photo, limit)))
+            if line := read_left_out(tables[-1]).line():
+                print(f"{photo}: {line}", file=sys.stderr)
         elif photo.lower().endswith(".csv"):
             paths += _csv_images(Path(photo))
         else:
@@ -96,7 +100,7 @@ def read_photos(photos: list[str]) -> pa.Table:
         kinds = {"lat": pa.float64(), "lon": pa.float64(), "place": pa.string(), "author": pa.string()}
         unknown = {name: pa.nulls(len(unique), kind) for name, kind in kinds.items()}
         tables.append(pa.table({"id": unique, "image": unique} | unknown))
-    return pa.concat_tables(tables)
+    return pa.concat_tables(tables).slice(0, limit)
 
 
 def neighbors_of(index: Path, photo: Path, k: int, weights: Path) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ BYTE_CAP = 50_000_000
 PIXEL_CAP = 100_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # MPO opens as the JPEG that it begins with
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".mpo")
-BLUE_MARBLE = "blue-marble:"
+BLUE_MARBLE, TAR = "blue-marble:", "tar:"
 THREADS = min(4, os.cpu_count() or 1)  # a picture at the cap takes 400 MB while it is decoded
 
 # EXIF orientation -> what brings the picture upright (CIPA DC-008, tag 0x0112).
@@ -46,7 +47,7 @@ def load_pictures(references: Sequence[str], size: int) -> tuple[NDArray[np.uint
     """Loads pictures upright, in colour on white, their central square resized (bicubic, antialiased).
 
     Args:
-        references: N paths of picture files, or `blue-marble:` references.
+        references: N paths of picture files, `tar:` references to files in a tar, or `blue-marble:` references.
         size: Side of the square in pixels.
 
     Returns:
@@ -152,18 +153,16 @@ def _load(reference: str, size: int) -> NDArray[np.uint8] | str:
 
 
 def _open(path: Path | str) -> Image.Image:
-    """Opens a picture without decoding it; the caps are checked first."""
+    """Opens a picture, of a file or of a file in a tar, without decoding it; the caps are checked first."""
     cap = min(PIXEL_CAP, Image.MAX_IMAGE_PIXELS or PIXEL_CAP)
     too_large = f"more than {cap // 1_000_000} megapixels"
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):  # a pipe would block, a device never end
-            raise _BadPictureError("not a file")
-        if status.st_size == 0:
-            raise _BadPictureError("the file is empty")
-        if status.st_size > BYTE_CAP:
-            raise _BadPictureError(f"larger than {BYTE_CAP // 1_000_000} MB")
-        image = Image.open(path, formats=FORMATS)
+        if str(path).startswith(TAR):
+            file: Path | str | BytesIO = BytesIO(_read_member(str(path)))
+        else:
+            _check_file(path)
+            file = path
+        image = Image.open(file, formats=FORMATS)
     except (FileNotFoundError, NotADirectoryError):
         raise _BadPictureError("there is no such file") from None
     except PermissionError:
@@ -176,6 +175,25 @@ def _open(path: Path | str) -> Image.Image:
         image.close()
         raise _BadPictureError(too_large)
     return image
+
+
+def _check_file(path: Path | str) -> None:
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):  # a pipe would block, a device never end
+        raise _BadPictureError("not a file")
+    if status.st_size == 0:
+        raise _BadPictureError("the file is empty")
+    if status.st_size > BYTE_CAP:
+        raise _BadPictureError(f"larger than {BYTE_CAP // 1_000_000} MB")
+
+
+def _read_member(reference: str) -> bytes:
+    from rag_geotoken.sources.tar import read_member
+
+    try:
+        return read_member(reference, BYTE_CAP)
+    except GeoError as error:
+        raise _BadPictureError(str(error)) from None
 
 
 def _square(image: Image.Image, size: int) -> NDArray[np.uint8]:

@@ -9,6 +9,7 @@ its error and without coordinates, in ``predictions``.
 
 from __future__ import annotations
 
+import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rag_geotoken.files import write_json
 from rag_geotoken.metrics import RADII_KM
 from rag_geotoken.pictures import load_pictures
 from rag_geotoken.progress import progress_bar
@@ -40,13 +42,20 @@ Floats = NDArray[np.float64]
 def write_photos(folder: Path, source: str) -> Path:
     """The photos table of a source: id, image, lat, lon, place, author.
 
-    The source is read each time and known by what it holds, since a folder can change under the same name.
+    The source is read each time and known by what it holds, since a folder can change under the same name. What it left
+    out stands by reason in ``left_out.json``, and in one line on standard error.
     """
     from rag_geotoken.sources import read_source
+    from rag_geotoken.sources.photos import read_left_out
 
     table = read_source(source)
+    left_out = read_left_out(table)
+    if line := left_out.line():
+        print(f"{source}: {line}", file=sys.stderr)
     recipe = {"source": source, "content": table_sha256(table)}
-    return stage(folder, "photos", recipe, [], ["all"], lambda _: table)
+    path = stage(folder, "photos", recipe, [], ["all"], lambda _: table)
+    write_json(folder / "left_out.json", {"photos": len(table), **vars(left_out)})
+    return path
 
 
 def encode(folder: Path, alignment: GeoAlignment, encoder: str) -> Path:

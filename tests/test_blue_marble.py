@@ -165,6 +165,13 @@ def test_bad_settings_are_named(rest: str, words: str, one_line: OneLine) -> Non
         read_source(f"blue-marble:{rest}")
 
 
+def test_a_limit_takes_the_first_of_the_same_photos() -> None:
+    whole = read_source("blue-marble:test,n=9,seed=4")
+    for rest in ("n=9,seed=4,limit=5", "limit=5,n=9,seed=4", "limit=7,seed=4,n=9,limit=5"):
+        assert read_source(f"blue-marble:test,{rest}").equals(whole.slice(0, 5))
+    assert read_source("blue-marble:test,n=9,seed=4,limit=50").equals(whole)
+
+
 def test_an_unknown_source_is_named(one_line: OneLine) -> None:
     with one_line("no source 'red-marble:test'"):
         read_source("red-marble:test")

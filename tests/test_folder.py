@@ -116,3 +116,13 @@ def test_an_empty_or_missing_folder(tmp_path: Path) -> None:
         folder.read(tmp_path)
     with pytest.raises(GeoError, match="there is no folder"):
         folder.read(tmp_path / "none")
+
+
+def test_subsets(tmp_path: Path) -> None:
+    for i in range(9):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+    csv(tmp_path, "file,lat,lon\n8.png,1,2\n0.png,3,4\n")
+    whole = folder.read(tmp_path).to_pylist()
+    assert folder.read(f"{tmp_path},limit=4").to_pylist() == whole[:4] and whole[0]["lat"] == 3
+    some = folder.read(f"{tmp_path},limit=4,seed=1").to_pylist()
+    assert some == [row for row in whole if row in some] != whole[:4] and len(some) == 4

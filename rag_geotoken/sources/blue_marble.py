@@ -35,34 +35,35 @@ LIMITS = ((-90.0, 90.0), (-180.0, 180.0), (1.0, 10_000.0), (-360.0, 360.0), (0.0
 UNSEEN_LEVEL, UNSEEN_SHARE, UNSEEN_SEED = 5, 0.05, 5
 
 
-def parse(rest: str) -> tuple[str, int, int]:
-    """``"test,n=2000,seed=1"`` -> (split, n, seed). Raises GeoError for an unknown split or setting."""
+def parse(rest: str) -> tuple[str, int, int, int]:
+    """``"test,n=2000,seed=1"`` -> (split, n, seed, limit). Raises GeoError for an unknown split or setting."""
     split, *settings = rest.split(",")
     if split not in SPLITS:
         raise GeoError(f"blue-marble has no split {split!r}: choose one of {', '.join(SPLITS)}")
-    values = {"n": SPLITS[split], "seed": 0}
+    values = {"n": SPLITS[split], "seed": 0, "limit": 0}
     for setting in settings:
         key, _, value = setting.partition("=")
         if key not in values or not value.isdecimal() or len(value) > 9:
-            raise GeoError(f"blue-marble setting {setting!r} is not understood: write n=NUMBER or seed=NUMBER")
+            raise GeoError(f"blue-marble setting {setting!r} is not understood: write n=, seed= or limit=NUMBER")
         values[key] = int(value)
     if values["n"] < 1:
         raise GeoError("blue-marble n=0 asks for no photos: write n=1 or more")
-    return split, values["n"], values["seed"]
+    return split, values["n"], values["seed"], values["limit"] or values["n"]
 
 
 def read(rest: str) -> pa.Table:
     """Draw a split: the photos table (id, image, lat, lon, place, author) of ``blue-marble:REST``.
 
-    The same split, n and seed give the same photos; another seed gives fresh ones. ``image`` is a reference that
-    :func:`cut_references` turns into pixels. Raises GeoError as :func:`parse`.
+    The same split, n and seed give the same photos, another seed fresh ones; ``limit=N`` takes the first of them.
+    ``image`` is a reference that :func:`cut_references` turns into pixels. Raises GeoError as :func:`parse`.
     """
     import pyarrow as pa
 
     from rag_geotoken.places import place_text
 
-    split, n, seed = parse(rest)
-    views = draw_views(split, n, seed)
+    split, n, seed, limit = parse(rest)
+    views = draw_views(split, n, seed)[:limit]
+    n = len(views)
     picture = "relief" if split == "relief" else "bmng"
     return pa.table(
         {

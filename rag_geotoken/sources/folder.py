@@ -10,37 +10,31 @@ import pyarrow as pa
 
 from rag_geotoken.errors import GeoError
 from rag_geotoken.pictures import exif_lat_lon, list_pictures
+from rag_geotoken.sources.photos import SCHEMA, parse
 
 CSV_NAME = "photos.csv"
 NEEDED, KNOWN = ("file", "lat", "lon"), ("file", "lat", "lon", "place", "author")
-SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("image", pa.string()),
-        ("lat", pa.float64()),
-        ("lon", pa.float64()),
-        ("place", pa.string()),
-        ("author", pa.string()),
-    ]
-)
 
 
-def read(directory: Path | str) -> pa.Table:
-    """The photos table of a folder, sorted by path: id (path within the folder), image (path), lat, lon, place, author.
+def read(rest: Path | str) -> pa.Table:
+    """The photos table of ``DIR[,limit=N][,seed=S]``, sorted by path.
 
-    A photo that `photos.csv` (file, lat, lon[, place, author]) names takes everything from there: empty cells mean
-    unknown. Any other photo takes its coordinates from its GPS tags. Unknown values are null.
+    Columns: id (path within the folder), image (path), lat, lon, place, author. A photo that `photos.csv` (file, lat,
+    lon[, place, author]) names takes everything from there: empty cells mean unknown. Any other photo takes its
+    coordinates from its GPS tags. Unknown values are null.
 
     Raises:
         GeoError: the folder is missing or holds no picture, or `photos.csv` is wrong, with the line's number.
     """
-    directory = Path(directory)
+    settings = parse(str(rest))
+    directory = Path(settings.where)
     if not directory.is_dir():
         raise GeoError(f"there is no folder {directory}")
     pictures = {Path(path).relative_to(directory).as_posix(): path for path in list_pictures(directory)}
     listed = _read_csv(directory / CSV_NAME, pictures) if (directory / CSV_NAME).exists() else {}
-    photos = []
-    for name, path in pictures.items():
+    photos, names = [], list(pictures)
+    for name in (names[row] for row in settings.choose(len(names))):
+        path = pictures[name]
         lat, lon, place, author = (
             listed[name] if name in listed else (*(exif_lat_lon(path) or (None, None)), None, None)
         )
