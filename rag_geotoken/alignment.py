@@ -9,7 +9,6 @@ import math
 import re
 import zlib
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +18,18 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from rag_geotoken.encoders.earth import EarthEncoder
+from rag_geotoken.location import HarmonicConfig, HarmonicEncoder, LocationConfig, UnitVectorEncoder, embed_places, mlp
+from rag_geotoken.location import LocationEncoder as LocationEncoder
 from rag_geotoken.weights import load_weights, save_weights
 
 
 @dataclass(frozen=True)
 class AlignmentConfig:
-    """Sizes of a :class:`GeoAlignment`: ``dim`` of every embedding, spreads of the location encoder's frequencies."""
+    """Sizes of a :class:`GeoAlignment`: ``dim`` of every embedding, and what encodes places.
+
+    location: ``unit_vector``, or ``equal_earth``, ``mercator`` (with sigmas of their own: GeoCLIP's are 1, 16 and 256)
+    or ``harmonics`` (of which ``degrees``). sigmas and frequencies are of the random Fourier features.
+    """
 
     dim: int = 256
     sigmas: tuple[float, ...] = (2.0, 12.0, 60.0, 250.0)
@@ -32,32 +37,8 @@ class AlignmentConfig:
     hidden: int = 512
     text_buckets: int = 4096
     text_dim: int = 64
-
-
-class LocationEncoder(nn.Module):
-    """Places (N, 2) in degrees, latitude first -> embeddings (N, dim).
-
-    Random Fourier features (Tancik et al., NeurIPS 2020) of the unit vector, so that poles and the date line are
-    places like all others; a frequency of spread sigma resolves about 6371 / sigma km.
-    """
-
-    frequencies: Tensor
-
-    def __init__(self, config: AlignmentConfig) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        draws = torch.randn(len(config.sigmas), config.frequencies, 3, generator=generator)
-        self.register_buffer("frequencies", (draws * torch.tensor(config.sigmas)[:, None, None]).flatten(0, 1))
-        self.layers = _mlp(2 * len(self.frequencies), config.hidden, config.hidden, config.dim)
-
-    def forward(self, lat_lon: Tensor) -> Tensor:
-        """(N, 2) degrees -> (N, dim)."""
-        lat, lon = torch.deg2rad(lat_lon.double()).unbind(-1)
-        unit = torch.stack([lat.cos() * lon.cos(), lat.cos() * lon.sin(), lat.sin()], dim=-1).float()
-        with torch.autocast("cpu", enabled=False):  # a phase of hundreds of radians does not survive bfloat16
-            phase = unit @ self.frequencies.T
-        embedding: Tensor = self.layers(torch.cat([phase.sin(), phase.cos()], dim=-1))
-        return embedding
+    location: str = "unit_vector"
+    degrees: int = 40
 
 
 class TextEncoder(nn.Module):
@@ -70,7 +51,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.buckets = config.text_buckets
         self.bag = nn.EmbeddingBag(config.text_buckets, config.text_dim, mode="mean")
-        self.layers = nn.Sequential(nn.LayerNorm(config.text_dim), _mlp(config.text_dim, config.hidden, config.dim))
+        self.layers = nn.Sequential(nn.LayerNorm(config.text_dim), mlp(config.text_dim, config.hidden, config.dim))
 
     def forward(self, texts: list[str]) -> Tensor:
         """N texts -> (N, dim)."""
@@ -90,8 +71,8 @@ class GeoAlignment(nn.Module):
         self.config = config or AlignmentConfig()
         dim = self.config.dim
         self.encoder = EarthEncoder(dim)
-        self.to_gps, self.to_text = _mlp(dim, dim, dim), _mlp(dim, dim, dim)
-        self.location, self.text = LocationEncoder(self.config), TextEncoder(self.config)
+        self.to_gps, self.to_text = mlp(dim, dim, dim), mlp(dim, dim, dim)
+        self.location, self.text = _location(self.config), TextEncoder(self.config)
         self.gps_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.text_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
@@ -109,13 +90,9 @@ class GeoAlignment(nn.Module):
         vectors: NDArray[np.float32] = torch.cat(blocks).numpy()
         return vectors
 
-    @torch.inference_mode()
     def embed_places(self, lat_lon: NDArray[np.float64], batch: int = 16_384) -> NDArray[np.float32]:
         """Places (N, 2) in degrees -> (N, dim) of length one."""
-        places = torch.from_numpy(np.asarray(lat_lon, np.float64).reshape(-1, 2))
-        blocks = [places[i : i + batch] for i in range(0, len(places), batch)]
-        result: NDArray[np.float32] = torch.cat([normalize(self.location(block), dim=-1) for block in blocks]).numpy()
-        return result
+        return embed_places(self.location, lat_lon, batch)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> GeoAlignment:
@@ -127,11 +104,63 @@ class GeoAlignment(nn.Module):
         save_weights(self, asdict(self.config), Path(folder), "alignment", half)
 
 
-def _mlp(*widths: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for before, after in pairwise(widths):
-        layers += [nn.Linear(before, after), nn.GELU()]
-    return nn.Sequential(*layers[:-1])
+@dataclass(frozen=True)
+class G3Config:
+    """Sizes of :class:`G3Heads`: of the backbone's features and all embeddings, and of the location encoder."""
+
+    dim: int = 768
+    location_dim: int = 512
+
+
+class G3Heads(nn.Module):
+    """G3's heads on a frozen CLIP ViT-L/14 and on a location encoder, under the names of its state dict.
+
+    Each turns features into embeddings of length one. What a place looks like to them is
+    ``heads.places(LocationEncoder.from_pretrained(DIR)(lat_lon))``.
+    """
+
+    def __init__(self, config: G3Config | None = None) -> None:
+        super().__init__()
+        self.config = config or G3Config()
+        dim, place = self.config.dim, self.config.location_dim
+        self.vision_projection_else_1 = mlp(dim, dim, dim, between=nn.ReLU)
+        self.vision_projection_else_2 = mlp(dim, dim, dim, between=nn.ReLU)
+        self.text_projection_else = mlp(dim, dim, dim, between=nn.ReLU)
+        self.location_projection_else = mlp(place, place, dim, between=nn.ReLU)
+        self.logit_scale1 = nn.Parameter(torch.tensor(3.99))
+        self.logit_scale2 = nn.Parameter(torch.tensor(3.99))
+        self.logit_scale3 = nn.Parameter(torch.tensor(3.99))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """CLIP's image embeddings (N, dim) -> (N, 3, dim): image, gps and text embedding."""
+        parts = image, self.vision_projection_else_2(image), self.vision_projection_else_1(image)
+        return normalize(torch.stack(parts, dim=1), dim=-1)
+
+    def texts(self, text: Tensor) -> Tensor:
+        """CLIP's text embeddings (N, dim) -> (N, dim), to be compared with the text part of images."""
+        return normalize(self.text_projection_else(text), dim=-1)
+
+    def places(self, location: Tensor) -> Tensor:
+        """Outputs of the location encoder (N, location_dim) -> (N, dim), to be compared with the gps part of images."""
+        return normalize(self.location_projection_else(location), dim=-1)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> G3Heads:
+        """Read ``g3.json`` and ``g3.safetensors`` of a folder. Raises GeoError when they do not fit."""
+        return load_weights(cls, G3Config, Path(folder), "g3")
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``g3.json`` and ``g3.safetensors``."""
+        save_weights(self, asdict(self.config), Path(folder), "g3", half=False)
+
+
+def _location(config: AlignmentConfig) -> nn.Module:
+    if config.location == "unit_vector":
+        return UnitVectorEncoder(config.dim, config.sigmas, config.frequencies, config.hidden)
+    if config.location == "harmonics":
+        return HarmonicEncoder(HarmonicConfig(config.degrees, config.hidden, dim=config.dim))
+    sizes = config.sigmas, config.frequencies, config.hidden, config.dim
+    return LocationEncoder(LocationConfig(config.location, *sizes))
 
 
 def _hashes(text: str, buckets: int) -> list[int]:

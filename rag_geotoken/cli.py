@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rag_geotoken.cli_convert import convert_app
 from rag_geotoken.errors import GeoError
 
 app = typer.Typer(
@@ -21,13 +22,15 @@ app = typer.Typer(
 )
 index_app = typer.Typer(help="Build an index of photos, look at one, search one.", no_args_is_help=True)
 train_app = typer.Typer(help="Train the embedded models again, from a seed.", no_args_is_help=True)
-convert_app = typer.Typer(help="Turn weights of peers, once, into safetensors that load here.", no_args_is_help=True)
 app.add_typer(index_app, name="index")
 app.add_typer(train_app, name="train")
 app.add_typer(convert_app, name="convert")
 
 Weights = Annotated[Path | None, typer.Option(help="Folder of model weights; the embedded Earth models unless given.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="At most so many photos, the first of each source.")]
+Backbone = Annotated[
+    str | None, typer.Option(help="CLIP folder or hub name, with --preset; openai/clip-vit-large-patch14 unless given.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
@@ -115,9 +118,10 @@ def index_search(
 
 @app.command()
 def locate(
+    context: typer.Context,
     photos: Annotated[list[str], typer.Argument(help="Pictures, folders, a CSV with a column 'image', or a source.")],
-    index: Annotated[Path, typer.Option(help="Folder of an index.")],
     out: Annotated[Path, typer.Option(help="File: .parquet, .csv, .jsonl, .geojson or .kml.")],
+    index: Annotated[Path | None, typer.Option(help="Folder of an index; needed without --preset.")] = None,
     propose: Annotated[str, typer.Option(help="How cells are generated: some of beam,sample,greedy, or none.")] = (
         "greedy,beam,sample"
     ),
@@ -137,14 +141,24 @@ def locate(
     limit: Limit = None,
     run: Annotated[Path | None, typer.Option(help="Folder of the stage tables; else OUT with ending .run.")] = None,
     weights: Weights = None,
+    preset: Annotated[str | None, typer.Option(help="geoclip: street photos by its gallery, no index.")] = None,
+    backbone: Backbone = None,
+    top_k: Annotated[int, typer.Option(min=1, max=1000, help="Places a photo in the answer, with --preset.")] = 5,
 ) -> None:
     """Say where photos were taken. Stage tables are kept beside the answer, so a stopped run goes on.
 
     A photo that cannot be read gets a line with its error and no place. EXIF places are never used as evidence.
+
+    With --preset geoclip: --weights DIR (of rag-geotoken convert geoclip), --backbone, --top-k, --out and --run.
     """
+    folder, run = _weights_folder(context, preset, index, weights), run or out.with_suffix(".run")
+    if index is None:
+        from rag_geotoken.geoclip_run import locate_by_gallery
+
+        _say_located(out, *locate_by_gallery(photos, out, folder, backbone, top_k, run, limit))
+        return
     from rag_geotoken.locate import locate_photos, parse_within
     from rag_geotoken.pipeline import Options
-    from rag_geotoken.weights import EARTH
 
     for value in (temperature, top_p, epsilon, max_area or 0.0):
         if not math.isfinite(value):
@@ -164,11 +178,55 @@ def locate(
         verify=verifiers,
         max_area_km2=max_area,
     )
-    run = run or out.with_suffix(".run")
-    done, failed = locate_photos(photos, index, out, options, weights or EARTH, run, limit)
+    _say_located(out, *locate_photos(photos, index, out, options, folder, run, limit))
+
+
+def _weights_folder(context: typer.Context, preset: str | None, index: Path | None, weights: Path | None) -> Path:
+    """The weights of ``locate`` with --index or with --preset. An option that the other one needs is wrong usage."""
+    if (preset is None) == (index is None) or preset not in (None, "geoclip"):
+        raise typer.BadParameter("give either --index DIR or --preset geoclip")
+    preset_alone, both = {"preset", "backbone", "top_k"}, {"photos", "out", "run", "weights", "limit"}
+    for name in context.params.keys() - both:
+        source = context.get_parameter_source(name)
+        if source and source.name == "COMMANDLINE" and (name in preset_alone) != (preset is not None):
+            raise typer.BadParameter(
+                f"--{name.replace('_', '-')} does not go with {'--preset' if preset else '--index'}"
+            )
+    if preset is None:
+        from rag_geotoken.weights import EARTH
+
+        return weights or EARTH
+    if weights is None:
+        raise typer.BadParameter("--preset geoclip needs --weights DIR, made by rag-geotoken convert geoclip")
+    return weights
+
+
+def _say_located(out: Path, done: int, failed: list[str]) -> None:
     typer.echo(f"{done} photos located in {out}" + (f", {len(failed)} without an answer" if failed else ""))
     for line in failed[:10]:
         typer.echo(f"  {line}", err=True)
+
+
+@app.command(epilog="Example: rag-geotoken where 'a fjord with red houses' --weights runs/geoclip")
+def where(
+    texts: Annotated[list[str], typer.Argument(help="Descriptions of places, in English.")],
+    weights: Annotated[Path, typer.Option(help="Folder made by rag-geotoken convert geoclip.")],
+    backbone: Backbone = None,
+    k: Annotated[int, typer.Option(min=1, max=1000, help="Places to show a text.")] = 10,
+    as_json: Json = False,
+) -> None:
+    """The places most like a text, among GeoCLIP's gallery, with their probabilities."""
+    from rag_geotoken.geoclip_run import places_of
+
+    found = places_of(texts, weights, backbone, k)
+    answers: list[dict[str, Any]] = [{"text": text, "places": places} for text, places in found.items()]
+    if as_json:
+        typer.echo(json.dumps(answers, ensure_ascii=False, indent=2))
+        return
+    for answer in answers:
+        typer.echo(answer["text"])
+        for place in answer["places"]:
+            typer.echo(f"  {place['probability']:.5f}  {place['lat']:9.4f} {place['lon']:10.4f}")
 
 
 @app.command()
@@ -229,27 +287,6 @@ def _train(what: str, recipe: Path | None, out: Path) -> None:
     from rag_geotoken.training.run import train
 
     train(what, training_recipe(recipe), out)
-
-
-@convert_app.command("geotoken", epilog="Example: rag-geotoken convert geotoken model.pth --out runs/geotoken")
-def convert_geotoken(
-    path: Annotated[Path, typer.Argument(help="Checkpoint: .pth, .pt or .safetensors.")],
-    out: Annotated[Path, typer.Option(help="Folder for tokens.json and tokens.safetensors.")],
-    heads: Annotated[int, typer.Option(min=1, max=1024, help="Attention heads it was trained with.")] = 8,
-    neighbors: Annotated[int, typer.Option(min=1, max=1000, help="Neighbours it was trained with.")] = 15,
-) -> None:
-    """Read a checkpoint of GeoToken's released code; its tensors stay as they are, in full precision.
-
-    Shapes tell all sizes but heads and neighbours, whose defaults are the paper's:
-    a wrong number of heads loads and predicts nonsense. Pickled code is refused.
-
-    Load the result with TokenModel.from_pretrained(OUT).
-    """
-    from rag_geotoken import convert
-
-    config = convert.convert_geotoken(path, out, heads, neighbors)
-    layers = f"{config.encoder_layers} + {config.decoder_layers} layers of width {config.d_model}"
-    typer.echo(f"token model in {out}: S2 level {config.level}, {layers}, {config.heads} heads, {neighbors} neighbours")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -9,10 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from rag_geotoken.alignment import G3Heads
 from rag_geotoken.cells import MAX_LEVEL, S2Tokenizer
 from rag_geotoken.errors import GeoError
+from rag_geotoken.gallery import open_gallery, read_places_csv, write_places
+from rag_geotoken.geoclip import GeoCLIPHead
+from rag_geotoken.location import LocationConfig, LocationEncoder
 from rag_geotoken.token_model import GEOTOKEN, TokenConfig, TokenModel
 
 # Where training scripts put a state dict that is not the whole file.
@@ -21,6 +25,10 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # What GeoToken's checkpoints carry and its decoding never uses: heads for other losses, embeddings of the neighbours'
 # coordinates and similarities, and the sinusoids, which we compute.
 UNUSED = ("coord_head.", "metadata_proj.", "similarity_embedding.", "encoder_pos_encoder.pe", "decoder_pos_encoder.pe")
+# G3's state dict holds the frozen CLIP whole; older ones with integer buffers.
+G3_UNUSED = ("vision_model.", "text_model.", "vision_projection.", "text_projection.")
+GEOCLIP_LOCATION, GEOCLIP_GALLERY = "location_encoder_weights.pth", Path("gps_gallery", "coordinates_100K.csv")
+GEOCLIP_INSIDE = ("", "weights", "model/weights", "geoclip/model/weights")  # of a folder that one may name
 
 
 def convert_geotoken(path: Path, out: Path, heads: int = 8, neighbors: int = 15) -> TokenConfig:
@@ -30,31 +38,87 @@ def convert_geotoken(path: Path, out: Path, heads: int = 8, neighbors: int = 15)
     precision. The shapes tell every size but the number of heads and of neighbours: give those of the training.
     Raises GeoError when the file is missing, no checkpoint, or not one of GeoToken; then nothing is written.
     """
-    tensors = {name: value for name, value in read_tensors(path).items() if not name.startswith(UNUSED)}
+    tensors = read_tensors(path, UNUSED)
     config = _config(path, tensors, heads, neighbors)
     # On the meta device a model has shapes but no memory, whatever the file claims.
     with torch.device("meta"):
         model = TokenModel(config)
-    wanted = model.state_dict()
-    wrong = [f"{name} is missing" for name in wanted if name not in tensors]
-    wrong += [f"{ascii(name)[:80]} is unknown" for name in tensors if name not in wanted]
-    both = ((name, tuple(tensors[name].shape), tuple(wanted[name].shape)) for name in wanted if name in tensors)
-    wrong += [f"{name} is {given} where {fits} fits" for name, given, fits in both if given != fits]
-    if not wrong:
-        tensors = {name: value.float() for name, value in tensors.items()}
-        wrong = [f"{name} holds values that are not finite" for name, value in tensors.items() if not _finite(value)]
-    if wrong:
-        raise _refusal(path, wrong[0] + (f", and {len(wrong) - 1} more are wrong" if wrong[1:] else ""))
-    model.load_state_dict(tensors, assign=True)
+    _fill(model, tensors, path, "GeoToken")
     model.save_pretrained(out)
     return config
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def convert_geoclip(path: Path, out: Path) -> int:
+    """Turn the weights folder of the package ``geoclip`` into one for :meth:`GeoCLIP.from_pretrained` -> its places.
+
+    ``path`` may also be the package's folder. The gallery is encoded here, once; what is converted also loads with
+    :meth:`LocationEncoder.from_pretrained`. Raises GeoError when a file is missing or wrong; then nothing is written.
+    """
+    folder = next((path / inner for inner in GEOCLIP_INSIDE if (path / inner / GEOCLIP_LOCATION).is_file()), path)
+    location, head = _read_geoclip(folder)
+    beside = (folder / GEOCLIP_GALLERY, folder.parent / GEOCLIP_GALLERY)
+    places = read_places_csv(next(filter(Path.is_file, beside), beside[0]))
+    location.save_pretrained(out)
+    head.save_pretrained(out)
+    write_places(out, places)
+    open_gallery(out, location)
+    return len(places)
+
+
+def _read_geoclip(folder: Path) -> tuple[LocationEncoder, GeoCLIPHead]:
+    with torch.device("meta"):
+        location, head = LocationEncoder(), GeoCLIPHead()
+    _fill(location, read_tensors(folder / GEOCLIP_LOCATION), folder / GEOCLIP_LOCATION, "GeoCLIP")
+    mlp, scale = folder / "image_encoder_mlp_weights.pth", folder / "logit_scale_weights.pth"
+    tensors = {f"mlp.{name}": value for name, value in read_tensors(mlp).items()}
+    # This file holds one number, not a state dict.
+    value = _load(scale) if scale.is_file() else None
+    if not isinstance(value, Tensor) or value.shape != () or value.dtype not in FLOATS:
+        raise GeoError(f"{scale} is missing or no single number: take the weights folder of the package geoclip")
+    _fill(head, tensors | {"logit_scale": value.detach()}, mlp, "GeoCLIP")
+    return location.eval(), head.eval()
+
+
+def convert_g3(path: Path, out: Path) -> None:
+    """Turn G3's state dict into a folder for ``from_pretrained`` of :class:`LocationEncoder` and of :class:`G3Heads`.
+
+    CLIP's own weights, frozen in G3, are left out: they come from their hub. Raises GeoError when the file is missing,
+    no state dict, or not G3's; then nothing is written.
+    """
+    tensors = read_tensors(path, unused=G3_UNUSED)
+    prefix = "location_encoder."
+    places = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    with torch.device("meta"):
+        location, heads = LocationEncoder(LocationConfig(projection="mercator")), G3Heads()
+    _fill(heads, {name: value for name, value in tensors.items() if not name.startswith(prefix)}, path, "G3")
+    _fill(location, places, path, "G3", prefix)
+    location.save_pretrained(out)
+    heads.save_pretrained(out)
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor], path: Path, peer: str, prefix: str = "") -> None:
+    """Put tensors into a model, in single precision. Raises GeoError unless they are all its own, and finite."""
+    wanted = model.state_dict()
+    wrong = [f"{prefix}{name} is missing" for name in wanted if name not in tensors]
+    wrong += [f"{ascii(prefix + name)[:80]} is unknown" for name in tensors if name not in wanted]
+    both = ((name, tuple(tensors[name].shape), tuple(wanted[name].shape)) for name in wanted if name in tensors)
+    wrong += [f"{prefix}{name} is {given} where {fits} fits" for name, given, fits in both if given != fits]
+    if not wrong:
+        tensors = {name: value.float() for name, value in tensors.items()}
+        wrong = [
+            f"{prefix}{name} holds values that are not finite" for name, value in tensors.items() if not _finite(value)
+        ]
+    if wrong:
+        raise _refusal(path, wrong[0] + (f", and {len(wrong) - 1} more are wrong" if wrong[1:] else ""), peer)
+    model.load_state_dict(tensors, assign=True)
+
+
+def read_tensors(path: Path, unused: tuple[str, ...] = ()) -> dict[str, Tensor]:
     """The state dict of a ``.safetensors``, ``.pth`` or ``.pt`` file by name, on the CPU.
 
-    It may lie under a key such as ``state_dict``, and DistributedDataParallel's ``module.`` before every name goes.
-    Pickled code is never run. Raises GeoError unless there is a file whose state dict is floating-point tensors alone.
+    It may lie under a key such as ``state_dict``, and DistributedDataParallel's ``module.`` before every name goes;
+    what then begins with one of ``unused`` is left out, whatever it is. Pickled code is never run. Raises GeoError
+    unless there is a file whose state dict is floating-point tensors alone.
     """
     if not path.is_file():
         raise GeoError(f"there is no file {path}: give a checkpoint, .pth, .pt or .safetensors")
@@ -63,6 +127,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     state = inner[0] if inner else loaded
     if not isinstance(state, dict) or not state or not all(isinstance(name, str) for name in state):
         raise GeoError(f"{path} holds no state dict: save model.state_dict()")
+    prefix = "module." if all(name.startswith("module.") for name in state) else ""
+    state = {name.removeprefix(prefix): value for name, value in state.items()}
+    state = {name: value for name, value in state.items() if not name.startswith(unused)}
     for name, value in state.items():
         usable = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
         if not (usable and value.dtype in FLOATS):
@@ -70,8 +137,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     # A few bytes can pose as a tensor of any size, the same number repeated.
     if sum(value.numel() * value.element_size() for value in state.values()) > path.stat().st_size:
         raise GeoError(f"{path} claims more numbers than it holds: save model.state_dict()")
-    prefix = "module." if all(name.startswith("module.") for name in state) else ""
-    return {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
 
 
 def _load(path: Path) -> object:
@@ -140,5 +206,5 @@ def _finite(value: Tensor) -> bool:
     return bool(value.isfinite().all())
 
 
-def _refusal(path: Path, reason: str) -> GeoError:
-    return GeoError(f"{path.name} is no checkpoint of GeoToken: {reason}")
+def _refusal(path: Path, reason: str, peer: str = "GeoToken") -> GeoError:
+    return GeoError(f"{path.name} is no checkpoint of {peer}: {reason}")

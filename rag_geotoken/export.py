@@ -41,7 +41,7 @@ def _csv(names: list[str], rows: list[Row]) -> str:
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, names)
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows)
     return text.getvalue()
 
 

@@ -26,6 +26,7 @@ PIXEL_CAP = 100_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # MPO opens as the JPEG that it begins with
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".mpo")
 BLUE_MARBLE, TAR = "blue-marble:", "tar:"
+NEEDLE = 16  # times as long as wide: of a longer picture only the middle is resized
 THREADS = min(4, os.cpu_count() or 1)  # a picture at the cap takes 400 MB while it is decoded
 
 # EXIF orientation -> what brings the picture upright (CIPA DC-008, tag 0x0112).
@@ -44,7 +45,7 @@ _one_batch = threading.Lock()
 
 
 def load_pictures(references: Sequence[str], size: int) -> tuple[NDArray[np.uint8], list[str | None]]:
-    """Loads pictures upright, in colour on white, their central square resized (bicubic, antialiased).
+    """Loads pictures upright, in colour on white, their central square resized (bicubic, antialiased) as CLIP has it.
 
     Args:
         references: N paths of picture files, `tar:` references to files in a tar, or `blue-marble:` references.
@@ -197,15 +198,20 @@ def _read_member(reference: str) -> bytes:
 
 
 def _square(image: Image.Image, size: int) -> NDArray[np.uint8]:
+    """CLIP's own way: the shorter side to ``size`` pixels, the longer one to a whole number, then the middle."""
     orientation = _orientation(image)
-    # One resize from a box, not resize and crop: a picture of 1 x 100,000 stays small.
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    box = (left, top, left + side, top + side)
-    square = _rgb(image).resize((size, size), Image.Resampling.BICUBIC, box)
+    short, long = min(image.size), max(image.size)
+    if long > NEEDLE * short:  # so that a picture of 1 x 100,000 stays small
+        cut = (long - NEEDLE * short) // 2
+        left, top = (cut, 0) if image.width == long else (0, cut)
+        image = image.crop((left, top, image.width - left, image.height - top))
+    picture = _rgb(image)
+    width, height = (size * side // short for side in picture.size)
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
     if orientation in UPRIGHT:
-        square = square.transpose(UPRIGHT[orientation])
-    return np.asarray(square)
+        picture = picture.transpose(UPRIGHT[orientation])
+    left, top = (picture.width - size) // 2, (picture.height - size) // 2
+    return np.asarray(picture.crop((left, top, left + size, top + size)))
 
 
 def _orientation(image: Image.Image) -> int:

@@ -11,10 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from tiny_clip import save_clip, save_geoclip_package
 from torch import Tensor
+from torchvision_cure import cure_torchvision
 
 from rag_geotoken.alignment import AlignmentConfig, GeoAlignment
 from rag_geotoken.cells import S2Tokenizer
+from rag_geotoken.convert import convert_geoclip
 from rag_geotoken.demo import make_index, run_road
 from rag_geotoken.errors import GeoError
 from rag_geotoken.files import write_json
@@ -27,6 +30,8 @@ from rag_geotoken.tables import write_table
 from rag_geotoken.token_model import TokenConfig, TokenModel
 from rag_geotoken.tuning import Tuning
 from rag_geotoken.types import BEAM, GREEDY, SAMPLE, Candidates, Neighbors, Pool
+
+cure_torchvision()  # before transformers meets it
 
 ALIGNMENT = AlignmentConfig(dim=32, sigmas=(2.0, 12.0), frequencies=8, hidden=32, text_buckets=256, text_dim=16)
 TOKENS = TokenConfig(
@@ -137,6 +142,29 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, geolocator: Geolocator)
     folder = tmp_path_factory.mktemp("run")
     write_test_photos(folder)
     run_road(folder, geolocator, OPTIONS)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny CLIP with embeddings of 768 numbers, as openai/clip-vit-large-patch14 has them."""
+    return save_clip(tmp_path_factory.mktemp("clip") / "tiny-clip")
+
+
+@pytest.fixture(scope="session")
+def geoclip_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of the package geoclip with random weights and a gallery of 300 places."""
+    rng = np.random.default_rng(0)
+    places = np.column_stack([np.degrees(np.arcsin(rng.uniform(-1, 1, 300))), rng.uniform(-180, 180, 300)])
+    places[:3] = [[90.0, 0.0], [-90.0, 12.0], [-17.0, 180.0]]
+    return save_geoclip_package(tmp_path_factory.mktemp("package") / "model", places)
+
+
+@pytest.fixture(scope="session")
+def geoclip_folder(tmp_path_factory: pytest.TempPathFactory, geoclip_package: Path) -> Path:
+    """What `convert geoclip` makes of it. Not to be changed: copy it."""
+    folder = tmp_path_factory.mktemp("geoclip") / "converted"
+    convert_geoclip(geoclip_package, folder)
     return folder
 
 

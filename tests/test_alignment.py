@@ -1,51 +1,20 @@
-"""Geo-alignment: places without seams, texts that share letters, and weights that load or say why not."""
+"""Geo-alignment: one space for photos and places, texts that share letters, and weights that load or say why not."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ALIGNMENT, OneLine
-from torch.nn.functional import cosine_similarity
 
-from rag_geotoken.alignment import AlignmentConfig, GeoAlignment, LocationEncoder, _hashes
+from rag_geotoken.alignment import G3Config, G3Heads, GeoAlignment, _hashes
 from rag_geotoken.sources.blue_marble import cut, draw_views
 from rag_geotoken.token_model import TokenModel
-
-
-@pytest.fixture(scope="module")
-def location() -> LocationEncoder:
-    """The location encoder in its full size, high frequencies and all."""
-    torch.manual_seed(0)
-    return LocationEncoder(AlignmentConfig()).eval()
-
-
-def test_a_place_has_one_embedding_however_it_is_written(location: LocationEncoder) -> None:
-    lat = torch.tensor([-60.0, 0.0, 66.5, 90.0, 90.0, -90.0])
-    west = torch.stack([lat, torch.tensor([-180.0, -180.0, -180.0, 0.0, -180.0, 20.0])], dim=1)
-    east = torch.stack([lat, torch.tensor([180.0, 180.0, 180.0, 123.4, 90.0, -160.0])], dim=1)
-    with torch.no_grad():
-        first, second = location(west), location(east)
-    assert torch.isfinite(first).all()
-    torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
-
-
-def test_near_places_are_nearer_than_far_ones(location: LocationEncoder) -> None:
-    with torch.no_grad():
-        here, near, far = location(torch.tensor([[48.85, 2.35], [48.86, 2.36], [-33.9, 151.2]]))
-    assert cosine_similarity(here, near, dim=0) > 0.99 > cosine_similarity(here, far, dim=0)
-
-
-def test_latitude_comes_first(location: LocationEncoder) -> None:
-    # Two places 1 m apart beside the pole, and the same numbers the other way round, far apart.
-    with torch.no_grad():
-        a, b = location(torch.tensor([[89.99999, 0.0], [89.99999, 90.0]]))
-        c, d = location(torch.tensor([[0.0, 89.99999], [90.0, 89.99999]]))
-    assert torch.dist(a, b) < 0.01 * torch.dist(c, d)
 
 
 def test_embeddings_have_length_one_and_their_shapes(alignment: GeoAlignment) -> None:
@@ -99,6 +68,39 @@ def test_half_precision_keeps_the_embeddings(tmp_path: Path) -> None:
     assert torch.equal(loaded.location.frequencies, made.location.frequencies)
 
 
+@pytest.mark.parametrize("location", ["equal_earth", "mercator", "harmonics"])
+def test_other_location_encoders_fit_in(location: str, tmp_path: Path) -> None:
+    made = GeoAlignment(replace(ALIGNMENT, location=location, degrees=5)).eval()
+    made.save_pretrained(tmp_path)
+    loaded, places = GeoAlignment.from_pretrained(tmp_path), np.array([[90.0, 0.0], [48.2, 16.4], [-10.0, 180.0]])
+    assert loaded.config.location == location
+    np.testing.assert_array_equal(loaded.embed_places(places), made.embed_places(places))
+    assert np.ptp(made.embed_places(places), axis=0).max() > 1e-3
+
+
+def test_settings_from_before_there_was_a_choice(weights: Path, broken: Path) -> None:
+    settings = json.loads((broken / "alignment.json").read_text())
+    assert settings.pop("location") == "unit_vector" and settings.pop("degrees")
+    (broken / "alignment.json").write_text(json.dumps(settings))
+    places = np.array([[48.2, 16.4]])
+    before, after = (GeoAlignment.from_pretrained(folder).embed_places(places) for folder in (weights, broken))
+    np.testing.assert_array_equal(before, after)
+
+
+def test_g3_heads_give_image_gps_and_text_in_this_order() -> None:
+    torch.manual_seed(0)
+    heads, image = G3Heads(G3Config(dim=8, location_dim=6)).eval(), torch.randn(5, 8)
+    with torch.no_grad():
+        parts = image, heads.vision_projection_else_2(image), heads.vision_projection_else_1(image)
+        found, places = heads(image), heads.places(torch.randn(4, 6))
+        assert found.shape == (5, 3, 8) and places.shape == (4, 8)
+        for i, part in enumerate(parts):
+            torch.testing.assert_close(found[:, i], part / part.norm(dim=-1, keepdim=True))
+        text = heads.text_projection_else(image)
+        torch.testing.assert_close(heads.texts(image), text / text.norm(dim=-1, keepdim=True))
+    torch.testing.assert_close(places.norm(dim=-1), torch.ones(4))
+
+
 @pytest.fixture
 def broken(weights: Path, tmp_path: Path) -> Path:
     """A copy of the weights, to be broken."""
@@ -139,6 +141,7 @@ def test_weights_of_another_model_are_named(broken: Path, one_line: OneLine) -> 
         '{"dim": 1e99}',
         '{"depth": 3}',
         '{"sigmas": 5}',
+        '{"location": "flat"}',
         '{"sigmas": [[1, 2], [3]]}',
     ],
 )

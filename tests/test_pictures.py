@@ -64,6 +64,35 @@ def test_the_central_square_is_taken(tmp_path: Path, shape: tuple[int, int]) -> 
     assert load(save(tmp_path / "a.png", picture), 16)[1:-1, 1:-1].min() == 200
 
 
+def clip_square(picture: Image.Image, size: int) -> np.ndarray:
+    """What CLIP's own processor makes of a picture, before it turns the colours into small numbers."""
+    try:
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as Processor
+    except ImportError:  # transformers 4
+        from transformers import CLIPImageProcessor as Processor
+    processor = Processor(size={"shortest_edge": size}, crop_size=size, do_rescale=False, do_normalize=False)
+    return np.asarray(processor(images=picture.convert("RGB"), return_tensors="np")["pixel_values"][0]).transpose(
+        1, 2, 0
+    )
+
+
+@pytest.mark.parametrize("shape", [(301, 450), (450, 301), (97, 96), (40, 500), (20, 33), (224, 224)])
+@pytest.mark.parametrize("size", [64, 224])
+def test_the_square_is_clips_own_to_the_bit(tmp_path: Path, shape: tuple[int, int], size: int) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(
+        load(save(tmp_path / "a.png", noise), size), clip_square(Image.fromarray(noise), size)
+    )
+
+
+def test_of_a_needle_the_middle_is_taken(tmp_path: Path) -> None:
+    needle = np.zeros((2, 1000, 3), np.uint8)
+    needle[:, 498:502] = 200
+    for lying in (needle, needle.swapaxes(0, 1)):
+        square = load(save(tmp_path / "a.png", lying), 16)
+        assert square.shape == (16, 16, 3) and square.min() > 150
+
+
 def test_shrinking_is_antialiased_and_a_needle_stays_small(tmp_path: Path) -> None:
     chequered = (np.indices((256, 256)).sum(0) % 2 * 255).astype(np.uint8)
     assert abs(load(save(tmp_path / "a.png", chequered), 8).astype(int) - 127).max() <= 2

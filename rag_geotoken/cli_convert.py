@@ -1,0 +1,62 @@
+"""The commands of ``rag-geotoken convert``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+convert_app = typer.Typer(help="Turn weights of peers, once, into safetensors that load here.", no_args_is_help=True)
+
+
+@convert_app.command("geotoken", epilog="Example: rag-geotoken convert geotoken model.pth --out runs/geotoken")
+def convert_geotoken(
+    path: Annotated[Path, typer.Argument(help="Checkpoint: .pth, .pt or .safetensors.")],
+    out: Annotated[Path, typer.Option(help="Folder for tokens.json and tokens.safetensors.")],
+    heads: Annotated[int, typer.Option(min=1, max=1024, help="Attention heads it was trained with.")] = 8,
+    neighbors: Annotated[int, typer.Option(min=1, max=1000, help="Neighbours it was trained with.")] = 15,
+) -> None:
+    """Read a checkpoint of GeoToken's released code; its tensors stay as they are, in full precision.
+
+    Shapes tell all sizes but heads and neighbours, whose defaults are the paper's:
+    a wrong number of heads loads and predicts nonsense. Pickled code is refused.
+
+    Load the result with TokenModel.from_pretrained(OUT).
+    """
+    from rag_geotoken import convert
+
+    config = convert.convert_geotoken(path, out, heads, neighbors)
+    layers = f"{config.encoder_layers} + {config.decoder_layers} layers of width {config.d_model}"
+    typer.echo(f"token model in {out}: S2 level {config.level}, {layers}, {config.heads} heads, {neighbors} neighbours")
+
+
+@convert_app.command("geoclip", epilog="Example: rag-geotoken convert geoclip GEOCLIP/model/weights --out runs/geoclip")
+def convert_geoclip(
+    path: Annotated[Path, typer.Argument(help="Folder of the installed package geoclip, or its model/weights.")],
+    out: Annotated[Path, typer.Option(help="Folder for weights, gallery and the gallery's embeddings (250 MB).")],
+) -> None:
+    """Read GeoCLIP's weights and its gallery of 100,000 places, and encode the gallery, once (about half a minute).
+
+    Then: rag-geotoken locate PHOTOS --preset geoclip --weights OUT --out answers.geojson.
+    From Python: GeoCLIP.from_pretrained(OUT), LocationEncoder.from_pretrained(OUT).
+    """
+    from rag_geotoken import convert
+
+    places = convert.convert_geoclip(path, out)
+    typer.echo(f"GeoCLIP in {out}: {places:,} places")
+
+
+@convert_app.command("g3", epilog="Example: rag-geotoken convert g3 g3.pth --out runs/g3")
+def convert_g3(
+    path: Annotated[Path, typer.Argument(help="State dict: .pth, .pt or .safetensors.")],
+    out: Annotated[Path, typer.Option(help="Folder for location and g3, each .json and .safetensors.")],
+) -> None:
+    """Read G3's heads and location encoder; the frozen CLIP inside is left out, pickled code is refused.
+
+    Load the result with G3Heads.from_pretrained(OUT) and LocationEncoder.from_pretrained(OUT).
+    """
+    from rag_geotoken import convert
+
+    convert.convert_g3(path, out)
+    typer.echo(f"G3's heads and location encoder in {out}")
