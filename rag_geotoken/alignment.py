@@ -78,10 +78,27 @@ class GeoAlignment(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Pixels (N, 64, 64, 3) uint8 -> image, gps and text embeddings, each (N, dim) of length one."""
-        features = self.encoder(pixels)
+        return self.parts(self.encoder(pixels))
+
+    def parts(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The encoder's features (N, dim) -> image, gps and text embeddings, each (N, dim) of length one."""
         vectors = features, self.to_gps(features), self.to_text(features)
         image, gps, text = (normalize(vector.float(), dim=-1) for vector in vectors)
         return image, gps, text
+
+    @torch.inference_mode()
+    def project(self, pixels: NDArray[np.uint8], batch: int = 256) -> NDArray[np.float32]:
+        """Pixels (N, 64, 64, 3) -> the encoder's features (N, dim), of any length, before its heads."""
+        blocks = [self.encoder(torch.from_numpy(pixels[i : i + batch])) for i in range(0, len(pixels), batch)]
+        features: NDArray[np.float32] = torch.cat(blocks).float().numpy()
+        return features
+
+    @torch.inference_mode()
+    def heads(self, features: NDArray[np.float32], batch: int = 16_384) -> NDArray[np.float32]:
+        """Features of :meth:`project` (N, dim) -> (N, 3, dim): what :meth:`embed` makes of the photos themselves."""
+        blocks = [torch.from_numpy(features[i : i + batch]) for i in range(0, len(features), batch)]
+        vectors: NDArray[np.float32] = torch.cat([torch.stack(self.parts(block), 1) for block in blocks]).numpy()
+        return vectors
 
     @torch.inference_mode()
     def embed(self, pixels: NDArray[np.uint8], batch: int = 256) -> NDArray[np.float32]:

@@ -25,6 +25,8 @@ train_app = typer.Typer(help="Train the embedded models again, from a seed.", no
 app.add_typer(index_app, name="index")
 app.add_typer(train_app, name="train")
 app.add_typer(convert_app, name="convert")
+bench_app = typer.Typer(help="Measure speed and rightness against plain peers, in one run.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
 
 Weights = Annotated[Path | None, typer.Option(help="Folder of model weights; the embedded Earth models unless given.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="At most so many photos, the first of each source.")]
@@ -58,6 +60,9 @@ def index_build(
     source: Annotated[str, typer.Argument(help="A recipe (indexes/NAME.toml) or a source, SCHEME:REST.")],
     out: Annotated[Path, typer.Option(help="Folder of the index.")],
     limit: Limit = None,
+    factory: Annotated[str | None, typer.Option(help="FAISS factory, such as IVF4096,SQfp16; else chosen.")] = None,
+    memory_gib: Annotated[float, typer.Option(help="Memory that the index may take when searched.")] = 16.0,
+    recall: Annotated[float, typer.Option(help="Share of the 20 true neighbours that a search should find.")] = 0.95,
     weights: Weights = None,
 ) -> None:
     """Read and encode photos with known places and index them; goes on where it was stopped.
@@ -68,13 +73,15 @@ def index_build(
     """
     from rag_geotoken.alignment import GeoAlignment
     from rag_geotoken.demo import make_index
+    from rag_geotoken.indexing import Plan
     from rag_geotoken.recipes import index_source
     from rag_geotoken.sources import limited
     from rag_geotoken.weights import EARTH
 
     source = limited(index_source(source), limit)
     folder = weights or EARTH
-    manifest = make_index(out, source, GeoAlignment.from_pretrained(folder), folder)
+    plan = Plan(factory, memory_gib, recall)
+    manifest = make_index(out, source, GeoAlignment.from_pretrained(folder), folder, plan)
     typer.echo(f"{manifest['rows']} photos indexed in {out}, {manifest['left_out']} left out")
 
 
@@ -87,12 +94,11 @@ def index_info(folder: Annotated[Path, typer.Argument(help="Folder of an index."
     if as_json:
         typer.echo(json.dumps(manifest, indent=2))
         return
-    shown = ("format", "encoder", "rows", "left_out", "dim", "parts", "metric", "factory")
-    for name in shown:
-        value = manifest[name]
-        typer.echo(f"{name:>9}  {', '.join(value) if isinstance(value, list) else value}")
+    for name, value in manifest.items():
+        if not isinstance(value, dict):
+            typer.echo(f"{name:>15}  {', '.join(value) if isinstance(value, list) else value}")
     for name, size in manifest["bytes"].items():
-        typer.echo(f"{name:>13}  {size:,} bytes, SHA-256 {manifest['sha256'][name]}")
+        typer.echo(f"{name:>15}  {size:,} bytes, SHA-256 {manifest['sha256'][name]}")
 
 
 @index_app.command("search")
@@ -100,14 +106,17 @@ def index_search(
     folder: Annotated[Path, typer.Argument(help="Folder of an index.")],
     photo: Annotated[Path, typer.Argument(help="A picture file.")],
     k: Annotated[int, typer.Option(min=1, help="Neighbours to show.")] = 10,
+    within: Annotated[str | None, typer.Option(help="LAT,LON,KM: only photos within so many km of there.")] = None,
+    not_author: Annotated[str | None, typer.Option(help="Leave the photos of this author out.")] = None,
+    dissimilar: Annotated[bool, typer.Option("--dissimilar", help="The photos least like it instead.")] = False,
     weights: Weights = None,
     as_json: Json = False,
 ) -> None:
     """The k gallery photos most like a picture, with their places and scores; a photo never finds itself."""
-    from rag_geotoken.locate import neighbors_of
+    from rag_geotoken.locate import neighbors_of, parse_within
     from rag_geotoken.weights import EARTH
 
-    rows = neighbors_of(folder, photo, k, weights or EARTH)
+    rows = neighbors_of(folder, photo, k, weights or EARTH, parse_within(within), not_author, dissimilar)
     if as_json:
         typer.echo(json.dumps(rows, ensure_ascii=False, indent=2))
         return
@@ -133,7 +142,7 @@ def locate(
     neighbors: Annotated[int, typer.Option(min=1, max=1000, help="Gallery photos retrieved a photo.")] = 20,
     gps_places: Annotated[int, typer.Option(min=0, max=1000, help="Places found by GPS embedding a photo.")] = 32,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    verify: Annotated[str, typer.Option(help="Who verifies: some of alignment,reward, or none.")] = "alignment",
+    verify: Annotated[str, typer.Option(help="Who verifies: some of alignment,reward,look, or none.")] = "alignment",
     within: Annotated[str | None, typer.Option(help="LAT,LON,KM: only places within so many km of there.")] = None,
     max_area: Annotated[
         float | None, typer.Option(min=0.0, help="Abstain where the posterior is spread over more km2.")
@@ -287,6 +296,20 @@ def _train(what: str, recipe: Path | None, out: Path) -> None:
     from rag_geotoken.training.run import train
 
     train(what, training_recipe(recipe), out)
+
+
+@bench_app.command("index")
+def bench_index(
+    out: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
+    views: Annotated[int, typer.Option(min=5000, help="Gallery views to search.")] = 24_000,
+    build_rows: Annotated[int, typer.Option(min=0, help="Rows of the large build; 0 leaves it out.")] = 1_000_000,
+    weights: Weights = None,
+) -> None:
+    """Approximate search against Flat: GeoCLIP's places (if geoclip is installed), views, and a large build."""
+    from rag_geotoken.bench_index import run_bench
+    from rag_geotoken.weights import EARTH
+
+    run_bench(out, weights or EARTH, views, build_rows, typer.echo)
 
 
 def main(arguments: list[str] | None = None) -> None:

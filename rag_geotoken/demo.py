@@ -14,7 +14,8 @@ from rag_geotoken import ablation, stages
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.files import check_writable, write_json
 from rag_geotoken.geo import haversine_km
-from rag_geotoken.index import GeoIndex, build_index
+from rag_geotoken.index import GeoIndex
+from rag_geotoken.indexing import Plan, build_approximate, build_index
 from rag_geotoken.metrics import RADII_KM, abstention, bootstrap, calibration, summary
 from rag_geotoken.pictures import load_pictures
 from rag_geotoken.pipeline import VERIFIERS, Geolocator, Options, encoder_id
@@ -89,13 +90,21 @@ def run_demo(
     return metrics
 
 
-def make_index(folder: Path, source: str, alignment: GeoAlignment, weights: Path) -> dict[str, Any]:
-    """Read and encode a source and index it under ``folder`` -> the manifest. Its stage tables lie in stages/."""
+def make_index(
+    folder: Path, source: str, alignment: GeoAlignment, weights: Path, plan: Plan | None = None
+) -> dict[str, Any]:
+    """Read and encode a source and index it under ``folder`` -> the manifest. Its stage tables lie in stages/.
+
+    Few photos are searched exactly, unless the plan says otherwise; of many, or with a factory, only the projections
+    are kept.
+    """
     check_writable(folder)
-    tables = folder / "stages"
-    stages.write_photos(tables, source)
-    stages.encode(tables, alignment, encoder_id(weights))
-    return build_index(folder, tables / "photos.parquet", tables / "embeddings.parquet", encoder_id(weights))
+    tables, encoder, plan = folder / "stages", encoder_id(weights), plan or Plan()
+    photos = stages.write_photos(tables, source)
+    if plan.choose(len(read_table(photos, ["id"])), alignment.config.dim) == "Flat":
+        return build_index(folder, photos, stages.encode(tables, alignment, encoder), encoder)
+    projections = stages.encode(tables, alignment, encoder, projections=True)
+    return build_approximate(folder, photos, projections, encoder, alignment.heads, plan)
 
 
 def run_road(folder: Path, geolocator: Geolocator, options: Options) -> None:

@@ -1,85 +1,210 @@
-"""GeoIndex: a FAISS index of image, GPS and text embeddings, a Parquet table of its rows, and a JSON manifest."""
+"""GeoIndex: a gallery to be searched, a Parquet table of its rows, and a JSON manifest. Built by :mod:`.indexing`."""
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rag_geotoken.approximate import EXACT_ROWS, effort, on_gpu, open_index
 from rag_geotoken.errors import GeoError
-from rag_geotoken.files import file_sha256, read_json, write_json, write_whole
-from rag_geotoken.tables import read_table, to_numpy, write_table
+from rag_geotoken.exact import scan
+from rag_geotoken.files import file_sha256, read_json
+from rag_geotoken.geo import haversine_km
+from rag_geotoken.look import BANK, Look
+from rag_geotoken.tables import read_table
 from rag_geotoken.types import Neighbors
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-VECTORS, ROWS, MANIFEST = "index.faiss", "rows.parquet", "manifest.json"
-FORMAT = "rag-geotoken-index/1"
+VECTORS, ROWS, MANIFEST, PROJECTIONS = "index.faiss", "rows.parquet", "manifest.json", "projections.npy"
+# The files of an index by its format: exact over all three parts, or approximate over the image part.
+FORMATS = {"rag-geotoken-index/1": (VECTORS, ROWS), "rag-geotoken-index/2": (VECTORS, ROWS, PROJECTIONS)}
 ROW_COLUMNS = ("id", "image", "lat", "lon", "place", "author", "digest")
+BLOCK = 16_384  # rows in memory at a time
+COPIES = 8  # of one photo in a gallery, as a search within a region allows for
+Heads = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+Vectors = NDArray[np.float32]
+Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class GeoIndex:
-    """A gallery that can be searched: after G3, a row is [image | gps | text], each part of length one.
+    """A gallery that can be searched: after G3, a photo is [image | gps | text], each part of length one.
 
-    faiss_index: inner product over 3 * dim. rows: one line a photo (``ROW_COLUMNS``). manifest: what ``info`` prints.
+    faiss_index: inner product, exact over 3 * dim, or approximate over the image part alone. Of the latter kind,
+    projections (rows, dim) float16 are memory-mapped, and heads make the three parts (N, 3, dim) of them, by which what
+    the approximate search brings is compared exactly. rows: one line a photo (``ROW_COLUMNS``). manifest: what ``info``
+    prints.
     """
 
     faiss_index: Any
     rows: pa.Table
     manifest: dict[str, Any]
+    projections: NDArray[np.float16] | None = None
+    heads: Heads | None = None
 
     @cached_property
     def lat_lon(self) -> NDArray[np.float64]:
         """(rows, 2) degrees."""
         return np.column_stack([self.rows["lat"].to_numpy(), self.rows["lon"].to_numpy()])
 
-    def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Embeddings of the given rows, any shape -> rows.shape + (3, dim): image, gps and text."""
-        flat = self.faiss_index.reconstruct_batch(np.ascontiguousarray(rows.ravel()))
-        result: NDArray[np.float32] = flat.reshape(*rows.shape, 3, -1)
-        return result
+    def vectors(self, rows: NDArray[np.int64]) -> Vectors:
+        """Embeddings of the given rows, any shape -> rows.shape + (3, dim): image, gps and text.
+
+        Raises GeoError when the index holds projections and was opened without heads.
+        """
+        if self.projections is None:
+            result: Vectors = self.faiss_index.reconstruct_batch(np.ascontiguousarray(rows.ravel()))
+        else:
+            if self.heads is None:
+                raise GeoError("this index holds projections only: open it with the model it was built with")
+            unique, back = np.unique(rows, return_inverse=True)
+            result = self.heads(self.projections[unique].astype(np.float32))[back.ravel()]
+        return result.reshape(*rows.shape, 3, -1)
 
     def search(
-        self, queries: NDArray[np.float32], k: int, weights: tuple[float, ...], digests: list[str] | None = None
+        self,
+        queries: Vectors,
+        k: int,
+        weights: tuple[float, ...],
+        digests: list[str] | None = None,
+        keep: Mask | None = None,
+        dissimilar: bool = False,
+        exact: bool = False,
     ) -> Neighbors:
         """The k nearest rows of each query (B, 3, dim), the three inner products added with the given weights.
 
-        A row with a query's own digest (the same pixels) is passed over: a photo never finds itself. Raises GeoError
-        when the index holds fewer than k other photos or the queries have another dimension.
+        A row with a query's own digest (the same pixels) is passed over: a photo never finds itself. keep: a mask
+        (rows,) of those that may be found. dissimilar: the k rows least like the query, the least first. exact: every
+        row is compared, also by an approximate index. Raises GeoError when the index holds fewer than k other photos or
+        the queries have another dimension.
         """
-        if queries.shape[1:] != (3, self.faiss_index.d // 3):
-            raise GeoError(f"queries of {queries.shape[1:]} do not fit an index of (3, {self.faiss_index.d // 3})")
-        flat = (queries * np.asarray(weights, np.float32)[:, None]).reshape(len(queries), -1)
+        if queries.shape[1:] != (3, self.manifest["dim"]):
+            raise GeoError(f"queries of {queries.shape[1:]} do not fit an index of (3, {self.manifest['dim']})")
         own = self._own_rows(digests) if digests else np.full((len(queries), 0), -1)
-        wanted = k + own.shape[1]
-        if wanted > self.faiss_index.ntotal:
-            raise GeoError(f"the index holds {self.faiss_index.ntotal} photos: ask for fewer than k={k} neighbours")
-        scores, rows = self.faiss_index.search(np.ascontiguousarray(flat), wanted)
-        keep = ~(rows[:, :, None] == own[:, None, :]).any(axis=2)
-        order = np.argsort(~keep, axis=1, kind="stable")[:, :k]
+        wanted, there = k + own.shape[1], len(self.rows) if keep is None else int(keep.sum())
+        if wanted > there:
+            where = "the index holds" if keep is None else "the filter lets through"
+            raise GeoError(f"{where} {there} photos: ask for fewer than k={k} neighbours")
+        queries = (-queries if dissimilar else queries) * np.asarray(weights, np.float32)[:, None]
+        if self.projections is None:
+            scores, rows = self._all_parts(queries, wanted, keep)
+        elif exact or dissimilar or (keep is not None and there <= EXACT_ROWS):
+            # The image part tells who may be near, but not who is far.
+            scores, rows = scan(queries.reshape(len(queries), -1), self._blocks(keep, parts=True), wanted)
+        else:
+            scores, rows = self._refine(queries, self._shortlist(queries, wanted, keep), wanted)
+        order = np.argsort((rows[:, :, None] == own[:, None, :]).any(axis=2), axis=1, kind="stable")[:, :k]
         rows, scores = np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1)
-        return Neighbors(rows, self.lat_lon[rows], scores)
+        return Neighbors(rows, self.lat_lon[rows], -scores if dissimilar else scores)
+
+    def mask(
+        self, within: tuple[float, float, float] | None = None, not_author: str | None = None, at_least: int = 0
+    ) -> Mask | None:
+        """Rows no further than (lat, lon, km) from a place, and not of an author -> a mask (rows,); None for all.
+
+        at_least: where fewer rows lie inside, as many as that, the nearest to the place.
+        """
+        import pyarrow.compute as pc
+
+        keep = np.ones(len(self.rows), bool)
+        if not_author is not None:
+            keep &= pc.fill_null(pc.not_equal(self.rows["author"], not_author), True).to_numpy()
+        if within is not None:
+            away = np.where(keep, haversine_km(self.lat_lon[:, 0], self.lat_lon[:, 1], within[0], within[1]), np.inf)
+            fewest = min(at_least, int(keep.sum()))
+            nearest = float(np.partition(away, fewest - 1)[fewest - 1]) if fewest else 0.0
+            keep &= away <= max(within[2], nearest)
+        return None if keep.all() else keep
+
+    def look(self, embed: Callable[[NDArray[np.float64]], Vectors]) -> Look:
+        """The gallery as a bank of looks, a seeded draw of it where it is large; ``embed``: places -> embeddings."""
+        count = len(self.rows)
+        rows = np.arange(count) if count <= BANK else np.random.default_rng(0).choice(count, BANK, replace=False)
+        image = self._image(np.sort(rows))
+        return Look(self.lat_lon[np.sort(rows)], embed(self.lat_lon[np.sort(rows)]), image)
+
+    def look_of(
+        self, places: NDArray[np.float64], embed: Callable[[NDArray[np.float64]], Vectors], beta: float = 0.5
+    ) -> Vectors:
+        """What places (N, 2) in degrees look like -> image embeddings (N, dim), as :meth:`.Look.of` estimates them."""
+        return self.look(embed).of(places, embed(places), beta)
+
+    def _all_parts(self, queries: Vectors, k: int, keep: Mask | None) -> tuple[Vectors, NDArray[np.int64]]:
+        flat = np.ascontiguousarray(queries.reshape(len(queries), -1))
+        if keep is None:
+            scores, rows = self._searcher.search(flat, k)
+        else:
+            scores, rows = self.faiss_index.search(flat, k, params=effort(self.faiss_index, 0, _selector(keep)))
+        return scores, rows
+
+    def _shortlist(self, queries: Vectors, k: int, keep: Mask | None) -> NDArray[np.int64]:
+        """By the image part alone, more rows than wanted -> (B, M), -1 where there are none."""
+        image, count = np.ascontiguousarray(queries[:, 0]), len(self.rows)
+        there = count if keep is None else int(keep.sum())
+        most = min(there, k * self.manifest["refine"])
+        # A filter leaves a region's neighbours further apart: it takes as many more lists or nodes to find as many.
+        value = self.manifest["effort"] * count // there
+        value = max(value, most) if hasattr(self.faiss_index, "hnsw") else value
+        if keep is None:
+            found = self._searcher.search(image, most, params=effort(self._searcher, value))[1]
+        else:
+            found = self.faiss_index.search(image, most, params=effort(self.faiss_index, value, _selector(keep)))[1]
+        short = (found[:, k - 1] < 0).nonzero()[0]
+        if len(short):
+            found[short] = scan(image[short], self._blocks(keep), most)[1]
+        result: NDArray[np.int64] = found
+        return result
+
+    def _refine(self, queries: Vectors, rows: NDArray[np.int64], k: int) -> tuple[Vectors, NDArray[np.int64]]:
+        """The best k of the rows (B, M) by all three parts -> scores and rows (B, k)."""
+        scores = np.empty(rows.shape, np.float32)
+        step = max(1, BLOCK // rows.shape[1])
+        for start in range(0, len(rows), step):
+            at = slice(start, start + step)
+            scores[at] = np.einsum("bpd,bmpd->bm", queries[at], self.vectors(np.maximum(rows[at], 0)), optimize=True)
+        scores[rows < 0] = -np.inf
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
+
+    def _blocks(self, keep: Mask | None, parts: bool = False) -> Iterator[tuple[NDArray[np.int64], Vectors]]:
+        """Row numbers and image parts (R, dim), or all three (R, 3 * dim), of the rows that may be found."""
+        rows = np.arange(len(self.rows)) if keep is None else np.flatnonzero(keep)
+        for start in range(0, len(rows), BLOCK):
+            some = rows[start : start + BLOCK]
+            yield some, self.vectors(some).reshape(len(some), -1) if parts else self._image(some)
+
+    def _image(self, rows: NDArray[np.int64]) -> Vectors:
+        return self.vectors(rows)[:, 0] if self.projections is None else unit(self.projections[rows])
+
+    @cached_property
+    def _searcher(self) -> Any:
+        return on_gpu(self.faiss_index)
+
+    def copies(self, digests: list[str]) -> NDArray[np.int64]:
+        """The rows that have one of these digests, in order."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        # A dictionary of millions of digests would be large; a pass over them takes no longer than a block's search.
+        rows: NDArray[np.int64] = pc.is_in(self.rows["digest"], value_set=pa.array(digests, pa.string())).to_numpy()
+        return rows.nonzero()[0]
 
     def _own_rows(self, digests: list[str]) -> NDArray[np.int64]:
         """Rows with each digest -> (B, most found), padded with -1."""
-        found = [self._rows_of.get(digest, []) for digest in digests]
-        width = max(map(len, found), default=0)
-        return np.array([rows + [-1] * (width - len(rows)) for rows in found], np.int64).reshape(len(digests), width)
-
-    @cached_property
-    def _rows_of(self) -> dict[str, list[int]]:
-        """The rows of each digest: mostly one, more where the gallery holds a picture twice."""
-        rows: dict[str, list[int]] = {}
-        for row, digest in enumerate(self.rows["digest"].to_pylist()):
+        copies, rows = self.copies(digests), dict[str, list[int]]()
+        for row, digest in zip(copies.tolist(), self.rows["digest"].take(copies).to_pylist(), strict=True):
             rows.setdefault(digest, []).append(row)
-        return rows
+        found = [rows.get(digest, []) for digest in digests]
+        width = max(map(len, found), default=0)
+        return np.array([own + [-1] * (width - len(own)) for own in found], np.int64).reshape(len(digests), width)
 
     def check_encoder(self, encoder: str) -> None:
         """Raises GeoError when the index was built with another encoder."""
@@ -90,25 +215,30 @@ class GeoIndex:
             )
 
     @classmethod
-    def load(cls, folder: str | Path) -> GeoIndex:
-        """Open an index folder, every file checked against the manifest before use.
+    def load(cls, folder: str | Path, heads: Heads | None = None) -> GeoIndex:
+        """Open an index folder, every file checked against the manifest before use; large ones are memory-mapped.
 
-        Raises GeoError for a missing, truncated or exchanged file.
+        heads: ``GeoAlignment.heads`` of the model, which an approximate index needs to be searched. Raises GeoError for
+        a missing, truncated or exchanged file.
         """
-        import faiss
-
         folder = Path(folder)
         manifest = check_manifest(folder)
-        faiss.set_deserialization_vector_byte_limit(manifest["bytes"][VECTORS] + 1)
-        try:
-            index = faiss.read_index(str(folder / VECTORS))
-        except RuntimeError as error:
-            raise GeoError(f"{VECTORS} in {folder} cannot be read: {str(error).splitlines()[0]}") from None
+        wrong = GeoError(f"the index in {folder} does not match its manifest: build it again")
+        count, dim, kept = manifest["rows"], manifest["dim"], PROJECTIONS in FORMATS[manifest["format"]]
+        index = open_index(folder / VECTORS, manifest["bytes"][VECTORS], manifest["factory"])
         rows = read_table(folder / ROWS)
-        facts = index.d, index.ntotal, len(rows), index.metric_type
-        if facts != (3 * manifest["dim"], manifest["rows"], manifest["rows"], faiss.METRIC_INNER_PRODUCT):
-            raise GeoError(f"the index in {folder} does not match its manifest: build it again")
-        return cls(index, rows, manifest)
+        # 0 is FAISS' name for the inner product.
+        if (index.d, index.ntotal, len(rows), index.metric_type) != (dim if kept else 3 * dim, count, count, 0):
+            raise wrong
+        if not kept:
+            return cls(index, rows, manifest)
+        try:
+            projections = np.load(folder / PROJECTIONS, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError):
+            raise wrong from None
+        if (projections.shape, projections.dtype) != ((count, dim), np.float16):
+            raise wrong
+        return cls(index, rows, manifest, projections, heads)
 
 
 def check_manifest(folder: Path) -> dict[str, Any]:
@@ -117,12 +247,13 @@ def check_manifest(folder: Path) -> dict[str, Any]:
         raise GeoError(f"no index in {folder}: build one with rag-geotoken index build")
     manifest: dict[str, Any] = read_json(folder / MANIFEST)
     try:
-        files = {name: (manifest["bytes"][name], manifest["sha256"][name]) for name in (VECTORS, ROWS)}
-        known = manifest["format"] == FORMAT and {"encoder", "dim", "rows", "made_from"} <= manifest.keys()
-    except (TypeError, KeyError):
+        files = {name: (manifest["bytes"][name], manifest["sha256"][name]) for name in FORMATS[manifest["format"]]}
+        known = {"encoder", "dim", "rows", "made_from", "factory"} <= manifest.keys()
+        known = known and (len(files) == 2 or (int(manifest["refine"]) > 0 and int(manifest["effort"]) >= 0))
+    except (TypeError, KeyError, ValueError):
         known = False
     if not known:
-        raise GeoError(f"{MANIFEST} in {folder} is not that of a {FORMAT} index: build it again")
+        raise GeoError(f"{MANIFEST} in {folder} is not that of a {' or '.join(FORMATS)} index: build it again")
     for name, (size, sha256) in files.items():
         path = folder / name
         if not path.is_file():
@@ -132,56 +263,15 @@ def check_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def build_index(folder: Path, photos_file: Path, embeddings_file: Path, encoder: str) -> dict[str, Any]:
-    """Write an index of the photos that have an embedding and a place -> its manifest.
-
-    The files are stage tables, row for row. The manifest is written last, so a folder without one is no index; one
-    made from the same tables is left as it is. Raises GeoError when no photo can be used.
-    """
-    import faiss
-    import pyarrow.compute as pc
-
-    made_from = {"photos": file_sha256(photos_file), "embeddings": file_sha256(embeddings_file), "encoder": encoder}
-    with suppress(GeoError):
-        manifest = check_manifest(folder)
-        if manifest["made_from"] == made_from:
-            return manifest
-    photos, embeddings = read_table(photos_file), read_table(embeddings_file)
-    if not photos["id"].equals(embeddings["id"]):
-        raise GeoError(f"{embeddings_file.name} is not of the photos in {photos_file.name}: run encode again")
-    usable = pc.and_(pc.is_null(embeddings["error"]), pc.is_valid(photos["lat"])).to_numpy(zero_copy_only=False)
-    if not usable.any():
-        raise GeoError("no photo has both a readable picture and coordinates: nothing to index")
-    kept = embeddings.filter(usable)
-    parts = [to_numpy(kept[name]) for name in ("image", "gps", "text")]
-    index = faiss.IndexFlatIP(sum(part.shape[1] for part in parts))
-    index.add(np.concatenate(parts, axis=1))
-    rows = photos.append_column("digest", embeddings["digest"]).filter(usable).select(ROW_COLUMNS)
-    with suppress(OSError):  # where this cannot be done, the next line says why
-        (folder / MANIFEST).unlink(missing_ok=True)
-    write_whole(folder / VECTORS, partial(_write_vectors, index))
-    write_table(folder / ROWS, rows)
-    manifest = {
-        "format": FORMAT,
-        "encoder": encoder,
-        "dim": parts[0].shape[1],
-        "parts": ["image", "gps", "text"],
-        "metric": "inner product",
-        "factory": "Flat",
-        "rows": len(rows),
-        "left_out": int((~usable).sum()),
-        "made_from": made_from,
-        "bytes": {name: (folder / name).stat().st_size for name in (VECTORS, ROWS)},
-        "sha256": {name: file_sha256(folder / name) for name in (VECTORS, ROWS)},
-    }
-    write_json(folder / MANIFEST, manifest)
-    return manifest
+def unit(projections: NDArray[np.float16]) -> Vectors:
+    """Projections (N, dim) -> image parts: the same directions, of length one."""
+    vectors = projections.astype(np.float32)
+    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return vectors
 
 
-def _write_vectors(index: Any, path: Path) -> None:
+def _selector(keep: Mask) -> Any:
     import faiss
 
-    try:
-        faiss.write_index(index, str(path))
-    except RuntimeError:  # what FAISS makes of a full disk or a folder that may not be written
-        raise OSError("the disk is full or the folder is read-only") from None
+    selector: Any = faiss.IDSelectorBitmap  # whose Python side takes the bits alone
+    return selector(np.packbits(keep, bitorder="little"))

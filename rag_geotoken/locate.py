@@ -37,7 +37,7 @@ def locate_photos(
     geolocator = Geolocator.from_pretrained(index, weights)
     write_table(run / "photos.parquet", table)
     stages.encode(run, geolocator.alignment, geolocator.encoder)
-    stages.search(run, geolocator.index, options.neighbors, geolocator.tuning.search_weights)
+    stages.search(run, geolocator.index, options.neighbors, geolocator.tuning.search_weights, options.within)
     if options.propose:
         stages.propose(run, geolocator, options)
     inputs, area = ["pool"], None
@@ -103,14 +103,32 @@ def read_photos(photos: list[str], limit: int | None = None) -> pa.Table:
     return pa.concat_tables(tables).slice(0, limit)
 
 
-def neighbors_of(index: Path, photo: Path, k: int, weights: Path) -> list[dict[str, Any]]:
-    """The k rows of an index most like a picture: rank, score, id, lat, lon, place. Raises GeoError."""
+def neighbors_of(
+    index: Path,
+    photo: Path,
+    k: int,
+    weights: Path,
+    within: tuple[float, float, float] | None = None,
+    not_author: str | None = None,
+    dissimilar: bool = False,
+) -> list[dict[str, Any]]:
+    """The k rows of an index most, or least, like a picture: rank, score, id, lat, lon, place. Raises GeoError.
+
+    within and not_author leave rows out before the search; where fewer than k are left, there are fewer.
+    """
     geolocator = Geolocator.from_pretrained(index, weights)
     pixels, errors = load_pictures([str(photo)], 64)
     if errors[0]:
         raise GeoError(errors[0])
-    found = geolocator.search(geolocator.encode(pixels), k, digests(pixels))
-    rows = geolocator.index.rows.take(found.rows[0]).select(["id", "lat", "lon", "place"]).to_pylist()
+    gallery, own = geolocator.index, digests(pixels)
+    keep = gallery.mask(within, not_author)
+    if keep is not None:
+        keep[gallery.copies(own)] = False
+        k, own = min(k, int(keep.sum())), []
+        if k == 0:
+            raise GeoError("the filter lets no photo of the index through: allow a wider region or another author")
+    found = gallery.search(geolocator.encode(pixels), k, geolocator.tuning.search_weights, own, keep, dissimilar)
+    rows = gallery.rows.take(found.rows[0]).select(["id", "lat", "lon", "place"]).to_pylist()
     scores = found.scores[0].tolist()
     return [{"rank": i + 1, "score": score, **row} for i, (row, score) in enumerate(zip(rows, scores, strict=True))]
 

@@ -20,8 +20,9 @@ from rag_geotoken.errors import GeoError
 from rag_geotoken.files import file_sha256
 from rag_geotoken.frontier import frontier
 from rag_geotoken.gps_search import GpsSearch
-from rag_geotoken.index import GeoIndex
+from rag_geotoken.index import COPIES, GeoIndex
 from rag_geotoken.lattice import Lattice
+from rag_geotoken.look import Look
 from rag_geotoken.pictures import load_pictures
 from rag_geotoken.pool import keep_within, make_pool
 from rag_geotoken.posterior import Posterior
@@ -31,7 +32,7 @@ from rag_geotoken.tuning import Tuning, load_tuning
 from rag_geotoken.types import BEAM, GREEDY, SAMPLE, Candidates, Neighbors, Places, Pool, Prediction, Predictions
 from rag_geotoken.weights import EARTH, fingerprint
 
-VERIFIERS = ("alignment", "reward")
+VERIFIERS = ("alignment", "reward")  # and "look", which the ablation leaves out
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,12 @@ class Geolocator:
     def from_pretrained(cls, index: str | Path, weights: str | Path = EARTH) -> Geolocator:
         """Open an index folder and a weights folder. Raises GeoError when a file is missing, broken or does not fit."""
         weights = Path(weights)
-        tokens, tuning, gallery = TokenModel.from_pretrained(weights), load_tuning(weights), GeoIndex.load(index)
+        tokens, tuning = TokenModel.from_pretrained(weights), load_tuning(weights)
+        alignment = GeoAlignment.from_pretrained(weights)
+        gallery = GeoIndex.load(index, alignment.heads)
         # A folder of converted weights may have no reward head; it is missed when it is asked.
         reward = RewardHead.from_pretrained(weights) if (weights / "reward.json").is_file() else None
-        return cls(GeoAlignment.from_pretrained(weights), tokens, gallery, tuning, encoder_id(weights), reward)
+        return cls(alignment, tokens, gallery, tuning, encoder_id(weights), reward)
 
     def __call__(self, pictures: str | Path | Sequence[str | Path], options: Options | None = None) -> list[Prediction]:
         """Pictures -> predictions in order; one that cannot be read has an error and no coordinates."""
@@ -104,7 +107,7 @@ class Geolocator:
     def locate(self, pixels: NDArray[np.uint8], options: Options) -> Predictions:
         """Pixels (B, 64, 64, 3) uint8 -> the decision on each: the method, start to end."""
         photo = self.encode(pixels)
-        neighbors = self.search(photo, options.neighbors, digests(pixels))
+        neighbors = self.search(photo, options.neighbors, digests(pixels), options.within)
         candidates = self.propose(photo, neighbors, options) if options.propose else None
         places = self.places(photo, options.gps_places) if options.gps_places else None
         pool = self.pool(neighbors, candidates, places, options.within)
@@ -115,9 +118,19 @@ class Geolocator:
         """Pixels (B, 64, 64, 3) -> (B, 3, dim) image, GPS and text embedding."""
         return self.alignment.embed(pixels)
 
-    def search(self, photo: NDArray[np.float32], k: int, own: list[str] | None = None) -> Neighbors:
-        """Embeddings (B, 3, dim) -> the k nearest gallery photos, those with a digest of ``own`` passed over."""
-        return self.index.search(photo, k, self.tuning.search_weights, own)
+    def search(
+        self,
+        photo: NDArray[np.float32],
+        k: int,
+        own: list[str] | None = None,
+        within: tuple[float, float, float] | None = None,
+    ) -> Neighbors:
+        """Embeddings (B, 3, dim) -> the k nearest gallery photos, those with a digest of ``own`` passed over.
+
+        within: only those inside; where fewer than k are, the k nearest to that place.
+        """
+        keep = self.index.mask(within, at_least=k + COPIES)
+        return self.index.search(photo, k, self.tuning.search_weights, own, keep)
 
     def places(self, photo: NDArray[np.float32], n: int) -> Places:
         """The ``n`` places most like the GPS embedding of photos (B, 3, dim)."""
@@ -185,7 +198,8 @@ class Geolocator:
         """A verifier's score (B, C) of each entry of the photos' pools, zero where there is none.
 
         alignment: G3's geo-verification, the cosine of the photo's GPS embedding with the place's. reward: GeoToken's
-        head, the log of the utility it expects. Raises GeoError for another name, or a head that is not there.
+        head, the log of the utility it expects. look: the cosine of the photo's image embedding with what RANGE makes
+        of the place. Raises GeoError for another name, or a head that is not there.
         """
         scores = np.zeros(pool.mask.shape, np.float32)
         if verifier == "alignment":
@@ -194,16 +208,28 @@ class Geolocator:
         elif verifier == "reward" and self.reward is not None:
             states = self.states(photo, neighbors, pool)
             scores[pool.mask] = self.reward.scores(states).numpy()[pool.mask]
+        elif verifier == "look":
+            spots, back = np.unique(pool.lat_lon[pool.mask], axis=0, return_inverse=True)
+            looks = self.look.of(spots, self.alignment.embed_places(spots))
+            looks /= np.linalg.norm(looks, axis=1, keepdims=True)
+            scores[pool.mask] = np.einsum("nd,nd->n", photo[np.nonzero(pool.mask)[0], 0], looks[back.ravel()])
         elif verifier in VERIFIERS:
             raise GeoError(f"these weights have no {verifier} head: train one with rag-geotoken train {verifier}")
         else:
-            raise GeoError(f"nothing verifies by the name {verifier!r}: choose of {', '.join(VERIFIERS)}")
+            raise GeoError(f"nothing verifies by the name {verifier!r}: choose of {', '.join(VERIFIERS)}, look")
         return scores
+
+    @cached_property
+    def look(self) -> Look:
+        """The gallery as a bank of looks."""
+        return self.index.look(self.alignment.embed_places)
 
     def verifier_id(self, verifier: str) -> str:
         """Which weights a verifier's scores follow from."""
         if verifier == "reward" and self.reward is not None:
             return fingerprint(self.tokens, self.reward)
+        if verifier == "look":
+            return f"{self.encoder} {self.index.manifest['sha256']}"
         return self.encoder
 
     @torch.inference_mode()

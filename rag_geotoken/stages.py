@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rag_geotoken.files import write_json
+from rag_geotoken.index import COPIES
 from rag_geotoken.metrics import RADII_KM
 from rag_geotoken.pictures import load_pictures
 from rag_geotoken.progress import progress_bar
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from rag_geotoken.index import GeoIndex
     from rag_geotoken.pipeline import Geolocator, Options
 
-BLOCK = 256
+BLOCK, LARGE_BLOCK, MANY = 256, 2048, 65_536  # photos a file while a stage runs, and of how many it has large ones
 Floats = NDArray[np.float64]
 
 
@@ -53,42 +54,67 @@ def write_photos(folder: Path, source: str) -> Path:
     if line := left_out.line():
         print(f"{source}: {line}", file=sys.stderr)
     recipe = {"source": source, "content": table_sha256(table)}
-    path = stage(folder, "photos", recipe, [], ["all"], lambda _: table)
-    write_json(folder / "left_out.json", {"photos": len(table), **vars(left_out)})
-    return path
+
+    def work(_: slice) -> pa.Table:
+        write_json(folder / "left_out.json", {"photos": len(table), **vars(left_out)})
+        return table
+
+    return stage(folder, "photos", recipe, [], ["all"], work)
 
 
-def encode(folder: Path, alignment: GeoAlignment, encoder: str) -> Path:
-    """Photos -> embeddings: id, image, gps and text (dim), digest of the pixels, error."""
+def encode(folder: Path, alignment: GeoAlignment, encoder: str, projections: bool = False) -> Path:
+    """Photos -> embeddings: id, image, gps and text (dim), digest of the pixels, error.
+
+    projections: instead of the three parts the one projection that they follow from, in half precision: a sixth of the
+    bytes, as ``projections``.
+    """
     import pyarrow as pa
 
     from rag_geotoken.pipeline import digests
 
     photos = read_table(folder / "photos.parquet", ["id", "image"])
-    ids, references = photos["id"].to_pylist(), photos["image"].to_pylist()
+    ids, images = photos["id"].to_pylist(), photos["image"]
 
     def work(at: slice) -> pa.Table:
-        pixels, errors = load_pictures(references[at], 64)
-        vectors = alignment.embed(pixels)
+        pixels, errors = load_pictures(images[at.start : at.stop].to_pylist(), 64)
+        if projections:
+            vectors: dict[str, NDArray[Any]] = {"projection": alignment.project(pixels).astype(np.float16)}
+        else:
+            parts = alignment.embed(pixels)
+            vectors = {name: parts[:, i] for i, name in enumerate(("image", "gps", "text"))}
         bad = [error is not None for error in errors]
-        vectors[bad] = 0.0
         columns = {"id": pa.array(ids[at], pa.string())}
-        columns |= {name: fixed_list(vectors[:, i]) for i, name in enumerate(("image", "gps", "text"))}
+        for name, values in vectors.items():
+            values[bad] = 0.0
+            columns[name] = fixed_list(values)
         columns |= {"digest": pa.array(digests(pixels)), "error": pa.array(errors, pa.string())}
         return pa.table(columns)
 
-    return _run(folder, "embeddings", {"encoder": encoder}, ["photos"], ids, work)
+    name = "projections" if projections else "embeddings"
+    block = LARGE_BLOCK if len(ids) > MANY else BLOCK
+    return _run(folder, name, {"encoder": encoder}, ["photos"], ids, work, block)
 
 
-def search(folder: Path, index: GeoIndex, k: int, weights: tuple[float, ...]) -> Path:
-    """Embeddings -> neighbours: id, rank, row, lat, lon, score; a photo never finds itself."""
+def search(
+    folder: Path,
+    index: GeoIndex,
+    k: int,
+    weights: tuple[float, ...],
+    within: tuple[float, float, float] | None = None,
+) -> Path:
+    """Embeddings -> neighbours: id, rank, row, lat, lon, score; a photo never finds itself.
+
+    within: only photos no further than (lat, lon, km) from a place; where fewer are, the nearest to it.
+    """
     import pyarrow as pa
 
     ids, photo, digest = read_embeddings(folder)
     recipe = {"k": k, "weights": list(weights), "index": index.manifest["sha256"]}
+    recipe |= {"within": within} if within else {}
+    keep = index.mask(within, at_least=k + COPIES)
 
     def work(at: slice) -> pa.Table:
-        found = index.search(photo[at], k, weights, digest[at])
+        found = index.search(photo[at], k, weights, digest[at], keep)
         return pa.table(
             {
                 "id": pa.array(np.repeat(ids[at], k), pa.string()),
@@ -287,7 +313,8 @@ def _run(
     inputs: list[str],
     ids: list[str],
     work: Callable[[slice], pa.Table],
+    block: int | None = None,
 ) -> Path:
     files = [folder / f"{file}.parquet" for file in inputs]
     with progress_bar(len(ids), f"{folder.name}: {name}") as advance:
-        return stage(folder, name, recipe, files, ids, work, block=BLOCK, progress=advance)
+        return stage(folder, name, recipe, files, ids, work, block=block or BLOCK, progress=advance)

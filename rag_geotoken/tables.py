@@ -158,7 +158,9 @@ def stage(
     if total == 0:
         raise GeoError(f"stage {name} has no photos to work on: the source is empty or everything was left out")
     source = {"stage": name, "recipe": dict(recipe), "inputs": [file_sha256(path) for path in inputs]}
-    identity = _sha256({**source, "keys": _sha256(np.asarray(keys).tolist()), "block": block})
+    identity = _sha256(
+        {**source, "keys": _sha256(keys.tolist() if isinstance(keys, np.ndarray) else list(keys)), "block": block}
+    )
     path, parts = folder / f"{name}.parquet", folder / f".{name}.parts"
     report = progress or (lambda done: None)
     if _is_done(path, identity):

@@ -12,7 +12,8 @@ import pytest
 from conftest import ROWS, OneLine
 from numpy.typing import NDArray
 
-from rag_geotoken.index import GeoIndex, build_index
+from rag_geotoken.index import GeoIndex
+from rag_geotoken.indexing import build_index
 from rag_geotoken.pipeline import Geolocator, encoder_id
 from rag_geotoken.tables import read_table, to_numpy, write_table
 
@@ -148,7 +149,7 @@ def test_stopped_before_the_manifest_there_is_no_index(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("rag_geotoken.index.write_table", stop)
+        patch.setattr("rag_geotoken.indexing.write_table", stop)
         with pytest.raises(KeyboardInterrupt):
             build_index(copy, *photos_of(copy), "another")
     with one_line("no index in"):

@@ -21,7 +21,8 @@ from torch import Tensor
 from rag_geotoken import stages
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.cells import S2Tokenizer
-from rag_geotoken.index import GeoIndex, build_index
+from rag_geotoken.index import GeoIndex
+from rag_geotoken.indexing import build_index
 from rag_geotoken.pipeline import encoder_id
 from rag_geotoken.tables import read_table, write_table
 from rag_geotoken.token_model import TokenConfig, TokenModel

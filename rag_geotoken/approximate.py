@@ -1,0 +1,178 @@
+"""Approximate search with FAISS: which factory, how it is trained and filled, and how far it must look."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rag_geotoken.errors import GeoError
+
+Vectors = NDArray[np.float32]
+GIB = 2**30
+EXACT_ROWS = 65_536  # up to here an exact search is quick enough and nothing needs training
+GRAPH_ROWS = 500_000  # from here on a graph takes too long to build
+SAMPLE_BYTES = 0.75 * GIB  # of training vectors, whatever the dimension
+LINKS = 32  # neighbours a node in a graph
+
+
+def choose_factory(rows: int, dim: int, memory_gib: float = 16.0, recall: float = 0.95) -> str:
+    """A FAISS factory for so many vectors that stays within so much memory, after autofaiss' rules.
+
+    Exact ``Flat`` on all three parts (12 * dim bytes a row) while rows are few; then a graph where it fits and recall
+    is wanted, inverted lists of half precision, of 8 bits, and product codes as long as fit. All but ``Flat`` look at
+    the image part alone, and the best of what they find are compared exactly. Raises GeoError when nothing fits.
+    """
+    budget = memory_gib * GIB / rows  # bytes a row
+    if rows <= EXACT_ROWS and 12 * dim <= budget:
+        return "Flat"
+    if rows <= GRAPH_ROWS and recall >= 0.98 and 2 * dim + 10 * LINKS <= budget:
+        return f"HNSW{LINKS},SQfp16"
+    lists = inverted_lists(rows)
+    coarse = f"IVF{lists}_HNSW32" if lists >= 4096 else f"IVF{lists}"
+    budget -= 16 + 4 * dim * lists / rows  # the row's number, and the lists' centres
+    for bytes_, codes in ((2 * dim, "SQfp16"), (dim, "SQ8")):
+        if bytes_ <= budget:
+            return f"{coarse},{codes}"
+    fits = [size for size in range(8, dim // 2 + 1, 8) if dim % size == 0 and size <= budget]
+    if not fits:
+        raise GeoError(
+            f"{rows} rows of {dim} numbers do not fit into {memory_gib:g} GiB in any form: allow more memory"
+        )
+    return f"OPQ{fits[-1]},{coarse},PQ{fits[-1]}"
+
+
+def inverted_lists(rows: int) -> int:
+    """How many lists: the power of two next above 2 * sqrt(rows), so that a list is half as long as there are lists."""
+    return 1 << max(4, int(np.ceil(np.log2(2.0 * np.sqrt(rows)))))
+
+
+def sample_size(factory: str, rows: int, dim: int) -> int:
+    """Vectors to train on: 40 a list (FAISS asks for 39), no fewer than 10,000, within ``SAMPLE_BYTES``."""
+    if factory.startswith("HNSW"):
+        return min(rows, 1000)  # half precision learns nothing, but wants to be trained
+    lists = int(factory.split("IVF")[1].split(",")[0].split("_")[0]) if "IVF" in factory else 0
+    return int(min(rows, max(40 * lists, 10_000), SAMPLE_BYTES // (4 * dim)))
+
+
+def train(factory: str, sample: Vectors) -> Any:
+    """An empty index of that factory, inner product, trained on the sample (N, dim). Raises GeoError."""
+    import faiss
+
+    try:
+        index: Any = faiss.index_factory(sample.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError:
+        raise GeoError(f"{factory!r} is no FAISS factory for {sample.shape[1]} numbers: try HNSW32,SQfp16") from None
+    lists = inverted(index)
+    if lists is not None and len(sample) < lists.nlist:
+        raise GeoError(f"{factory} needs at least {lists.nlist} rows to train on, there are {len(sample)}")
+    if lists is not None:
+        lists.cp.niter = 10  # what later rounds gain is lost in the choice of nprobe
+        lists.cp.max_points_per_centroid = 1 << 20  # the sample has its size already
+        if hasattr(faiss, "StandardGpuResources"):
+            lists.clustering_index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(lists.d))
+    if factory.startswith("OPQ"):
+        turn: Any = faiss.downcast_VectorTransform(index.chain.at(0))
+        turn.niter = 10  # its 50 rounds take hours at 768 numbers
+    index.train(sample)
+    return index
+
+
+def add(index: Any, blocks: Iterable[Vectors], advance: Callable[[int], object]) -> None:
+    """Put blocks (B, dim) into an index one after the other."""
+    for block in blocks:
+        index.add(np.ascontiguousarray(block))
+        advance(len(block))
+
+
+def inverted(index: Any) -> Any:
+    """The part of an index that holds inverted lists, or None."""
+    import faiss
+
+    try:
+        return faiss.extract_index_ivf(index)
+    except RuntimeError:
+        return None
+
+
+def effort_name(index: Any) -> str:
+    """Which number says how far a search looks: nprobe, efSearch, or none."""
+    if inverted(index) is not None:
+        return "nprobe"
+    return "efSearch" if hasattr(index, "hnsw") else ""
+
+
+def effort(index: Any, value: int, selector: Any = None) -> Any:
+    """Search parameters: so many lists or graph nodes, only rows that a faiss.IDSelector lets through."""
+    faiss: Any = importlib.import_module("faiss")  # its parameters' Python side takes names that its types do not know
+    if inverted(index) is not None:
+        inner = faiss.SearchParametersIVF(nprobe=value, sel=selector)
+        return faiss.SearchParametersPreTransform(index_params=inner) if _turned(index) else inner
+    if hasattr(index, "hnsw"):
+        return faiss.SearchParametersHNSW(efSearch=value, sel=selector)
+    inner = faiss.SearchParameters(sel=selector)
+    return faiss.SearchParametersPreTransform(index_params=inner) if _turned(index) else inner
+
+
+def efforts(index: Any) -> Iterator[int]:
+    """What to try for nprobe or efSearch, growing by half and less each time."""
+    lists = inverted(index)
+    most = lists.nlist if lists is not None else 1024
+    value, last = (1, 0) if lists is not None else (24, 0)
+    while value < most:
+        yield value
+        value, last = max(value + 1, int(value * 1.4)), value
+    if last < most:
+        yield most
+
+
+def recall_at(found: NDArray[np.int64], truth: NDArray[np.int64]) -> float:
+    """The share of each query's true rows (Q, K) that are among the found ones (Q, M)."""
+    return float((truth[:, :, None] == found[:, None, :]).any(axis=2).mean())
+
+
+def tune(index: Any, queries: Vectors, truth: NDArray[np.int64], k: int, recall: float) -> tuple[int, float]:
+    """The least nprobe or efSearch that finds the share ``recall`` of the true rows (Q, T) among k -> it, its recall.
+
+    Where none does, the largest.
+    """
+    reached = 0, 0.0
+    for value in efforts(index):
+        found = index.search(queries, k, params=effort(index, value))[1]
+        reached = value, recall_at(found, truth)
+        if reached[1] >= recall or not effort_name(index):
+            break
+    return reached
+
+
+def open_index(path: Path, size: int, factory: str) -> Any:
+    """Read a FAISS file of so many bytes, mapped into memory where its kind allows. Raises GeoError.
+
+    No vector or loop that the file asks for may be larger than the file itself.
+    """
+    import faiss
+
+    faiss.set_deserialization_vector_byte_limit(size + 1)
+    faiss.set_deserialization_loop_limit(size + 1)
+    flags = faiss.IO_FLAG_MMAP if "IVF" in factory else faiss.IO_FLAG_MMAP_IFC
+    try:
+        return faiss.read_index(str(path), flags)
+    except RuntimeError as error:
+        raise GeoError(f"{path.name} in {path.parent} cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def on_gpu(index: Any) -> Any:
+    """The same index on all GPUs, where faiss-gpu is installed and has its kind; else itself."""
+    import faiss
+
+    if not hasattr(faiss, "StandardGpuResources") or hasattr(index, "hnsw"):
+        return index
+    return faiss.index_cpu_to_all_gpus(index)
+
+
+def _turned(index: Any) -> bool:
+    return hasattr(index, "chain")

@@ -1,0 +1,264 @@
+"""Building an index: from the stage tables of photos to a folder that :class:`.GeoIndex` opens."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rag_geotoken import approximate
+from rag_geotoken.errors import GeoError
+from rag_geotoken.exact import scan
+from rag_geotoken.files import file_sha256, write_json, write_whole
+from rag_geotoken.index import (
+    BLOCK,
+    FORMATS,
+    MANIFEST,
+    PROJECTIONS,
+    ROW_COLUMNS,
+    ROWS,
+    VECTORS,
+    Heads,
+    Vectors,
+    check_manifest,
+    unit,
+)
+from rag_geotoken.progress import progress_bar
+from rag_geotoken.tables import read_table, to_numpy, write_table
+from rag_geotoken.tuning import Tuning
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+EXACT, APPROXIMATE = FORMATS
+K, QUERIES = 20, 500  # recall@20 on so many photos that are held out
+TRUTH = 20  # the true neighbours are the best by all three parts of TRUTH * K by the image part
+REFINE = (2, 3, 5, 8, 12, TRUTH)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an index may cost: memory, the share of true neighbours to be found, or a FAISS factory outright."""
+
+    factory: str | None = None
+    memory_gib: float = 16.0
+    recall: float = 0.95
+
+    def choose(self, rows: int, dim: int) -> str:
+        """The factory for so many photos. Raises GeoError for a target out of range or no room."""
+        if not (0 < self.recall <= 1 and self.memory_gib > 0):
+            raise GeoError(
+                f"recall {self.recall:g}, memory {self.memory_gib:g} GiB: give 0 to 1, and more than nothing"
+            )
+        return self.factory or approximate.choose_factory(rows, dim, self.memory_gib, self.recall)
+
+
+def build_index(folder: Path, photos_file: Path, embeddings_file: Path, encoder: str) -> dict[str, Any]:
+    """Write an exact index of the photos that have an embedding and a place -> its manifest.
+
+    The files are stage tables, row for row. The manifest is written last, so a folder without one is no index; one
+    made from the same tables is left as it is. Raises GeoError when no photo can be used.
+    """
+    import faiss
+
+    made_from = {"photos": file_sha256(photos_file), "embeddings": file_sha256(embeddings_file), "encoder": encoder}
+    if manifest := _built(folder, made_from):
+        return manifest
+    rows, usable = _usable(photos_file, embeddings_file)
+    kept = read_table(embeddings_file, ["image", "gps", "text"]).filter(usable)
+    parts = [to_numpy(kept[name]) for name in ("image", "gps", "text")]
+    index = faiss.IndexFlatIP(sum(part.shape[1] for part in parts))
+    index.add(np.concatenate(parts, axis=1))
+    _no_manifest(folder)
+    write_whole(folder / VECTORS, partial(_write_vectors, index))
+    write_table(folder / ROWS, rows.filter(usable))
+    facts = {
+        "format": EXACT,
+        "encoder": encoder,
+        "dim": parts[0].shape[1],
+        "parts": ["image", "gps", "text"],
+        "metric": "inner product",
+        "factory": "Flat",
+        "rows": int(usable.sum()),
+        "left_out": int((~usable).sum()),
+    }
+    return _write_manifest(folder, facts, made_from)
+
+
+def build_approximate(
+    folder: Path, photos_file: Path, projections_file: Path, encoder: str, heads: Heads, plan: Plan
+) -> dict[str, Any]:
+    """Write an index that searches the image parts approximately and compares the best exactly -> its manifest.
+
+    Never more in memory than the FAISS index, a training sample and a block of rows. Photos drawn by a seed stay out
+    until nprobe or efSearch is chosen by searching for them, and come last in the index. Raises GeoError as
+    :func:`build_index` does, and for a factory that does not fit.
+    """
+    begun = time.monotonic()
+    made_from: dict[str, Any] = {"plan": asdict(plan), "encoder": encoder}
+    made_from |= {"photos": file_sha256(photos_file), "embeddings": file_sha256(projections_file)}
+    if manifest := _built(folder, made_from):
+        return manifest
+    rows, usable = _usable(photos_file, projections_file)
+    at = np.flatnonzero(usable)
+    held = np.zeros(len(usable), bool)
+    held[np.random.default_rng(0).choice(at, min(QUERIES, len(at) // 10), replace=False)] = True
+    order = np.concatenate([np.flatnonzero(usable & ~held), np.flatnonzero(held)])
+    _no_manifest(folder)
+    dim = _write_projections(folder / PROJECTIONS, projections_file, usable, held)
+    write_table(folder / ROWS, rows.take(order))
+    factory, first = plan.choose(len(order), dim), int((usable & ~held).sum())
+    if factory == "Flat":
+        raise GeoError("an approximate index needs another factory than Flat: try HNSW32,SQfp16")
+    projections = np.load(folder / PROJECTIONS, mmap_mode="r", allow_pickle=False)
+
+    sample = _sample(projections[:first], approximate.sample_size(factory, first, dim))
+    print(f"index: {factory} learns from {len(sample)} of {len(order)} photos", file=sys.stderr)
+    index = approximate.train(factory, sample)
+    trained = len(sample)
+    del sample
+    with progress_bar(len(order), f"index: {factory}") as advance:
+        approximate.add(index, _blocks(projections[:first]), advance)
+        measured = _measure(index, projections, first, heads, plan.recall)
+        approximate.add(index, _blocks(projections[first:]), advance)
+    write_whole(folder / VECTORS, partial(_write_vectors, index))
+    facts = {
+        "format": APPROXIMATE,
+        "encoder": encoder,
+        "dim": dim,
+        "parts": ["projection"],
+        "metric": "inner product",
+        "factory": factory,
+        "rows": len(order),
+        "left_out": int((~usable).sum()),
+        **measured,
+        "trained_on": trained,
+        "memory_bytes": (folder / VECTORS).stat().st_size,
+        "build_seconds": round(time.monotonic() - begun, 1),
+    }
+    return _write_manifest(folder, facts, made_from)
+
+
+def _measure(index: Any, projections: NDArray[np.float16], first: int, heads: Heads, recall: float) -> dict[str, Any]:
+    """Choose how many rows are compared exactly, then nprobe or efSearch, by the photos held out (those from first on).
+
+    Their true neighbours are the best by all three parts, with the default weights, of many by an exact search of the
+    image parts: measured on the embedded gallery, those are the best of all rows.
+    """
+    if first == len(projections):
+        return {"effort_name": approximate.effort_name(index), "effort": 64, "refine": 5, "queries": 0}
+    queries, k = projections[first:], min(K, first)
+    image = unit(queries)
+    many = scan(image, _numbered(projections[:first]), min(first, TRUTH * k))[1]
+    photo = heads(queries.astype(np.float32)) * np.asarray(Tuning().search_weights, np.float32)[:, None]
+    truth = np.empty((len(queries), k), np.int64)
+    for i, rows in enumerate(many):  # a few hundred photos, whose candidates would be too many at once
+        scores = np.einsum("pd,mpd->m", photo[i], heads(projections[rows].astype(np.float32)))
+        truth[i] = rows[np.argsort(-scores, kind="stable")[:k]]
+    # Half of what may be missed is left to the approximate search.
+    enough = [r for r in REFINE if approximate.recall_at(many[:, : r * k], truth) >= (1 + recall) / 2]
+    refine = enough[0] if enough else REFINE[-1]
+    effort, reached = approximate.tune(index, image, truth, min(first, refine * k), recall)
+    if reached < recall:
+        print(f"index: finds {reached:.4f} of the true neighbours, less than asked: try SQfp16", file=sys.stderr)
+    measured = {"effort_name": approximate.effort_name(index), "effort": effort, "refine": refine}
+    return measured | {"recall@20": round(reached, 4), "queries": len(queries)}
+
+
+def _usable(photos_file: Path, embeddings_file: Path) -> tuple[pa.Table, NDArray[np.bool_]]:
+    """All photos with the columns of an index, and which of them have a picture and a place. Raises GeoError."""
+    import pyarrow.compute as pc
+
+    photos, embeddings = read_table(photos_file), read_table(embeddings_file, ["id", "digest", "error"])
+    if not photos["id"].equals(embeddings["id"]):
+        raise GeoError(f"{embeddings_file.name} is not of the photos in {photos_file.name}: run encode again")
+    usable = pc.and_(pc.is_null(embeddings["error"]), pc.is_valid(photos["lat"])).to_numpy(zero_copy_only=False)
+    if not usable.any():
+        raise GeoError("no photo has both a readable picture and coordinates: nothing to index")
+    return photos.append_column("digest", embeddings["digest"]).select(ROW_COLUMNS), usable
+
+
+def _write_projections(path: Path, table: Path, usable: NDArray[np.bool_], held: NDArray[np.bool_]) -> int:
+    """The usable rows of a projections table as one array (rows, dim) float16, those held out last -> dim."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(table) as file:
+        dim = int(file.schema_arrow.field("projection").type.list_size)
+
+        def write(beside: Path) -> None:
+            last: list[NDArray[np.float16]] = []
+            with beside.open("wb") as out, progress_bar(len(usable), "index: projections") as advance:
+                shape = (int(usable.sum()), dim)
+                np.lib.format.write_array_header_1_0(out, {"descr": "<f2", "fortran_order": False, "shape": shape})
+                done = 0
+                for batch in file.iter_batches(BLOCK, columns=["projection"]):
+                    block, at = to_numpy(batch["projection"]), slice(done, done + len(batch))
+                    if not np.isfinite(block[usable[at]]).all():
+                        raise GeoError("an embedding is not finite: the encoder does not fit half precision")
+                    out.write(block[usable[at] & ~held[at]].tobytes())
+                    last.append(block[held[at]])
+                    done += len(batch)
+                    advance(len(batch))
+                out.write(np.concatenate(last).tobytes())
+
+        write_whole(path, write)
+    return dim
+
+
+def _sample(projections: NDArray[np.float16], count: int) -> Vectors:
+    rows = np.sort(np.random.default_rng(1).choice(len(projections), min(count, len(projections)), replace=False))
+    return unit(projections[rows])
+
+
+def _blocks(projections: NDArray[np.float16]) -> Iterator[Vectors]:
+    for start in range(0, len(projections), BLOCK):
+        yield unit(projections[start : start + BLOCK])
+
+
+def _numbered(projections: NDArray[np.float16]) -> Iterator[tuple[NDArray[np.int64], Vectors]]:
+    for i, block in enumerate(_blocks(projections)):
+        yield np.arange(i * BLOCK, i * BLOCK + len(block)), block
+
+
+def _built(folder: Path, made_from: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of a sound index made from the same things, or None."""
+    with suppress(GeoError):
+        manifest = check_manifest(folder)
+        if manifest["made_from"] == made_from:
+            return manifest
+    return None
+
+
+def _no_manifest(folder: Path) -> None:
+    with suppress(OSError):  # where this cannot be done, the next file says why
+        (folder / MANIFEST).unlink(missing_ok=True)
+
+
+def _write_manifest(folder: Path, facts: dict[str, Any], made_from: dict[str, Any]) -> dict[str, Any]:
+    names = FORMATS[facts["format"]]
+    for stray in {PROJECTIONS} - set(names):
+        (folder / stray).unlink(missing_ok=True)
+    manifest = facts | {
+        "made_from": made_from,
+        "bytes": {name: (folder / name).stat().st_size for name in names},
+        "sha256": {name: file_sha256(folder / name) for name in names},
+    }
+    write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def _write_vectors(index: Any, path: Path) -> None:
+    import faiss
+
+    try:
+        faiss.write_index(index, str(path))
+    except RuntimeError:  # what FAISS makes of a full disk or a folder that may not be written
+        raise OSError("the disk is full or the folder is read-only") from None
