@@ -24,7 +24,7 @@ from rag_geotoken.geo import haversine_km
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.metrics import RADII_KM, accuracy, bootstrap
 from rag_geotoken.pictures import load_pictures
-from rag_geotoken.pipeline import Geolocator, Options, encoder_id
+from rag_geotoken.pipeline import Geolocator, Options
 from rag_geotoken.recipes import training_recipe
 from rag_geotoken.sources import read_source
 from rag_geotoken.tables import versions
@@ -83,7 +83,7 @@ def compare(out: Path, kept: Path, recipe: dict[str, Any]) -> dict[str, Any]:
     photos = out.with_name(f"{out.name}-photos")
     _, held_out = read_photos(photos, index, tokens.config, settings["held_out"], settings["seed"])
     losses = validate(Losses(tokens, index), held_out, settings["batch"])
-    geolocator = Geolocator(alignment, tokens, index, Tuning(), encoder_id(out))
+    geolocator = Geolocator(alignment, tokens, index, Tuning())
     table = read_source(SOURCE)
     truth = np.column_stack([table["lat"].to_numpy(), table["lon"].to_numpy()])
     km = {name: np.empty(len(truth)) for name in ("greedy", "beam", "sample")}

@@ -1,14 +1,19 @@
 """Geo-alignment after G3 (Jia et al., NeurIPS 2024): photos, places and place text in one space.
 
-The image encoder's features go through two heads, one towards the embedding of places and one towards that of text.
+The image encoder's features go through two heads, one towards the embedding of places and one towards that of text. The
+encoder is the small one for satellite views, or a frozen CLIP: then the heads are G3's.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +22,23 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from rag_geotoken.encoders.clip import CLIP_LARGE, ClipEncoder
 from rag_geotoken.encoders.earth import EarthEncoder
+from rag_geotoken.errors import GeoError
+from rag_geotoken.files import file_sha256
 from rag_geotoken.location import HarmonicConfig, HarmonicEncoder, LocationConfig, UnitVectorEncoder, embed_places, mlp
 from rag_geotoken.location import LocationEncoder as LocationEncoder
-from rag_geotoken.weights import load_weights, save_weights
+from rag_geotoken.weights import fingerprint, load_weights, save_weights
+
+EARTH_BACKBONE = "earth"
 
 
 @dataclass(frozen=True)
 class AlignmentConfig:
-    """Sizes of a :class:`GeoAlignment`: ``dim`` of every embedding, and what encodes places.
+    """Sizes of a :class:`GeoAlignment`: ``dim`` of every embedding, and what encodes photos and places.
 
+    backbone: ``earth``, trained with the rest, or a frozen CLIP (of a hub, or a folder) whose embeddings have ``dim``
+    numbers. location_dim: of the location encoder, which a head then leads to ``dim``, as in G3; 0 for neither.
     location: ``unit_vector``, or ``equal_earth``, ``mercator`` (with sigmas of their own: GeoCLIP's are 1, 16 and 256)
     or ``harmonics`` (of which ``degrees``). sigmas and frequencies are of the random Fourier features.
     """
@@ -39,6 +51,19 @@ class AlignmentConfig:
     text_dim: int = 64
     location: str = "unit_vector"
     degrees: int = 40
+    backbone: str = EARTH_BACKBONE
+    location_dim: int = 0
+
+
+G3 = AlignmentConfig(
+    dim=768,
+    sigmas=(1.0, 16.0, 256.0),
+    frequencies=256,
+    hidden=1024,
+    location="mercator",
+    backbone=CLIP_LARGE,
+    location_dim=512,
+)
 
 
 class TextEncoder(nn.Module):
@@ -64,21 +89,75 @@ class TextEncoder(nn.Module):
 
 
 class GeoAlignment(nn.Module):
-    """Image encoder, two heads, location encoder, text encoder and the logit scales of the two contrastive losses."""
+    """Image encoder, two heads, location encoder, text encoder and the logit scales of the two contrastive losses.
+
+    A frozen backbone is no part of the weights: it is opened when a picture or a text is first embedded.
+    """
+
+    encoder: EarthEncoder
+    folder: Path | None = None  # where it was read from
+    backbone_name: str | None = None  # a backbone in another place than the config's
 
     def __init__(self, config: AlignmentConfig | None = None) -> None:
         super().__init__()
         self.config = config or AlignmentConfig()
         dim = self.config.dim
-        self.encoder = EarthEncoder(dim)
-        self.to_gps, self.to_text = mlp(dim, dim, dim), mlp(dim, dim, dim)
-        self.location, self.text = _location(self.config), TextEncoder(self.config)
-        self.gps_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        self.text_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        if self.frozen:
+            heads: Callable[..., nn.Sequential] = lambda *widths: mlp(*widths, between=nn.ReLU)  # noqa: E731
+        else:
+            heads, self.encoder = mlp, EarthEncoder(dim)
+        self.to_gps, self.to_text = heads(dim, dim, dim), heads(dim, dim, dim)
+        self.location, self.text = (
+            _location(self.config),
+            heads(dim, dim, dim) if self.frozen else TextEncoder(self.config),
+        )
+        scale = 3.99 if self.frozen else math.log(1 / 0.07)
+        self.gps_scale, self.text_scale = nn.Parameter(torch.tensor(scale)), nn.Parameter(torch.tensor(scale))
+
+    @property
+    def frozen(self) -> bool:
+        """Whether photos are encoded by a backbone that is not trained here."""
+        return self.config.backbone != EARTH_BACKBONE
+
+    @property
+    def size(self) -> int:
+        """Side of the square pictures that the encoder takes, in pixels."""
+        return self.backbone.size if self.frozen else 64
+
+    @cached_property
+    def backbone(self) -> ClipEncoder:
+        """The frozen backbone. Raises GeoError when it is not there or does not fit."""
+        found = ClipEncoder.from_pretrained(self.backbone_name or self.config.backbone)
+        if found.dim != self.config.dim:
+            raise GeoError(
+                f"the backbone {found.folder} gives {found.dim} numbers a picture, and the alignment was trained on "
+                f"the {self.config.dim} of {self.config.backbone}: name that backbone"
+            )
+        return found
+
+    @cached_property
+    def identity(self) -> str:
+        """What embeddings follow from: the folder's name, and 12 digits of a SHA-256 of the weights."""
+        if self.folder is None:
+            return f"unsaved-{fingerprint(self)[:12]}"
+        name = f"{self.folder.name}-{file_sha256(self.folder / 'alignment.safetensors')[:12]}"
+        return f"{name} on {self.encoder_identity}" if self.frozen else name
+
+    @cached_property
+    def encoder_identity(self) -> str:
+        """What :meth:`project` follows from. A frozen backbone's does not change when the heads are trained again."""
+        if not self.frozen:
+            return self.identity
+        facts = json.dumps(self.backbone.identity(), sort_keys=True)
+        return f"{self.backbone.folder.name}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pixels (N, 64, 64, 3) uint8 -> image, gps and text embeddings, each (N, dim) of length one."""
-        return self.parts(self.encoder(pixels))
+        """Pixels (N, size, size, 3) uint8 -> image, gps and text embeddings, each (N, dim) of length one."""
+        return self.parts(self.features(pixels))
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """Pixels (N, size, size, 3) uint8 -> what the encoder makes of them (N, dim), of any length."""
+        return self.backbone.images(pixels.numpy()) if self.frozen else self.encoder(pixels)
 
     def parts(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The encoder's features (N, dim) -> image, gps and text embeddings, each (N, dim) of length one."""
@@ -88,8 +167,8 @@ class GeoAlignment(nn.Module):
 
     @torch.inference_mode()
     def project(self, pixels: NDArray[np.uint8], batch: int = 256) -> NDArray[np.float32]:
-        """Pixels (N, 64, 64, 3) -> the encoder's features (N, dim), of any length, before its heads."""
-        blocks = [self.encoder(torch.from_numpy(pixels[i : i + batch])) for i in range(0, len(pixels), batch)]
+        """Pixels (N, size, size, 3) -> the encoder's features (N, dim), of any length, before its heads."""
+        blocks = [self.features(torch.from_numpy(pixels[i : i + batch])) for i in range(0, len(pixels), batch)]
         features: NDArray[np.float32] = torch.cat(blocks).float().numpy()
         return features
 
@@ -100,84 +179,48 @@ class GeoAlignment(nn.Module):
         vectors: NDArray[np.float32] = torch.cat([torch.stack(self.parts(block), 1) for block in blocks]).numpy()
         return vectors
 
-    @torch.inference_mode()
     def embed(self, pixels: NDArray[np.uint8], batch: int = 256) -> NDArray[np.float32]:
-        """Pixels (N, 64, 64, 3) -> (N, 3, dim): image, gps and text embedding of each photo."""
-        blocks = [torch.stack(self(torch.from_numpy(pixels[i : i + batch])), 1) for i in range(0, len(pixels), batch)]
-        vectors: NDArray[np.float32] = torch.cat(blocks).numpy()
-        return vectors
+        """Pixels (N, size, size, 3) -> (N, 3, dim): image, gps and text embedding of each photo."""
+        return self.heads(self.project(pixels, batch), batch)
 
     def embed_places(self, lat_lon: NDArray[np.float64], batch: int = 16_384) -> NDArray[np.float32]:
-        """Places (N, 2) in degrees -> (N, dim) of length one."""
+        """Places (N, 2) in degrees -> (N, dim) of length one, to be compared with the gps part of photos."""
         return embed_places(self.location, lat_lon, batch)
 
+    @torch.inference_mode()
+    def embed_texts(self, texts: list[str]) -> NDArray[np.float32]:
+        """Texts -> (N, dim) of length one, to be compared with the text part of photos."""
+        vectors = self.text(self.backbone.texts(texts)) if self.frozen else self.text(texts)
+        result: NDArray[np.float32] = normalize(vectors, dim=-1).numpy()
+        return result
+
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> GeoAlignment:
-        """Read ``alignment.json`` and ``alignment.safetensors`` of a folder. Raises GeoError when they do not fit."""
-        return load_weights(cls, AlignmentConfig, Path(folder), "alignment")
+    def from_pretrained(cls, folder: str | Path, backbone: str | None = None) -> GeoAlignment:
+        """Read ``alignment.json`` and ``alignment.safetensors`` of a folder; ``backbone``: the frozen one's own place.
+
+        Raises GeoError when they do not fit.
+        """
+        loaded = load_weights(cls, AlignmentConfig, Path(folder), "alignment")
+        loaded.folder, loaded.backbone_name = Path(folder), backbone
+        return loaded
 
     def save_pretrained(self, folder: str | Path, half: bool = False) -> None:
         """Write ``alignment.json`` and ``alignment.safetensors``, parameters in half precision if asked."""
         save_weights(self, asdict(self.config), Path(folder), "alignment", half)
 
 
-@dataclass(frozen=True)
-class G3Config:
-    """Sizes of :class:`G3Heads`: of the backbone's features and all embeddings, and of the location encoder."""
-
-    dim: int = 768
-    location_dim: int = 512
-
-
-class G3Heads(nn.Module):
-    """G3's heads on a frozen CLIP ViT-L/14 and on a location encoder, under the names of its state dict.
-
-    Each turns features into embeddings of length one. What a place looks like to them is
-    ``heads.places(LocationEncoder.from_pretrained(DIR)(lat_lon))``.
-    """
-
-    def __init__(self, config: G3Config | None = None) -> None:
-        super().__init__()
-        self.config = config or G3Config()
-        dim, place = self.config.dim, self.config.location_dim
-        self.vision_projection_else_1 = mlp(dim, dim, dim, between=nn.ReLU)
-        self.vision_projection_else_2 = mlp(dim, dim, dim, between=nn.ReLU)
-        self.text_projection_else = mlp(dim, dim, dim, between=nn.ReLU)
-        self.location_projection_else = mlp(place, place, dim, between=nn.ReLU)
-        self.logit_scale1 = nn.Parameter(torch.tensor(3.99))
-        self.logit_scale2 = nn.Parameter(torch.tensor(3.99))
-        self.logit_scale3 = nn.Parameter(torch.tensor(3.99))
-
-    def forward(self, image: Tensor) -> Tensor:
-        """CLIP's image embeddings (N, dim) -> (N, 3, dim): image, gps and text embedding."""
-        parts = image, self.vision_projection_else_2(image), self.vision_projection_else_1(image)
-        return normalize(torch.stack(parts, dim=1), dim=-1)
-
-    def texts(self, text: Tensor) -> Tensor:
-        """CLIP's text embeddings (N, dim) -> (N, dim), to be compared with the text part of images."""
-        return normalize(self.text_projection_else(text), dim=-1)
-
-    def places(self, location: Tensor) -> Tensor:
-        """Outputs of the location encoder (N, location_dim) -> (N, dim), to be compared with the gps part of images."""
-        return normalize(self.location_projection_else(location), dim=-1)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> G3Heads:
-        """Read ``g3.json`` and ``g3.safetensors`` of a folder. Raises GeoError when they do not fit."""
-        return load_weights(cls, G3Config, Path(folder), "g3")
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``g3.json`` and ``g3.safetensors``."""
-        save_weights(self, asdict(self.config), Path(folder), "g3", half=False)
-
-
 def _location(config: AlignmentConfig) -> nn.Module:
+    dim = config.location_dim or config.dim
+    encoder: nn.Module
     if config.location == "unit_vector":
-        return UnitVectorEncoder(config.dim, config.sigmas, config.frequencies, config.hidden)
-    if config.location == "harmonics":
-        return HarmonicEncoder(HarmonicConfig(config.degrees, config.hidden, dim=config.dim))
-    sizes = config.sigmas, config.frequencies, config.hidden, config.dim
-    return LocationEncoder(LocationConfig(config.location, *sizes))
+        encoder = UnitVectorEncoder(dim, config.sigmas, config.frequencies, config.hidden)
+    elif config.location == "harmonics":
+        encoder = HarmonicEncoder(HarmonicConfig(config.degrees, config.hidden, dim=dim))
+    else:
+        encoder = LocationEncoder(
+            LocationConfig(config.location, config.sigmas, config.frequencies, config.hidden, dim)
+        )
+    return nn.Sequential(encoder, mlp(dim, dim, config.dim, between=nn.ReLU)) if config.location_dim else encoder
 
 
 def _hashes(text: str, buckets: int) -> list[int]:

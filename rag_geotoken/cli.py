@@ -21,7 +21,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 index_app = typer.Typer(help="Build an index of photos, look at one, search one.", no_args_is_help=True)
-train_app = typer.Typer(help="Train the embedded models again, from a seed.", no_args_is_help=True)
+train_app = typer.Typer(
+    help="Train the embedded models again, or heads of your own, from a seed.", no_args_is_help=True
+)
 app.add_typer(index_app, name="index")
 app.add_typer(train_app, name="train")
 app.add_typer(convert_app, name="convert")
@@ -31,7 +33,8 @@ app.add_typer(bench_app, name="bench")
 Weights = Annotated[Path | None, typer.Option(help="Folder of model weights; the embedded Earth models unless given.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="At most so many photos, the first of each source.")]
 Backbone = Annotated[
-    str | None, typer.Option(help="CLIP folder or hub name, with --preset; openai/clip-vit-large-patch14 unless given.")
+    str | None,
+    typer.Option(help="Folder or hub name of the CLIP that the weights stand on; the one they name unless given."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
@@ -64,6 +67,7 @@ def index_build(
     memory_gib: Annotated[float, typer.Option(help="Memory that the index may take when searched.")] = 16.0,
     recall: Annotated[float, typer.Option(help="Share of the 20 true neighbours that a search should find.")] = 0.95,
     weights: Weights = None,
+    backbone: Backbone = None,
 ) -> None:
     """Read and encode photos with known places and index them; goes on where it was stopped.
 
@@ -81,7 +85,7 @@ def index_build(
     source = limited(index_source(source), limit)
     folder = weights or EARTH
     plan = Plan(factory, memory_gib, recall)
-    manifest = make_index(out, source, GeoAlignment.from_pretrained(folder), folder, plan)
+    manifest = make_index(out, source, GeoAlignment.from_pretrained(folder, backbone), plan)
     typer.echo(f"{manifest['rows']} photos indexed in {out}, {manifest['left_out']} left out")
 
 
@@ -110,13 +114,15 @@ def index_search(
     not_author: Annotated[str | None, typer.Option(help="Leave the photos of this author out.")] = None,
     dissimilar: Annotated[bool, typer.Option("--dissimilar", help="The photos least like it instead.")] = False,
     weights: Weights = None,
+    backbone: Backbone = None,
     as_json: Json = False,
 ) -> None:
     """The k gallery photos most like a picture, with their places and scores; a photo never finds itself."""
     from rag_geotoken.locate import neighbors_of, parse_within
     from rag_geotoken.weights import EARTH
 
-    rows = neighbors_of(folder, photo, k, weights or EARTH, parse_within(within), not_author, dissimilar)
+    only = parse_within(within)
+    rows = neighbors_of(folder, photo, k, weights or EARTH, only, not_author, dissimilar, backbone)
     if as_json:
         typer.echo(json.dumps(rows, ensure_ascii=False, indent=2))
         return
@@ -187,14 +193,14 @@ def locate(
         verify=verifiers,
         max_area_km2=max_area,
     )
-    _say_located(out, *locate_photos(photos, index, out, options, folder, run, limit))
+    _say_located(out, *locate_photos(photos, index, out, options, folder, run, limit, backbone))
 
 
 def _weights_folder(context: typer.Context, preset: str | None, index: Path | None, weights: Path | None) -> Path:
     """The weights of ``locate`` with --index or with --preset. An option that the other one needs is wrong usage."""
     if (preset is None) == (index is None) or preset not in (None, "geoclip"):
         raise typer.BadParameter("give either --index DIR or --preset geoclip")
-    preset_alone, both = {"preset", "backbone", "top_k"}, {"photos", "out", "run", "weights", "limit"}
+    preset_alone, both = {"preset", "top_k"}, {"photos", "out", "run", "weights", "backbone", "limit"}
     for name in context.params.keys() - both:
         source = context.get_parameter_source(name)
         if source and source.name == "COMMANDLINE" and (name in preset_alone) != (preset is not None):
@@ -269,8 +275,19 @@ Out = Annotated[Path, typer.Option(help="Folder of the weights.")]
 
 @train_app.command("alignment")
 def train_alignment(recipe: Recipe = None, out: Out = Path("runs/weights")) -> None:
-    """Train image encoder, location encoder and text encoder by contrast (about 40 minutes on 2 cores)."""
+    """Train the embedded image, location and text encoder on satellite views (about 40 minutes on 2 cores)."""
     _train("alignment", recipe, out)
+
+
+@train_app.command("heads", epilog="Example: rag-geotoken train heads my-photos.toml --out runs/my-weights")
+def train_heads(recipe: Recipe = None, out: Out = Path("runs/weights")) -> None:
+    """Train G3's heads and location encoder on a frozen CLIP, with photos of your own or MP16-Pro.
+
+    Pictures and place texts go through the CLIP once, into OUT-index/stages, where
+    rag-geotoken index build SOURCE --out OUT-index --weights OUT finds them.
+    Without RECIPE: G3's own settings, on mp16-pro:data/mp16-pro. Several processes: torchrun or accelerate launch.
+    """
+    _train("heads", recipe, out)
 
 
 @train_app.command("tokens")
@@ -295,7 +312,7 @@ def _train(what: str, recipe: Path | None, out: Path) -> None:
     from rag_geotoken.recipes import training_recipe
     from rag_geotoken.training.run import train
 
-    train(what, training_recipe(recipe), out)
+    train(what, training_recipe(recipe, "g3" if what == "heads" else "earth"), out)
 
 
 @bench_app.command("index")

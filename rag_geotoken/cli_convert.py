@@ -50,11 +50,11 @@ def convert_geoclip(
 @convert_app.command("g3", epilog="Example: rag-geotoken convert g3 g3.pth --out runs/g3")
 def convert_g3(
     path: Annotated[Path, typer.Argument(help="State dict: .pth, .pt or .safetensors.")],
-    out: Annotated[Path, typer.Option(help="Folder for location and g3, each .json and .safetensors.")],
+    out: Annotated[Path, typer.Option(help="Folder for alignment.json and alignment.safetensors.")],
 ) -> None:
     """Read G3's heads and location encoder; the frozen CLIP inside is left out, pickled code is refused.
 
-    Load the result with G3Heads.from_pretrained(OUT) and LocationEncoder.from_pretrained(OUT).
+    Then: rag-geotoken index build SOURCE --weights OUT, with the CLIP from its hub or a folder (--backbone).
     """
     from rag_geotoken import convert
 

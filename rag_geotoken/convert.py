@@ -5,18 +5,19 @@ from __future__ import annotations
 import pickle
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from rag_geotoken.alignment import G3Heads
+from rag_geotoken.alignment import G3, GeoAlignment
 from rag_geotoken.cells import MAX_LEVEL, S2Tokenizer
 from rag_geotoken.errors import GeoError
 from rag_geotoken.gallery import open_gallery, read_places_csv, write_places
 from rag_geotoken.geoclip import GeoCLIPHead
-from rag_geotoken.location import LocationConfig, LocationEncoder
+from rag_geotoken.location import LocationEncoder
 from rag_geotoken.token_model import GEOTOKEN, TokenConfig, TokenModel
 
 # Where training scripts put a state dict that is not the whole file.
@@ -25,8 +26,17 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # What GeoToken's checkpoints carry and its decoding never uses: heads for other losses, embeddings of the neighbours'
 # coordinates and similarities, and the sinusoids, which we compute.
 UNUSED = ("coord_head.", "metadata_proj.", "similarity_embedding.", "encoder_pos_encoder.pe", "decoder_pos_encoder.pe")
-# G3's state dict holds the frozen CLIP whole; older ones with integer buffers.
-G3_UNUSED = ("vision_model.", "text_model.", "vision_projection.", "text_projection.")
+# G3's state dict holds the frozen CLIP whole, older ones with integer buffers, and a scale that no loss has.
+G3_UNUSED = ("vision_model.", "text_model.", "vision_projection.", "text_projection.", "logit_scale3")
+G3_NAMES = {
+    "location.0.": "location_encoder.",
+    "location.1.": "location_projection_else.",
+    "to_text.": "vision_projection_else_1.",
+    "to_gps.": "vision_projection_else_2.",
+    "text.": "text_projection_else.",
+    "text_scale": "logit_scale1",
+    "gps_scale": "logit_scale2",
+}
 GEOCLIP_LOCATION, GEOCLIP_GALLERY = "location_encoder_weights.pth", Path("gps_gallery", "coordinates_100K.csv")
 GEOCLIP_INSIDE = ("", "weights", "model/weights", "geoclip/model/weights")  # of a folder that one may name
 
@@ -80,37 +90,40 @@ def _read_geoclip(folder: Path) -> tuple[LocationEncoder, GeoCLIPHead]:
 
 
 def convert_g3(path: Path, out: Path) -> None:
-    """Turn G3's state dict into a folder for ``from_pretrained`` of :class:`LocationEncoder` and of :class:`G3Heads`.
+    """Turn G3's state dict into a folder for :meth:`GeoAlignment.from_pretrained`.
 
     CLIP's own weights, frozen in G3, are left out: they come from their hub. Raises GeoError when the file is missing,
     no state dict, or not G3's; then nothing is written.
     """
-    tensors = read_tensors(path, unused=G3_UNUSED)
-    prefix = "location_encoder."
-    places = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     with torch.device("meta"):
-        location, heads = LocationEncoder(LocationConfig(projection="mercator")), G3Heads()
-    _fill(heads, {name: value for name, value in tensors.items() if not name.startswith(prefix)}, path, "G3")
-    _fill(location, places, path, "G3", prefix)
-    location.save_pretrained(out)
-    heads.save_pretrained(out)
+        model = GeoAlignment(G3)
+    _fill(model, read_tensors(path, unused=G3_UNUSED), path, "G3", _g3_name)
+    model.save_pretrained(out)
 
 
-def _fill(model: nn.Module, tensors: dict[str, Tensor], path: Path, peer: str, prefix: str = "") -> None:
-    """Put tensors into a model, in single precision. Raises GeoError unless they are all its own, and finite."""
-    wanted = model.state_dict()
-    wrong = [f"{prefix}{name} is missing" for name in wanted if name not in tensors]
-    wrong += [f"{ascii(prefix + name)[:80]} is unknown" for name in tensors if name not in wanted]
+def _g3_name(name: str) -> str:
+    return next(theirs + name.removeprefix(ours) for ours, theirs in G3_NAMES.items() if name.startswith(ours))
+
+
+def _fill(
+    model: nn.Module, tensors: dict[str, Tensor], path: Path, peer: str, name_of: Callable[[str], str] = str
+) -> None:
+    """Put tensors into a model, in single precision; ``name_of`` a tensor of the model is what the peer calls it.
+
+    Raises GeoError unless they are all its own, and finite.
+    """
+    names = {name_of(name): name for name in model.state_dict()}
+    wanted = {name: model.state_dict()[own] for name, own in names.items()}
+    wrong = [f"{name} is missing" for name in wanted if name not in tensors]
+    wrong += [f"{ascii(name)[:80]} is unknown" for name in tensors if name not in wanted]
     both = ((name, tuple(tensors[name].shape), tuple(wanted[name].shape)) for name in wanted if name in tensors)
-    wrong += [f"{prefix}{name} is {given} where {fits} fits" for name, given, fits in both if given != fits]
+    wrong += [f"{name} is {given} where {fits} fits" for name, given, fits in both if given != fits]
     if not wrong:
         tensors = {name: value.float() for name, value in tensors.items()}
-        wrong = [
-            f"{prefix}{name} holds values that are not finite" for name, value in tensors.items() if not _finite(value)
-        ]
+        wrong = [f"{name} holds values that are not finite" for name, value in tensors.items() if not _finite(value)]
     if wrong:
         raise _refusal(path, wrong[0] + (f", and {len(wrong) - 1} more are wrong" if wrong[1:] else ""), peer)
-    model.load_state_dict(tensors, assign=True)
+    model.load_state_dict({names[name]: value for name, value in tensors.items()}, assign=True)
 
 
 def read_tensors(path: Path, unused: tuple[str, ...] = ()) -> dict[str, Tensor]:

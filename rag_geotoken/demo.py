@@ -18,7 +18,7 @@ from rag_geotoken.index import GeoIndex
 from rag_geotoken.indexing import Plan, build_approximate, build_index
 from rag_geotoken.metrics import RADII_KM, abstention, bootstrap, calibration, summary
 from rag_geotoken.pictures import load_pictures
-from rag_geotoken.pipeline import VERIFIERS, Geolocator, Options, encoder_id
+from rag_geotoken.pipeline import VERIFIERS, Geolocator, Options
 from rag_geotoken.posterior import heat_map
 from rag_geotoken.run_tables import read_neighbors, read_pool, read_posterior, read_predictions
 from rag_geotoken.tables import read_table, to_numpy, versions, write_table
@@ -59,7 +59,7 @@ def run_demo(
     seconds: dict[str, float] = {}
     alignment = GeoAlignment.from_pretrained(weights)
     with _timed(seconds, "gallery: read, encode, index"):
-        make_index(out / "index", f"blue-marble:gallery,n={gallery}", alignment, weights)
+        make_index(out / "index", f"blue-marble:gallery,n={gallery}", alignment)
     geolocator = Geolocator.from_pretrained(out / "index", weights)
     few = max(1, min(1000, test_n // 2))
     options = Options()
@@ -78,7 +78,7 @@ def run_demo(
     metrics = {
         "variants": variants,
         "seed": seed,
-        "versions": versions() | {"weights": encoder_id(weights)},
+        "versions": versions() | {"weights": alignment.identity},
         "seconds": round(time.perf_counter() - begun, 1),
         "stages": seconds,
         "calibration": calibration(confidence, km),
@@ -90,26 +90,24 @@ def run_demo(
     return metrics
 
 
-def make_index(
-    folder: Path, source: str, alignment: GeoAlignment, weights: Path, plan: Plan | None = None
-) -> dict[str, Any]:
+def make_index(folder: Path, source: str, alignment: GeoAlignment, plan: Plan | None = None) -> dict[str, Any]:
     """Read and encode a source and index it under ``folder`` -> the manifest. Its stage tables lie in stages/.
 
     Few photos are searched exactly, unless the plan says otherwise; of many, or with a factory, only the projections
     are kept.
     """
     check_writable(folder)
-    tables, encoder, plan = folder / "stages", encoder_id(weights), plan or Plan()
+    tables, encoder, plan = folder / "stages", alignment.identity, plan or Plan()
     photos = stages.write_photos(tables, source)
     if plan.choose(len(read_table(photos, ["id"])), alignment.config.dim) == "Flat":
-        return build_index(folder, photos, stages.encode(tables, alignment, encoder), encoder)
-    projections = stages.encode(tables, alignment, encoder, projections=True)
+        return build_index(folder, photos, stages.encode(tables, alignment), encoder)
+    projections = stages.encode(tables, alignment, projections=True)
     return build_approximate(folder, photos, projections, encoder, alignment.heads, plan)
 
 
 def run_road(folder: Path, geolocator: Geolocator, options: Options) -> None:
     """The stages from a written photos table to the predictions of every variant of the ablation."""
-    stages.encode(folder, geolocator.alignment, geolocator.encoder)
+    stages.encode(folder, geolocator.alignment)
     stages.search(folder, geolocator.index, options.neighbors, geolocator.tuning.search_weights)
     stages.propose(folder, geolocator, options)
     stages.places(folder, geolocator, options)

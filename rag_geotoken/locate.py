@@ -25,7 +25,14 @@ if TYPE_CHECKING:
 
 
 def locate_photos(
-    photos: list[str], index: Path, out: Path, options: Options, weights: Path, run: Path, limit: int | None = None
+    photos: list[str],
+    index: Path,
+    out: Path,
+    options: Options,
+    weights: Path,
+    run: Path,
+    limit: int | None = None,
+    backbone: str | None = None,
 ) -> tuple[int, list[str]]:
     """Locate pictures, folders, CSVs and sources, write ``out`` -> how many have an answer, errors of the others.
 
@@ -34,9 +41,9 @@ def locate_photos(
     check_format(out)
     check_writable(out.parent)
     table = read_photos(photos, limit)
-    geolocator = Geolocator.from_pretrained(index, weights)
+    geolocator = Geolocator.from_pretrained(index, weights, backbone)
     write_table(run / "photos.parquet", table)
-    stages.encode(run, geolocator.alignment, geolocator.encoder)
+    stages.encode(run, geolocator.alignment)
     stages.search(run, geolocator.index, options.neighbors, geolocator.tuning.search_weights, options.within)
     if options.propose:
         stages.propose(run, geolocator, options)
@@ -111,13 +118,14 @@ def neighbors_of(
     within: tuple[float, float, float] | None = None,
     not_author: str | None = None,
     dissimilar: bool = False,
+    backbone: str | None = None,
 ) -> list[dict[str, Any]]:
     """The k rows of an index most, or least, like a picture: rank, score, id, lat, lon, place. Raises GeoError.
 
     within and not_author leave rows out before the search; where fewer than k are left, there are fewer.
     """
-    geolocator = Geolocator.from_pretrained(index, weights)
-    pixels, errors = load_pictures([str(photo)], 64)
+    geolocator = Geolocator.from_pretrained(index, weights, backbone)
+    pixels, errors = load_pictures([str(photo)], geolocator.alignment.size)
     if errors[0]:
         raise GeoError(errors[0])
     gallery, own = geolocator.index, digests(pixels)

@@ -17,7 +17,6 @@ from rag_geotoken import decoding, selection
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.cells import S2Tokenizer
 from rag_geotoken.errors import GeoError
-from rag_geotoken.files import file_sha256
 from rag_geotoken.frontier import frontier
 from rag_geotoken.gps_search import GpsSearch
 from rag_geotoken.index import COPIES, GeoIndex
@@ -65,37 +64,50 @@ class Geolocator:
     def __init__(
         self,
         alignment: GeoAlignment,
-        tokens: TokenModel,
+        tokens: TokenModel | None,
         index: GeoIndex,
         tuning: Tuning,
-        encoder: str,
         reward: RewardHead | None = None,
     ) -> None:
-        index.check_encoder(encoder)
-        if reward is not None and reward.config.d_model != tokens.config.d_model:
+        """tokens, reward: None where there are none; they are missed when they are asked."""
+        index.check_encoder(alignment.identity)
+        if reward is not None and tokens is not None and reward.config.d_model != tokens.config.d_model:
             width, wanted = reward.config.d_model, tokens.config.d_model
             raise GeoError(f"a reward head of width {width}, a token model of width {wanted}: train the head again")
-        self.alignment, self.tokens, self.index, self.tuning, self.encoder = alignment, tokens, index, tuning, encoder
-        self.reward = reward
-        self.tokenizer = S2Tokenizer(tokens.config.level, tokens.config.group)
-        self.gallery_tokens = torch.from_numpy(self.tokenizer.encode(*index.lat_lon.T))
+        self.alignment, self.index, self.tuning, self.reward = alignment, index, tuning, reward
+        self._tokens = tokens
+        self.tokenizer = S2Tokenizer(tokens.config.level, tokens.config.group) if tokens else S2Tokenizer()
 
     @classmethod
-    def from_pretrained(cls, index: str | Path, weights: str | Path = EARTH) -> Geolocator:
-        """Open an index folder and a weights folder. Raises GeoError when a file is missing, broken or does not fit."""
+    def from_pretrained(cls, index: str | Path, weights: str | Path = EARTH, backbone: str | None = None) -> Geolocator:
+        """Open an index folder and a weights folder; ``backbone``: where the alignment's frozen CLIP lies.
+
+        Weights converted from peers may be an alignment alone. Raises GeoError when a file is missing, broken or does
+        not fit.
+        """
         weights = Path(weights)
-        tokens, tuning = TokenModel.from_pretrained(weights), load_tuning(weights)
-        alignment = GeoAlignment.from_pretrained(weights)
-        gallery = GeoIndex.load(index, alignment.heads)
-        # A folder of converted weights may have no reward head; it is missed when it is asked.
+        alignment = GeoAlignment.from_pretrained(weights, backbone)
+        there = {name: (weights / f"{name}.json").is_file() or not alignment.frozen for name in ("tokens", "tuning")}
+        tokens = TokenModel.from_pretrained(weights) if there["tokens"] else None
+        tuning = load_tuning(weights) if there["tuning"] else Tuning()
         reward = RewardHead.from_pretrained(weights) if (weights / "reward.json").is_file() else None
-        return cls(alignment, tokens, gallery, tuning, encoder_id(weights), reward)
+        return cls(alignment, tokens, GeoIndex.load(index, alignment.heads), tuning, reward)
+
+    @property
+    def tokens(self) -> TokenModel:
+        """The token model. Raises GeoError when these weights have none."""
+        if self._tokens is None:
+            raise GeoError(
+                "these weights have no token model, so no cells can be generated: add --propose none, or put one into "
+                "the same folder with rag-geotoken convert geotoken"
+            )
+        return self._tokens
 
     def __call__(self, pictures: str | Path | Sequence[str | Path], options: Options | None = None) -> list[Prediction]:
         """Pictures -> predictions in order; one that cannot be read has an error and no coordinates."""
         options = options or Options()
         references = [str(p) for p in ([pictures] if isinstance(pictures, str | Path) else pictures)]
-        pixels, errors = load_pictures(references, 64)
+        pixels, errors = load_pictures(references, self.alignment.size)
         good = [i for i, error in enumerate(errors) if error is None]
         found = [Prediction(reference, error=error) for reference, error in zip(references, errors, strict=True)]
         if good:
@@ -105,7 +117,7 @@ class Geolocator:
         return found
 
     def locate(self, pixels: NDArray[np.uint8], options: Options) -> Predictions:
-        """Pixels (B, 64, 64, 3) uint8 -> the decision on each: the method, start to end."""
+        """Pixels (B, size, size, 3) uint8 -> the decision on each: the method, start to end."""
         photo = self.encode(pixels)
         neighbors = self.search(photo, options.neighbors, digests(pixels), options.within)
         candidates = self.propose(photo, neighbors, options) if options.propose else None
@@ -115,7 +127,7 @@ class Geolocator:
         return selection.decide(pool, scores, self.tuning)
 
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Pixels (B, 64, 64, 3) -> (B, 3, dim) image, GPS and text embedding."""
+        """Pixels (B, size, size, 3) -> (B, 3, dim) image, GPS and text embedding."""
         return self.alignment.embed(pixels)
 
     def search(
@@ -145,8 +157,9 @@ class Geolocator:
         """What the token model's decoder looks at, for photos (B, 3, dim) and their neighbours."""
         rows = neighbors.rows[:, : self.tokens.config.neighbors].copy()
         query, near = torch.from_numpy(photo), torch.from_numpy(self.index.vectors(rows))
-        places = torch.from_numpy(self.index.lat_lon[rows])
-        return self.tokens.memory_of(query, near, self.gallery_tokens[rows], places)
+        places = self.index.lat_lon[rows]
+        cells = self.tokenizer.encode(*places.reshape(-1, 2).T).reshape(*rows.shape, -1)
+        return self.tokens.memory_of(query, near, torch.from_numpy(cells), torch.from_numpy(places))
 
     @torch.inference_mode()
     def propose(
@@ -229,8 +242,8 @@ class Geolocator:
         if verifier == "reward" and self.reward is not None:
             return fingerprint(self.tokens, self.reward)
         if verifier == "look":
-            return f"{self.encoder} {self.index.manifest['sha256']}"
-        return self.encoder
+            return f"{self.alignment.identity} {self.index.manifest['sha256']}"
+        return self.alignment.identity
 
     @torch.inference_mode()
     def states(self, photo: NDArray[np.float32], neighbors: Neighbors, pool: Pool) -> Tensor:
@@ -243,8 +256,3 @@ class Geolocator:
 def digests(pixels: NDArray[np.uint8]) -> list[str]:
     """A name for each picture's pixels (B, H, W, 3), 32 hexadecimal digits, by which a photo knows itself."""
     return [blake2b(picture.tobytes(), digest_size=16).hexdigest() for picture in pixels]
-
-
-def encoder_id(weights: Path) -> str:
-    """Which encoder made an embedding: the folder's name and the start of the SHA-256 of its alignment weights."""
-    return f"{weights.name}-{file_sha256(weights / 'alignment.safetensors')[:12]}"

@@ -20,11 +20,11 @@ def index_source(text: str) -> str:
     return source
 
 
-def training_recipe(path: Path | None) -> dict[str, Any]:
-    """The settings of a training recipe; the embedded models' own unless a file is given. Raises GeoError."""
+def training_recipe(path: Path | None, name: str = "earth") -> dict[str, Any]:
+    """The settings of a training recipe: a file, or else what ships, ``earth`` or ``g3``. Raises GeoError."""
     if path is not None:
         return read_recipe(path)
-    return tomllib.loads(resources.files("rag_geotoken.training").joinpath("earth.toml").read_text(encoding="utf-8"))
+    return tomllib.loads(resources.files("rag_geotoken.training").joinpath(f"{name}.toml").read_text(encoding="utf-8"))
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

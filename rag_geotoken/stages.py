@@ -62,7 +62,7 @@ def write_photos(folder: Path, source: str) -> Path:
     return stage(folder, "photos", recipe, [], ["all"], work)
 
 
-def encode(folder: Path, alignment: GeoAlignment, encoder: str, projections: bool = False) -> Path:
+def encode(folder: Path, alignment: GeoAlignment, projections: bool = False) -> Path:
     """Photos -> embeddings: id, image, gps and text (dim), digest of the pixels, error.
 
     projections: instead of the three parts the one projection that they follow from, in half precision: a sixth of the
@@ -76,7 +76,7 @@ def encode(folder: Path, alignment: GeoAlignment, encoder: str, projections: boo
     ids, images = photos["id"].to_pylist(), photos["image"]
 
     def work(at: slice) -> pa.Table:
-        pixels, errors = load_pictures(images[at.start : at.stop].to_pylist(), 64)
+        pixels, errors = load_pictures(images[at.start : at.stop].to_pylist(), alignment.size)
         if projections:
             vectors: dict[str, NDArray[Any]] = {"projection": alignment.project(pixels).astype(np.float16)}
         else:
@@ -92,6 +92,7 @@ def encode(folder: Path, alignment: GeoAlignment, encoder: str, projections: boo
 
     name = "projections" if projections else "embeddings"
     block = LARGE_BLOCK if len(ids) > MANY else BLOCK
+    encoder = alignment.encoder_identity if projections else alignment.identity
     return _run(folder, name, {"encoder": encoder}, ["photos"], ids, work, block)
 
 
@@ -178,7 +179,7 @@ def places(folder: Path, geolocator: Geolocator, options: Options) -> Path:
             }
         )
 
-    recipe = {"encoder": geolocator.encoder, "gps_places": options.gps_places}
+    recipe = {"encoder": geolocator.alignment.identity, "gps_places": options.gps_places}
     return _run(folder, "places", recipe, ["embeddings"], ids, work)
 
 

@@ -111,7 +111,7 @@ def token_model(weights: Path) -> TokenModel:
 def index_folder(tmp_path_factory: pytest.TempPathFactory, weights: Path, alignment: GeoAlignment) -> Path:
     """An index of ``ROWS`` gallery photos, its stage tables in stages/. Not to be changed: copy it."""
     folder = tmp_path_factory.mktemp("index")
-    make_index(folder, f"blue-marble:gallery,n={ROWS}", alignment, weights)
+    make_index(folder, f"blue-marble:gallery,n={ROWS}", alignment)
     return folder
 
 

@@ -33,7 +33,7 @@ FACTORIES = ["HNSW16,SQfp16", "IVF16,SQfp16", "RR32,IVF16,SQ8"]
 @pytest.fixture(scope="module")
 def exact(tmp_path_factory: pytest.TempPathFactory, alignment: GeoAlignment, weights: Path) -> GeoIndex:
     folder = tmp_path_factory.mktemp("exact")
-    make_index(folder, SOURCE, alignment, weights)
+    make_index(folder, SOURCE, alignment)
     return GeoIndex.load(folder)
 
 
@@ -48,7 +48,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, alignment: GeoAlignment, w
             shutil.copytree(first / "stages", found[factory] / "stages")
         else:
             found[factory] = first
-        make_index(found[factory], SOURCE, alignment, weights, Plan(factory, recall=0.9))
+        make_index(found[factory], SOURCE, alignment, Plan(factory, recall=0.9))
     return found
 
 
@@ -156,10 +156,10 @@ def test_projections_are_read_as_they_were_written(folders: dict[str, Path]) -> 
 
 def test_building_again_does_nothing_and_another_plan_does(copy: Path, alignment: GeoAlignment, weights: Path) -> None:
     before = (copy / "index.faiss").stat().st_mtime_ns
-    make_index(copy, SOURCE, alignment, weights, Plan(FACTORIES[0], recall=0.9))
+    make_index(copy, SOURCE, alignment, Plan(FACTORIES[0], recall=0.9))
     assert (copy / "index.faiss").stat().st_mtime_ns == before
-    assert make_index(copy, SOURCE, alignment, weights, Plan("IVF4,SQ8"))["factory"] == "IVF4,SQ8"
-    assert make_index(copy, SOURCE, alignment, weights)["format"] == "rag-geotoken-index/1"
+    assert make_index(copy, SOURCE, alignment, Plan("IVF4,SQ8"))["factory"] == "IVF4,SQ8"
+    assert make_index(copy, SOURCE, alignment)["format"] == "rag-geotoken-index/1"
     assert not (copy / "projections.npy").exists()
     GeoIndex.load(copy)
 
@@ -201,7 +201,7 @@ def test_a_factory_that_does_not_fit_is_refused(
     tmp_path: Path, alignment: GeoAlignment, weights: Path, factory: str, words: str, one_line: OneLine
 ) -> None:
     with one_line(words):
-        make_index(tmp_path, "blue-marble:gallery,n=50", alignment, weights, Plan(factory))
+        make_index(tmp_path, "blue-marble:gallery,n=50", alignment, Plan(factory))
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_held_out_photos_are_not_in_the_index_while_it_is_measured(
     monkeypatch.setattr(
         indexing, "_measure", lambda index, *rest: (sizes.append(index.ntotal), measure(index, *rest))[1]
     )
-    make_index(copy, SOURCE, alignment, weights, Plan("IVF8,SQfp16"))
+    make_index(copy, SOURCE, alignment, Plan("IVF8,SQfp16"))
     assert sizes == [N - N // 10]
 
 

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import OneLine
+from numpy.typing import NDArray
 from safetensors.torch import load_file
+from tiny_clip import save_clip
 from torch import Tensor
 
-from rag_geotoken.alignment import G3Heads, LocationEncoder
+from rag_geotoken.alignment import G3, GeoAlignment, LocationEncoder
 from rag_geotoken.cli import main
-from rag_geotoken.convert import convert_g3, convert_geoclip
+from rag_geotoken.convert import G3_NAMES, convert_g3, convert_geoclip
 from rag_geotoken.gallery import open_gallery
 from rag_geotoken.location import LocationConfig
 
@@ -136,30 +138,53 @@ def test_wrong_files_of_geoclip_are_refused_in_one_line(
 def test_every_number_of_g3_is_kept(g3: State, tmp_path: Path, packed: Callable[[State], State]) -> None:
     torch.save(packed(g3), tmp_path / "g3.pth")
     convert_g3(tmp_path / "g3.pth", tmp_path / "out")
-    location, heads = (
-        load_file(tmp_path / "out" / "location.safetensors"),
-        load_file(tmp_path / "out" / "g3.safetensors"),
-    )
-    saved = {f"location_encoder.{name}": value for name, value in location.items()} | heads
+    saved = load_file(tmp_path / "out" / "alignment.safetensors")
     left_out = {name for name in g3 if name.startswith(("vision_model.", "text_model."))}
-    left_out |= {"vision_projection.weight", "text_projection.weight"}
-    assert saved.keys() == g3.keys() - left_out and all(torch.equal(saved[name], g3[name]) for name in saved)
+    left_out |= {"vision_projection.weight", "text_projection.weight", "logit_scale3"}
+    theirs = {
+        name: own.join(name.split(peer, 1)) for own, peer in G3_NAMES.items() for name in g3 if name.startswith(peer)
+    }
+    assert theirs.keys() == g3.keys() - left_out and set(theirs.values()) == saved.keys()
+    assert all(torch.equal(saved[own], g3[name]) for name, own in theirs.items())
 
 
-def test_g3_folders_embed_places_and_pictures(g3: State, tmp_path: Path) -> None:
+def test_a_g3_folder_embeds_pictures_places_and_texts(g3: State, tmp_path: Path, clip_folder: Path) -> None:
+    """By G3's formulas, written out; the text head stands on the text tower's projection, as in the released code."""
     torch.save(g3, tmp_path / "g3.pth")
     convert_g3(tmp_path / "g3.pth", tmp_path / "out")
-    encoder, heads = LocationEncoder.from_pretrained(tmp_path / "out"), G3Heads.from_pretrained(tmp_path / "out")
-    assert encoder.config == LocationConfig("mercator") and not encoder.training and not heads.training
-    places, image = torch.tensor([[48.2, 16.4], [90.0, 0.0], [-90.0, 180.0]]), torch.randn(2, 768)
+    model = GeoAlignment.from_pretrained(tmp_path / "out", str(clip_folder))
+    assert model.config == G3 and not model.training and model.size == model.backbone.size
+
+    def head(name: str, features: Tensor) -> NDArray[np.float32]:
+        hidden = torch.relu(features @ g3[f"{name}.0.weight"].T + g3[f"{name}.0.bias"])
+        found = hidden @ g3[f"{name}.2.weight"].T + g3[f"{name}.2.bias"]
+        return torch.nn.functional.normalize(found, dim=1).numpy()
+
+    pixels = np.random.default_rng(0).integers(0, 256, (3, model.size, model.size, 3), np.uint8)
+    image = model.backbone.images(pixels)
+    found = model.embed(pixels)
+    np.testing.assert_allclose(found[:, 0], torch.nn.functional.normalize(image, dim=1), atol=1e-5)
+    np.testing.assert_allclose(found[:, 1], head("vision_projection_else_2", image), atol=1e-5)
+    np.testing.assert_allclose(found[:, 2], head("vision_projection_else_1", image), atol=1e-5)
+    np.testing.assert_allclose(model.heads(model.project(pixels)), found, atol=1e-6)
+    texts = ["a street", "a fjord with red houses"]
+    wanted = head("text_projection_else", model.backbone.texts(texts))
+    np.testing.assert_allclose(model.embed_texts(texts), wanted, atol=1e-5)
+    location = LocationEncoder(LocationConfig("mercator"))
+    prefix = "location_encoder."
+    location.load_state_dict({k.removeprefix(prefix): v for k, v in g3.items() if k.startswith(prefix)})
+    places = np.array([[48.2, 16.4], [90.0, 0.0], [-90.0, 180.0]])
     with torch.no_grad():
-        found = heads.places(encoder(places))
-        hidden = torch.relu(
-            encoder(places) @ g3["location_projection_else.0.weight"].T + g3["location_projection_else.0.bias"]
-        )
-        wanted = hidden @ g3["location_projection_else.2.weight"].T + g3["location_projection_else.2.bias"]
-        torch.testing.assert_close(found, torch.nn.functional.normalize(wanted, dim=1))
-        assert encoder(places).shape == (3, 512) and heads(image).shape == (2, 3, 768)
+        wanted = head("location_projection_else", location(torch.from_numpy(places)))
+    np.testing.assert_allclose(model.embed_places(places), wanted, atol=1e-5)
+
+
+def test_a_backbone_of_another_size_is_refused(g3: State, tmp_path: Path, one_line: OneLine) -> None:
+    torch.save(g3, tmp_path / "g3.pth")
+    convert_g3(tmp_path / "g3.pth", tmp_path / "out")
+    narrow = save_clip(tmp_path / "clip", dim=64)
+    with one_line("gives 64 numbers a picture, and the alignment was trained on the 768 of openai/clip-vit-large"):
+        GeoAlignment.from_pretrained(tmp_path / "out", str(narrow)).embed(np.zeros((1, 224, 224, 3), np.uint8))
 
 
 def test_a_wrong_state_dict_of_g3_is_refused_in_one_line(g3: State, tmp_path: Path, one_line: OneLine) -> None:

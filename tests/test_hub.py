@@ -239,7 +239,7 @@ def test_an_index_of_it(tmp_path: Path, weights: Path, alignment: GeoAlignment, 
     table["image"][3] = {"bytes": jpeg(3)[:2000], "path": None}
     table["lat"][4] = None
     source = f"hub:{write(tmp_path / 'a.parquet', table)}"
-    manifest = make_index(tmp_path / "index", source, alignment, weights)
+    manifest = make_index(tmp_path / "index", source, alignment)
     assert (manifest["rows"], manifest["left_out"]) == (COUNT - 2, 1)
     found = json.loads((tmp_path / "index" / "stages" / "left_out.json").read_text())
     assert found["reasons"]["without usable coordinates"] == {"photos": 1, "first": ["00000004"]}

@@ -12,9 +12,10 @@ import pytest
 from conftest import ROWS, OneLine
 from numpy.typing import NDArray
 
+from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.indexing import build_index
-from rag_geotoken.pipeline import Geolocator, encoder_id
+from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.tables import read_table, to_numpy, write_table
 
 WEIGHTS = (0.5, 1.0, 0.25)
@@ -47,7 +48,9 @@ def test_an_index_comes_back_as_it_was_built(index_folder: Path, gallery: GeoInd
         np.testing.assert_array_equal(vectors.reshape(ROWS, 3, 32)[:, i], to_numpy(embeddings[name]))
     manifest = gallery.manifest
     assert (manifest["rows"], manifest["left_out"], manifest["dim"]) == (ROWS, 0, 32)
-    assert manifest["encoder"] == encoder_id(weights) and manifest["metric"] == "inner product"
+    assert (
+        manifest["encoder"] == GeoAlignment.from_pretrained(weights).identity and manifest["metric"] == "inner product"
+    )
     assert {path.name for path in index_folder.iterdir()} == {"index.faiss", "rows.parquet", "manifest.json", "stages"}
 
 
@@ -200,7 +203,7 @@ def test_an_index_where_a_file_stands_is_refused(index_folder: Path, tmp_path: P
 
 def test_the_index_of_another_encoder_is_refused(copy: Path, weights: Path, one_line: OneLine) -> None:
     build_index(copy, *photos_of(copy), "another")
-    with one_line(f"encoder another, the model is {encoder_id(weights)}"):
+    with one_line(f"encoder another, the model is {GeoAlignment.from_pretrained(weights).identity}"):
         Geolocator.from_pretrained(copy, weights)
 
 

@@ -22,7 +22,7 @@ from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.demo import make_index
 from rag_geotoken.indexing import Plan
 out, weights = map(Path, sys.argv[1:])
-make_index(out, {SOURCE!r}, GeoAlignment.from_pretrained(weights), weights, Plan({PLAN.factory!r}))
+make_index(out, {SOURCE!r}, GeoAlignment.from_pretrained(weights), Plan({PLAN.factory!r}))
 """
 
 
@@ -43,12 +43,12 @@ def test_killed_while_it_encodes(tmp_path: Path, alignment: GeoAlignment, weight
     project = alignment.project
     alignment.project = lambda pixels, batch=256: (seen.append(len(pixels)), project(pixels, batch))[1]  # type: ignore[method-assign]
     try:
-        make_index(out, SOURCE, alignment, weights, PLAN)
+        make_index(out, SOURCE, alignment, PLAN)
     finally:
         del alignment.project
     # The last part may have been half-written when it was killed; whole ones are not encoded again.
     assert sum(seen) == 700 - 256 * len(done)
-    make_index(tmp_path / "whole", SOURCE, alignment, weights, PLAN)
+    make_index(tmp_path / "whole", SOURCE, alignment, PLAN)
     for name in FILES:
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     ids = GeoIndex.load(out).rows["id"].to_pylist()

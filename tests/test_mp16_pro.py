@@ -278,7 +278,7 @@ def test_an_index_of_it(folder: Path, weights: Path, alignment: GeoAlignment, tm
     offset = int(first.rpartition("#")[2].partition("+")[0])
     data[offset : offset + 400] = bytes(400)  # the first photo of the tar
     broken.write_bytes(data)
-    manifest = make_index(tmp_path / "index", f"mp16-pro:{folder},limit=10", alignment, weights)
+    manifest = make_index(tmp_path / "index", f"mp16-pro:{folder},limit=10", alignment)
     assert (manifest["rows"], manifest["left_out"]) == (9, 1)
     rows = GeoIndex.load(tmp_path / "index").rows.to_pylist()
     whole = read_source(f"mp16-pro:{folder},limit=10").to_pylist()

@@ -38,6 +38,10 @@ def test_the_training_recipe_that_ships_fits_the_trainings() -> None:
     assert set(recipe) == {"alignment", "tokens", "reward", "tuning"}
     for name, settings in recipe.items():
         assert {key: type(value) for key, value in settings.items()} == SETTINGS[name]
+    heads = training_recipe(None, "g3")
+    assert {name: {key: type(value) for key, value in heads[name].items()} for name in heads} == {
+        "heads": SETTINGS["heads"]
+    }
     # The tokens train on other views than the alignment, whose stream is its own seed's.
     assert recipe["tokens"]["source"].endswith(f"seed={recipe['alignment']['seed'] + 1}")
     scheme, _, rest = recipe["tuning"]["source"].partition(":")

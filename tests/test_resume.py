@@ -169,7 +169,7 @@ def test_one_lost_table_is_made_again_and_nothing_before_it(
 
 
 def other(geolocator: Geolocator, **changes: Any) -> Geolocator:
-    names = ("alignment", "tokens", "index", "tuning", "encoder", "reward")
+    names = ("alignment", "tokens", "index", "tuning", "reward")
     return Geolocator(**{name: getattr(geolocator, name) for name in names} | changes)
 
 

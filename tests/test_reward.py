@@ -15,7 +15,7 @@ from conftest import REWARD, TOKENS, OneLine
 from numpy.typing import NDArray
 
 from rag_geotoken.metrics import RADII_KM
-from rag_geotoken.pipeline import Geolocator, Options, encoder_id
+from rag_geotoken.pipeline import Geolocator, Options
 from rag_geotoken.reward import RewardConfig, RewardHead
 from rag_geotoken.sources.blue_marble import cut, draw_views
 from rag_geotoken.types import Neighbors, Pool
@@ -180,12 +180,10 @@ def test_a_reward_head_of_another_width_is_refused(
 
 def test_scores_are_known_by_the_weights_they_follow_from(geolocator: Geolocator, weights: Path) -> None:
     assert geolocator.reward is not None
-    assert geolocator.verifier_id("alignment") == encoder_id(weights)
+    assert geolocator.verifier_id("alignment") == geolocator.alignment.identity
     assert geolocator.verifier_id("reward") == fingerprint(geolocator.tokens, geolocator.reward)
     other = RewardHead(REWARD)
-    changed = Geolocator(
-        geolocator.alignment, geolocator.tokens, geolocator.index, geolocator.tuning, geolocator.encoder, other
-    )
+    changed = Geolocator(geolocator.alignment, geolocator.tokens, geolocator.index, geolocator.tuning, other)
     assert changed.verifier_id("reward") != geolocator.verifier_id("reward")
 
 

@@ -88,7 +88,7 @@ def test_a_photos_candidates_do_not_depend_on_the_photos_around_it(
 ) -> None:
     monkeypatch.setattr(stages, "BLOCK", 4)
     write_table(tmp_path / "photos.parquet", read_table(run_folder / "photos.parquet").slice(5, 11))
-    stages.encode(tmp_path, geolocator.alignment, geolocator.encoder)
+    stages.encode(tmp_path, geolocator.alignment)
     stages.search(tmp_path, geolocator.index, OPTIONS.neighbors, geolocator.tuning.search_weights)
     stages.propose(tmp_path, geolocator, OPTIONS)
     few, many = read_candidates(tmp_path), read_candidates(run_folder)
@@ -160,7 +160,7 @@ def test_the_manifests_name_weights_and_settings(run_folder: Path, geolocator: G
     tokens = fingerprint(geolocator.tokens)
     assert recipes["candidates"]["weights"] == recipes["posterior"]["weights"] == tokens
     assert recipes["verdicts-reward"]["weights"] == fingerprint(geolocator.tokens, geolocator.reward)
-    assert recipes["verdicts-alignment"]["weights"] == geolocator.encoder
+    assert recipes["verdicts-alignment"]["weights"] == geolocator.alignment.identity
     assert {name: recipes["candidates"][name] for name in ("top_p", "epsilon", "within", "samples")} == {
         name: asdict(OPTIONS)[name] for name in ("top_p", "epsilon", "within", "samples")
     }
@@ -221,7 +221,7 @@ def test_a_run_without_a_readable_picture(tmp_path: Path, geolocator: Geolocator
     write_test_photos(tmp_path, 3)
     table = read_table(tmp_path / "photos.parquet").slice(BROKEN)
     write_table(tmp_path / "photos.parquet", table)
-    stages.encode(tmp_path, geolocator.alignment, geolocator.encoder)
+    stages.encode(tmp_path, geolocator.alignment)
     with one_line("none of the 1 pictures can be read; the first: .*missing.png"):
         stages.search(tmp_path, geolocator.index, 6, geolocator.tuning.search_weights)
 
@@ -232,7 +232,7 @@ def test_a_verifier_that_is_not_there_leaves_no_table(
 ) -> None:
     for path in copy.glob(f"*verdicts-{verifier}*"):
         path.unlink()
-    parts = (geolocator.alignment, geolocator.tokens, geolocator.index, geolocator.tuning, geolocator.encoder)
+    parts = (geolocator.alignment, geolocator.tokens, geolocator.index, geolocator.tuning)
     with one_line("nothing verifies by the name 'nobody'|these weights have no reward head"):
         stages.verify(copy, Geolocator(*parts), verifier)
     assert not list(copy.glob(f"*verdicts-{verifier}*.parquet"))

@@ -21,7 +21,7 @@ from tiny_training import SETTINGS, quiet, save_alignment, start, tiny, toml
 from rag_geotoken import stages
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.token_model import TokenModel
-from rag_geotoken.training import run, tokens
+from rag_geotoken.training import loop, run, tokens
 from rag_geotoken.training.processes import make_accelerator
 from rag_geotoken.training.tokens import Photos, read_photos, train_tokens
 from rag_geotoken.tuning import Tuning
@@ -93,7 +93,7 @@ def test_stopped_between_weights_and_checkpoint_ends_in_the_same_bytes(
     with pytest.raises(Stop):
         train(tmp_path / "w", log=stop_after(3))
     with monkeypatch.context() as patch:
-        patch.setattr(tokens, "save_checkpoint", lambda *_: (_ for _ in ()).throw(Stop()))
+        patch.setattr(loop, "save_checkpoint", lambda *_: (_ for _ in ()).throw(Stop()))
         with pytest.raises(Stop):
             train(tmp_path / "w")
     train(tmp_path / "w")
@@ -105,7 +105,7 @@ def test_asked_again_a_finished_training_only_gives_its_weights(
 ) -> None:
     out = tmp_path / "w"
     first, before = train(out), files(out)
-    monkeypatch.setattr(tokens, "descend", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(loop, "descend", lambda *_: pytest.fail("trained again"))
     monkeypatch.setattr(tokens, "validate", lambda *_: pytest.fail("validated again"))
     monkeypatch.setattr(os, "replace", lambda *_: pytest.fail("written again"))
     again = train(out)

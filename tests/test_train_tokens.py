@@ -23,7 +23,6 @@ from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.cells import S2Tokenizer
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.indexing import build_index
-from rag_geotoken.pipeline import encoder_id
 from rag_geotoken.tables import read_table, write_table
 from rag_geotoken.token_model import TokenConfig, TokenModel
 from rag_geotoken.training import tokens
@@ -42,8 +41,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, alignment: GeoAlignment, we
     table = read_table(folder / "photos.parquet")
     again = table.slice(0, TWICE).set_column(0, "id", [[f"again-{i}" for i in range(TWICE)]])
     write_table(folder / "photos.parquet", pa.concat_tables([table, again]))
-    stages.encode(folder, alignment, encoder_id(weights))
-    build_index(folder, folder / "photos.parquet", folder / "embeddings.parquet", encoder_id(weights))
+    stages.encode(folder, alignment)
+    build_index(folder, folder / "photos.parquet", folder / "embeddings.parquet", alignment.identity)
     stages.search(folder, GeoIndex.load(folder), TOKENS.neighbors, Tuning().search_weights)
     return folder
 

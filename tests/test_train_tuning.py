@@ -85,7 +85,7 @@ def test_a_calibration_is_fitted_to_the_decision_that_it_is_for(
 
 
 def test_without_a_reward_head_there_is_none_to_tune(geolocator: Geolocator) -> None:
-    parts = geolocator.alignment, geolocator.tokens, geolocator.index, geolocator.tuning, geolocator.encoder
+    parts = geolocator.alignment, geolocator.tokens, geolocator.index, geolocator.tuning
     with no_choice():
         whole, found = tune(geolocator, SOURCE, quiet), tune(Geolocator(*parts), SOURCE, quiet)
     assert set(found.calibration) == {"none", "alignment"} and found.reward_scale == Tuning().reward_scale

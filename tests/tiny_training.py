@@ -66,9 +66,9 @@ def no_choice() -> Iterator[None]:
         yield
 
 
-def toml(settings: dict[str, Any], path: Path) -> Path:
+def toml(settings: dict[str, Any], path: Path, section: str = "tokens") -> Path:
     lines = [f"{name} = {value!r}" for name, value in settings.items()]
-    path.write_text("\n".join(["[tokens]", *lines, ""]))
+    path.write_text("\n".join([f"[{section}]", *lines, ""]))
     return path
 
 

@@ -3,54 +3,84 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import normalize
 
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.geo import destination
 from rag_geotoken.places import place_text
 from rag_geotoken.sources import blue_marble
-from rag_geotoken.training.processes import descend, make_accelerator
+from rag_geotoken.training.contrast import gps_loss, text_loss
+from rag_geotoken.training.loop import Kept, Log, run_steps
+from rag_geotoken.training.processes import make_accelerator
 from rag_geotoken.training.schedule import one_cycle
 
+CHECKS = 36  # weights and a checkpoint are kept so often
 NEARBY = 3  # wrong places near the right one, a photo: they make the embedding sharp below the batch's spacing
 TEXT_WEIGHT = 0.2
+Floats = NDArray[np.float64]
 
 
-def train_alignment(steps: int, batch: int, rate: float, seed: int, log: Callable[[str], None]) -> GeoAlignment:
-    """Train from nothing on ``steps * batch`` views of the split ``train`` -> the model in evaluation mode.
+def train_alignment(
+    out: Path, identity: str, *, steps: int, batch: int, rate: float, seed: int, log: Log
+) -> GeoAlignment:
+    """Train from nothing on ``steps * batch`` views of the split ``train``, write the weights into ``out`` -> them.
 
     No view lies in a cell kept for ``unseen``, and no test or validation photo is drawn. AdamW, one cosine cycle.
+    ``OUT-checkpoint.safetensors`` lets a stopped training with the same identity go on, to the same weights.
     """
     torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
     views = blue_marble.draw_views("train", steps * batch, seed)
-    accelerator = make_accelerator(cpu=True)
     model = _Losses(GeoAlignment()).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.02)
-    schedule = one_cycle(optimizer, rate, steps)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    model.train()
-    for step in range(steps):
-        drawn = views[step * batch : (step + 1) * batch]
-        places = drawn[:, :2]
-        wrong = nearby_places(places, NEARBY, rng)
-        pixels = torch.from_numpy(blue_marble.cut(drawn))
+    adam = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.02)
+    draws = enumerate(_draws(views, batch, np.random.default_rng(seed)))
+    last: dict[str, float] = {}
+
+    def loss(model: nn.Module, step: int) -> Tensor:
+        drawn, wrong = next(
+            draw for at, draw in draws if at == step
+        )  # what is behind a resumed training is drawn again
+        pixels, places = torch.from_numpy(blue_marble.cut(drawn)), drawn[:, :2]
         texts = place_text(places[:, 0], places[:, 1])
-        loss, gps_loss, text_loss = model(pixels, torch.from_numpy(places), torch.from_numpy(wrong), texts)
-        descend(accelerator, loss, model, optimizer, schedule)
-        if step % 50 == 0 or step == steps - 1:
-            log(f"step {step + 1} of {steps}: gps loss {gps_loss.item():.3f}, text loss {text_loss.item():.3f}")
-    trained: GeoAlignment = accelerator.unwrap_model(model).alignment
-    return trained.eval()
+        gps, text = model(pixels, torch.from_numpy(places), torch.from_numpy(wrong), texts)
+        last.update(step=step, gps=gps.item(), text=text.item())
+        total: Tensor = gps + TEXT_WEIGHT * text
+        return total
+
+    def look() -> tuple[float, str]:
+        # The latest weights are the best: the cycle ends low, and views drawn afresh need no validation.
+        return -last["step"], f"gps loss {last['gps']:.3f}, text loss {last['text']:.3f}"
+
+    run_steps(
+        make_accelerator(cpu=True),
+        model,
+        adam,
+        lambda done: one_cycle(adam, rate, steps, done),
+        steps,
+        {round(steps * (i + 1) / CHECKS) for i in range(CHECKS)},
+        loss,
+        look,
+        lambda: model.alignment.save_pretrained(out, half=True),
+        Kept(out / "alignment.safetensors", out.with_name(f"{out.name}-checkpoint.safetensors"), identity),
+        log,
+    )
+    return GeoAlignment.from_pretrained(out)
 
 
-def nearby_places(places: NDArray[np.float64], count: int, rng: np.random.Generator) -> NDArray[np.float64]:
+def _draws(views: Floats, batch: int, rng: np.random.Generator) -> Iterator[tuple[Floats, Floats]]:
+    """The views (batch, 5) of each step, and wrong places near them (batch * NEARBY, 2)."""
+    for start in range(0, len(views), batch):
+        drawn = views[start : start + batch]
+        yield drawn, nearby_places(drawn[:, :2], NEARBY, rng)
+
+
+def nearby_places(places: Floats, count: int, rng: np.random.Generator) -> Floats:
     """Places (N, 2) -> (N * count, 2): log-uniformly 10 to 1,000 km away, none in a cell kept for ``unseen``.
 
     One that falls into such a cell is replaced by another, so that nothing is ever taught about these cells.
@@ -63,25 +93,18 @@ def nearby_places(places: NDArray[np.float64], count: int, rng: np.random.Genera
 
 
 class _Losses(nn.Module):
-    """The two symmetric contrastive losses of G3: image with GPS and image with text."""
+    """The two contrastive losses on views."""
 
     def __init__(self, alignment: GeoAlignment) -> None:
         super().__init__()
         self.alignment = alignment
 
-    def forward(self, pixels: Tensor, places: Tensor, wrong: Tensor, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, pixels: Tensor, places: Tensor, wrong: Tensor, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Views (B, 64, 64, 3), their places (B, 2), wrong ones (W, 2), B texts -> gps loss, text loss."""
         model = self.alignment
         _, gps, text = model(pixels)
         place = normalize(model.location(torch.cat([places, wrong])).float(), dim=-1)
         words = normalize(model.text(texts).float(), dim=-1)
+        names = torch.from_numpy(np.unique(texts, return_inverse=True)[1]).to(gps.device)
         with torch.autocast("cpu", enabled=False):
-            logits = model.gps_scale.clamp(max=math.log(100.0)).exp() * gps @ place.T
-            target = torch.arange(len(gps), device=gps.device)
-            gps_loss = (cross_entropy(logits, target) + cross_entropy(logits[:, : len(gps)].T, target)) / 2
-            logits = model.text_scale.clamp(max=math.log(100.0)).exp() * text @ words.T
-            # Photos of one city share its text: each counts as right.
-            names = torch.from_numpy(np.unique(texts, return_inverse=True)[1]).to(gps.device)
-            same = (names[:, None] == names[None, :]).float()
-            same = same / same.sum(dim=1, keepdim=True)
-            text_loss = (cross_entropy(logits, same) + cross_entropy(logits.T, same)) / 2
-        return gps_loss + TEXT_WEIGHT * text_loss, gps_loss, text_loss
+            return gps_loss(gps, place, model.gps_scale), text_loss(text, words, names, model.text_scale)

@@ -8,27 +8,42 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from rag_geotoken import stages
-from rag_geotoken.alignment import GeoAlignment
+from rag_geotoken.alignment import G3, GeoAlignment
 from rag_geotoken.demo import make_index
+from rag_geotoken.encoders.clip import ClipEncoder
 from rag_geotoken.errors import GeoError
 from rag_geotoken.files import check_writable, file_sha256, write_json
 from rag_geotoken.index import GeoIndex
-from rag_geotoken.pipeline import Geolocator, encoder_id
+from rag_geotoken.location import LocationEncoder
+from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.reward import RewardHead
 from rag_geotoken.sources import blue_marble
 from rag_geotoken.token_model import TokenConfig, TokenModel
 from rag_geotoken.training.processes import world_size
 from rag_geotoken.tuning import Tuning
+from rag_geotoken.weights import fingerprint
 
 Log = Callable[[str], None]
 GALLERY = "blue-marble:gallery"
 SETTINGS: dict[str, dict[str, Any]] = {
     "alignment": {"steps": int, "batch": int, "rate": float, "seed": int},
+    "heads": {
+        "source": str,
+        "backbone": str,
+        "location": str,
+        "start": str,
+        "held_out": int,
+        "epochs": int,
+        "batch": int,
+        "rate": float,
+        "decay": float,
+        "seed": int,
+    },
     "tokens": {
         "source": str,
         "held_out": int,
@@ -41,21 +56,24 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "reward": {"photos": int, "epochs": int, "batch": int, "rate": float, "seed": int},
     "tuning": {"source": str},
 }
-LEAST = {"seed": 0, "rate": 1e-9}  # every other number at least 1
+LEAST = {"seed": 0, "rate": 1e-9, "decay": 0.0}  # every other number at least 1
 # What may be drawn from the Earth: photos that results are measured on are never trained on or chosen by, and photos
 # that tuning chooses by are not trained on.
-SPLITS = {"tokens": ("train", "gallery"), "tuning": ("validation",)}
+SPLITS = {"tokens": ("train", "gallery"), "heads": ("train", "gallery"), "tuning": ("validation",)}
 
 
 def train(what: str, recipe: dict[str, Any], out: Path) -> None:
-    """Train ``alignment``, ``tokens``, ``reward`` or ``tuning`` with the recipe's section of that name.
+    """Train ``alignment``, ``heads``, ``tokens``, ``reward`` or ``tuning`` with the recipe's section of that name.
 
-    They are made in this order in one folder; the gallery's index is kept beside it in ``OUT-index``. Raises
-    GeoError when an earlier one is missing, the recipe does not fit or its source is kept for something else.
+    ``alignment`` (of satellite views) or ``heads`` (on a frozen backbone) is the first, the others follow in this order
+    in one folder; the gallery's index is kept beside it in ``OUT-index``. Raises GeoError when an earlier one is
+    missing, the recipe does not fit or its source is kept for something else.
     """
     settings, out = _settings(recipe, what), out.resolve()  # so that "." has a name
-    if what != "tokens" and world_size() > 1:
-        raise GeoError(f"{world_size()} processes were started to train {what}: start one, only tokens take several")
+    if what not in ("tokens", "heads") and world_size() > 1:
+        raise GeoError(
+            f"{world_size()} processes were started to train {what}: start one, tokens and heads take several"
+        )
     begun = time.monotonic()
 
     def log(line: str) -> None:
@@ -65,23 +83,23 @@ def train(what: str, recipe: dict[str, Any], out: Path) -> None:
         from rag_geotoken.training.alignment import train_alignment
 
         check_writable(out)
-        train_alignment(**settings, log=log).save_pretrained(out, half=True)
+        train_alignment(out, _identity({"alignment": settings}), **settings, log=log)
         return
-    if what == "tokens":
-        _train_tokens(settings, out, log)
+    if what in ("tokens", "heads"):
+        (_train_tokens if what == "tokens" else _train_heads)(settings, out, log)
         return
     alignment = GeoAlignment.from_pretrained(out)
     index = _gallery(alignment, out)
-    tokens, encoder = TokenModel.from_pretrained(out), encoder_id(out)
+    tokens = TokenModel.from_pretrained(out)
     if what == "reward":
         from rag_geotoken.training.reward import train_reward
 
-        geolocator = Geolocator(alignment, tokens, index, Tuning(), encoder)
+        geolocator = Geolocator(alignment, tokens, index, Tuning())
         train_reward(geolocator, **settings, log=log).save_pretrained(out, half=True)
         return
     from rag_geotoken.training.tuning import tune
 
-    geolocator = Geolocator(alignment, tokens, index, Tuning(), encoder, RewardHead.from_pretrained(out))
+    geolocator = Geolocator(alignment, tokens, index, Tuning(), RewardHead.from_pretrained(out))
     write_json(out / "tuning.json", asdict(tune(geolocator, **settings, log=log)))
 
 
@@ -89,7 +107,7 @@ def _gallery(alignment: GeoAlignment, out: Path) -> GeoIndex:
     """The index that all but the alignment are trained with, made where it is missing."""
     check_writable(out)
     folder = out.with_name(f"{out.name}-index")
-    make_index(folder, GALLERY, alignment, out)
+    make_index(folder, GALLERY, alignment)
     return GeoIndex.load(folder)
 
 
@@ -109,15 +127,44 @@ def _train_tokens(settings: dict[str, Any], out: Path, log: Log) -> None:
         index = _gallery(alignment, out)
         if not own:
             stages.write_photos(photos, settings["source"])
-            stages.encode(photos, alignment, encoder_id(out))
+            stages.encode(photos, alignment)
         stages.search(photos, index, config.neighbors, Tuning().search_weights)
     tables = [file_sha256(photos / f"{name}.parquet") for name in ("photos", "embeddings", "neighbours")]
     facts = {"settings": settings, "config": asdict(config), "tables": tables, "index": index.manifest["sha256"]}
-    identity = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     train_on, validation = read_photos(photos, index, config, settings["held_out"], settings["seed"])
     numbers = {name: settings[name] for name in ("epochs", "batch", "rate", "seed")}
-    train_tokens(config, index, train_on, validation, out, identity, **numbers, log=log)
+    train_tokens(config, index, train_on, validation, out, _identity(facts), **numbers, log=log)
     accelerator.end_training()
+
+
+def _train_heads(settings: dict[str, Any], out: Path, log: Log) -> None:
+    """Photos and their place texts through the frozen backbone, once, then the training itself."""
+    from rag_geotoken.training.examples import read_examples, write_examples
+    from rag_geotoken.training.heads import train_heads
+    from rag_geotoken.training.processes import make_accelerator
+
+    check_writable(out)
+    name, start = settings["backbone"], settings["start"]
+    dim = ClipEncoder.from_pretrained(name).dim
+    config = replace(G3, dim=dim, backbone=name, location=settings["location"])
+    alignment = GeoAlignment(config)  # refuses what cannot be built, before the long work
+    begin = LocationEncoder.from_pretrained(start) if start else None
+    # Where the index of the same photos will look for what it needs of them.
+    photos = out.with_name(f"{out.name}-index") / "stages"
+    accelerator = make_accelerator()
+    with accelerator.main_process_first():  # the others find every table made
+        write_examples(photos, settings["source"], alignment)
+    tables = [file_sha256(photos / f"{name}.parquet") for name in ("photos", "projections", "texts")]
+    begun_with = fingerprint(begin) if begin else ""
+    facts = {"settings": settings, "config": asdict(config), "tables": tables, "start": begun_with}
+    train_on, validation = read_examples(photos, settings["held_out"], settings["seed"])
+    numbers = {name: settings[name] for name in ("epochs", "batch", "rate", "decay", "seed")}
+    train_heads(config, train_on, validation, out, _identity(facts), **numbers, start=begin, log=log)
+    accelerator.end_training()
+
+
+def _identity(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _settings(recipe: dict[str, Any], what: str) -> dict[str, Any]:

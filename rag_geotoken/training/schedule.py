@@ -1,9 +1,12 @@
-"""The learning rate over a training."""
+"""What a training draws at a step, and how fast it learns then."""
 
 from __future__ import annotations
 
 import warnings
+from functools import lru_cache
 
+import numpy as np
+from numpy.typing import NDArray
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
@@ -17,3 +20,14 @@ def one_cycle(optimizer: Optimizer, rate: float, steps: int, done: int = 0) -> O
         for _ in range(done):
             schedule.step()
     return schedule
+
+
+def batch_of(step: int, photos: int, batch: int, seed: int) -> NDArray[np.int64]:
+    """The photos (batch,) of a step; every epoch goes through them in an order that follows from the seed and it."""
+    epoch, at = divmod(step, photos // batch)
+    return _order(photos, seed, epoch)[at * batch : (at + 1) * batch]
+
+
+@lru_cache(maxsize=1)
+def _order(photos: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    return np.random.default_rng([seed, epoch]).permutation(photos)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,13 +17,12 @@ from rag_geotoken.index import GeoIndex
 from rag_geotoken.run_tables import read_embeddings, read_neighbors
 from rag_geotoken.tables import read_table
 from rag_geotoken.token_model import TokenConfig, TokenModel
-from rag_geotoken.training.checkpoint import load_checkpoint, save_checkpoint
-from rag_geotoken.training.processes import descend, make_accelerator
-from rag_geotoken.training.schedule import one_cycle
+from rag_geotoken.training.loop import Kept, Log, run_steps
+from rag_geotoken.training.processes import make_accelerator
+from rag_geotoken.training.schedule import batch_of, one_cycle
 from rag_geotoken.tuning import Tuning
 
 CHECKS = 10  # looks at the validation photos in a training, each with a checkpoint
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -72,47 +67,34 @@ def train_tokens(
     torch.manual_seed(seed)
     losses = Losses(TokenModel(config), index, accelerator.device)
     adam = torch.optim.AdamW(losses.parameters(), lr=rate, weight_decay=0.02)
-    model, optimizer = accelerator.prepare(losses, adam)
     photos, validation = photos.to(accelerator.device), validation.to(accelerator.device)
-    kept = out.with_name(f"{out.name}-checkpoint.safetensors")
-    facts: dict[str, Any] = {"identity": identity, "step": 0, "best": None}
-    if (out / "tokens.safetensors").is_file():  # the best weights so far; without them it begins anew
-        facts = load_checkpoint(kept, losses, adam, identity) or facts
     steps = len(photos.tokens) // batch * epochs
-    schedule = one_cycle(adam, rate, steps, facts["step"])
-    checks = {round(steps * (i + 1) / CHECKS) for i in range(CHECKS)}
-    for step in range(facts["step"], steps):
+
+    def loss(model: nn.Module, step: int) -> Tensor:
         # Order and dropout follow from the step, not from what came before: a resumed training draws the same.
         torch.manual_seed(seed + step * world + here)
-        drawn = torch.from_numpy(batch_of(step, len(photos.tokens), batch, seed)[here::world]).to(accelerator.device)
-        descend(accelerator, weighted(model.train()(photos, drawn)), model, optimizer, schedule)
-        if step + 1 not in checks:
-            continue
+        drawn = torch.from_numpy(batch_of(step, len(photos.tokens), batch, seed)[here::world])
+        return weighted(model(photos, drawn.to(accelerator.device)))
+
+    def look() -> tuple[float, str]:
         found = validate(losses, validation, batch)
         value = float(weighted(found))
-        if not math.isfinite(value):
-            raise GeoError(f"the validation loss is {value} at step {step + 1}: train with a lower rate than {rate}")
-        better = facts["best"] is None or value < facts["best"]
-        facts = facts | {"step": step + 1, "best": value if better else facts["best"]}
-        if accelerator.is_main_process:
-            if better:
-                losses.tokens.save_pretrained(out, half=True)
-            save_checkpoint(kept, losses, adam, facts)
-            shown = " ".join(f"{x:.4f}" for x in found.tolist())
-            log(f"step {step + 1} of {steps}: validation loss {value:.4f}, a position {shown}")
-    accelerator.wait_for_everyone()
+        return value, f"validation loss {value:.4f}, a position {' '.join(f'{x:.4f}' for x in found.tolist())}"
+
+    run_steps(
+        accelerator,
+        losses,
+        adam,
+        lambda done: one_cycle(adam, rate, steps, done),
+        steps,
+        {round(steps * (i + 1) / CHECKS) for i in range(CHECKS)},
+        loss,
+        look,
+        lambda: losses.tokens.save_pretrained(out, half=True),
+        Kept(out / "tokens.safetensors", out.with_name(f"{out.name}-checkpoint.safetensors"), identity),
+        log,
+    )
     return TokenModel.from_pretrained(out)
-
-
-def batch_of(step: int, photos: int, batch: int, seed: int) -> NDArray[np.int64]:
-    """The photos (batch,) of a step; every epoch goes through them in an order that follows from the seed and it."""
-    epoch, at = divmod(step, photos // batch)
-    return _order(photos, seed, epoch)[at * batch : (at + 1) * batch]
-
-
-@lru_cache(maxsize=1)
-def _order(photos: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    return np.random.default_rng([seed, epoch]).permutation(photos)
 
 
 def weighted(losses: Tensor) -> Tensor:

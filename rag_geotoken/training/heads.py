@@ -1,0 +1,139 @@
+"""Train G3's heads and the location encoder on a frozen backbone, whose embeddings of the photos are there already."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from torch.optim.lr_scheduler import StepLR
+
+from rag_geotoken.alignment import AlignmentConfig, GeoAlignment
+from rag_geotoken.errors import GeoError
+from rag_geotoken.location import LocationEncoder
+from rag_geotoken.training.contrast import gathered, gps_loss, text_loss
+from rag_geotoken.training.examples import Examples
+from rag_geotoken.training.loop import Kept, Log, run_steps
+from rag_geotoken.training.processes import make_accelerator
+from rag_geotoken.training.schedule import batch_of
+
+GAMMA = 0.87  # of the rate, an epoch (G3)
+
+
+def train_heads(
+    config: AlignmentConfig,
+    photos: Examples,
+    validation: Examples,
+    out: Path,
+    identity: str,
+    *,
+    epochs: int,
+    batch: int,
+    rate: float,
+    decay: float,
+    seed: int,
+    log: Log,
+    start: LocationEncoder | None = None,
+) -> GeoAlignment:
+    """Train, write the weights that do best on the validation photos into ``out`` and return them.
+
+    G3's losses and optimisation: AdamW, the rate times 0.87 after every epoch; ``start``: the location encoder begins
+    with these weights (GeoCLIP's in G3). With several processes each embeds its part of a batch, and all are compared
+    with all, as in one. Looked at once an epoch; ``OUT-checkpoint.safetensors`` lets a stopped training go on. Raises
+    GeoError when the photos do not fill a batch, the processes cannot share one, or the loss diverges.
+    """
+    accelerator = make_accelerator()
+    here, world = accelerator.process_index, accelerator.num_processes
+    if photos.count < batch or batch % world or not validation.count:
+        raise GeoError(
+            f"{photos.count} photos to train on, {validation.count} held out, batches of {batch}, {world} processes: "
+            "the photos must fill a batch, the processes divide it, and some photos be held out"
+        )
+    torch.manual_seed(seed)
+    losses = Losses(GeoAlignment(config), accelerator)
+    if start is not None:
+        _begin_with(losses.alignment, start)
+    adam = torch.optim.AdamW(losses.parameters(), lr=rate, weight_decay=decay)
+    epoch = photos.count // batch
+
+    def loss(model: nn.Module, step: int) -> Tensor:
+        drawn = torch.from_numpy(batch_of(step, photos.count, batch, seed)[here::world])
+        total: Tensor = sum(model(*photos.batch(drawn, accelerator.device)))
+        return total
+
+    def look() -> tuple[float, str]:
+        gps, text = validate(losses, validation, batch, accelerator.device)
+        return gps + text, f"validation loss {gps + text:.4f}, of gps {gps:.4f}, of text {text:.4f}"
+
+    def schedule(done: int) -> StepLR:
+        rates = StepLR(adam, epoch, GAMMA)
+        for _ in range(done):
+            rates.step()
+        return rates
+
+    run_steps(
+        accelerator,
+        losses,
+        adam,
+        schedule,
+        epoch * epochs,
+        {epoch * (i + 1) for i in range(epochs)},
+        loss,
+        look,
+        lambda: losses.alignment.save_pretrained(out),
+        Kept(out / "alignment.safetensors", out.with_name(f"{out.name}-checkpoint.safetensors"), identity),
+        log,
+    )
+    return GeoAlignment.from_pretrained(out)
+
+
+class Losses(nn.Module):
+    """Features, places and texts of a batch, or of a process's part of it -> the two losses of the whole batch."""
+
+    def __init__(self, alignment: GeoAlignment, accelerator: Accelerator) -> None:
+        super().__init__()
+        self.alignment, self.accelerator = alignment, accelerator
+
+    def forward(self, features: Tensor, lat_lon: Tensor, texts: Tensor, names: Tensor) -> tuple[Tensor, Tensor]:
+        """(b, dim), (b, 2) degrees, (b, dim), (b,) -> gps loss, text loss."""
+        model, accelerator = self.alignment, self.accelerator
+        _, gps, text = model.parts(features)
+        place, words = normalize(model.location(lat_lon).float(), dim=-1), normalize(model.text(texts).float(), dim=-1)
+        world = accelerator.num_processes if self.training else 1
+        if world > 1:
+            gps, place, text, words, names = (gathered(accelerator, x) for x in (gps, place, text, words, names))
+        with torch.autocast(gps.device.type, enabled=False):
+            first = gps_loss(gps, place, _shared(model.gps_scale, world))
+            second = text_loss(text, words, names, _shared(model.text_scale, world))
+        # Every process has the whole loss and the gradient of its own part; the mean over all is a part too small.
+        return first * world, second * world
+
+
+def _shared(scale: Tensor, world: int) -> Tensor:
+    """The same number with a part of its gradient: every process sees all of it."""
+    return scale / world + (1 - 1 / world) * scale.detach() if world > 1 else scale
+
+
+@torch.no_grad()
+def validate(losses: Losses, photos: Examples, batch: int, device: torch.device) -> tuple[float, float]:
+    """Mean gps and text loss in batches; the last may be smaller, so that all photos count."""
+    losses.eval()
+    total = torch.zeros(2, dtype=torch.float64)
+    for rows in torch.split(torch.arange(photos.count), batch):
+        found = losses(*photos.batch(rows, device))
+        total += len(rows) * torch.stack(found).double().cpu()
+    gps, text = (total / photos.count).tolist()
+    return gps, text
+
+
+def _begin_with(alignment: GeoAlignment, start: LocationEncoder) -> None:
+    encoder = alignment.location[0] if isinstance(alignment.location, nn.Sequential) else alignment.location
+    try:
+        encoder.load_state_dict(start.state_dict())
+    except RuntimeError:
+        raise GeoError(
+            "the location encoder to begin with has other sizes than the recipe's: GeoCLIP's goes with location "
+            '"mercator" or "equal_earth"'
+        ) from None
