@@ -146,6 +146,10 @@ def locate(
     top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Sample the likeliest tokens up to this.")] = 1.0,
     epsilon: Annotated[float, typer.Option(min=0.0, max=0.99, help="Sample no token less likely.")] = 0.0,
     neighbors: Annotated[int, typer.Option(min=1, max=1000, help="Gallery photos retrieved a photo.")] = 20,
+    other_authors: Annotated[
+        bool, typer.Option("--other-authors", help="No neighbour by the photo's own author, where a source names it.")
+    ] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Compare all gallery photos, whatever the index.")] = False,
     gps_places: Annotated[int, typer.Option(min=0, max=1000, help="Places found by GPS embedding a photo.")] = 32,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     verify: Annotated[str, typer.Option(help="Who verifies: some of alignment,reward,look, or none.")] = "alignment",
@@ -181,6 +185,8 @@ def locate(
     ways, verifiers = (() if given == "none" else tuple(given.split(",")) for given in (propose, verify))
     options = Options(
         neighbors=neighbors,
+        other_authors=other_authors,
+        exact=exact,
         gps_places=gps_places,
         propose=ways,
         beam_width=beam_width,

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from rag_geotoken.approximate import EXACT_ROWS, effort, on_gpu, open_index
 from rag_geotoken.errors import GeoError
 from rag_geotoken.exact import scan
+from rag_geotoken.exclusion import Authors, own_rows
 from rag_geotoken.files import file_sha256, read_json
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.look import BANK, Look
@@ -28,6 +29,7 @@ VECTORS, ROWS, MANIFEST, PROJECTIONS = "index.faiss", "rows.parquet", "manifest.
 FORMATS = {"rag-geotoken-index/1": (VECTORS, ROWS), "rag-geotoken-index/2": (VECTORS, ROWS, PROJECTIONS)}
 ROW_COLUMNS = ("id", "image", "lat", "lon", "place", "author", "digest")
 BLOCK = 16_384  # rows in memory at a time
+SPARE = 3  # times as many rows are looked at where those of the query's author are passed over
 COPIES = 8  # of one photo in a gallery, as a search within a region allows for
 Heads = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 Vectors = NDArray[np.float32]
@@ -78,6 +80,7 @@ class GeoIndex:
         keep: Mask | None = None,
         dissimilar: bool = False,
         exact: bool = False,
+        authors: list[str | None] | None = None,
     ) -> Neighbors:
         """The k nearest rows of each query (B, 3, dim), the three inner products added with the given weights.
 
@@ -88,22 +91,38 @@ class GeoIndex:
         """
         if queries.shape[1:] != (3, self.manifest["dim"]):
             raise GeoError(f"queries of {queries.shape[1:]} do not fit an index of (3, {self.manifest['dim']})")
-        own = self._own_rows(digests) if digests else np.full((len(queries), 0), -1)
+        own = own_rows(self.rows, digests) if digests else np.full((len(queries), 0), -1)
         wanted, there = k + own.shape[1], len(self.rows) if keep is None else int(keep.sum())
         if wanted > there:
             where = "the index holds" if keep is None else "the filter lets through"
             raise GeoError(f"{where} {there} photos: ask for fewer than k={k} neighbours")
-        queries = (-queries if dissimilar else queries) * np.asarray(weights, np.float32)[:, None]
-        if self.projections is None:
-            scores, rows = self._all_parts(queries, wanted, keep)
-        elif exact or dissimilar or (keep is not None and there <= EXACT_ROWS):
-            # The image part tells who may be near, but not who is far.
-            scores, rows = scan(queries.reshape(len(queries), -1), self._blocks(keep, parts=True), wanted)
-        else:
-            scores, rows = self._refine(queries, self._shortlist(queries, wanted, keep), wanted)
-        order = np.argsort((rows[:, :, None] == own[:, None, :]).any(axis=2), axis=1, kind="stable")[:, :k]
+        wanted = min(there, wanted + (SPARE * k if authors else 0))
+        weighted = (-queries if dissimilar else queries) * np.asarray(weights, np.float32)[:, None]
+        scores, rows = self._best(weighted, wanted, keep, exact or dissimilar)
+        passed = (rows[:, :, None] == own[:, None, :]).any(axis=2)
+        if authors:
+            passed |= self._authors.of(rows) == self._authors.named(authors)[:, None]
+        order = np.argsort(passed, axis=1, kind="stable")[:, :k]
+        few = (~passed).sum(axis=1) < k
         rows, scores = np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1)
-        return Neighbors(rows, self.lat_lon[rows], -scores if dissimilar else scores)
+        found = Neighbors(rows, self.lat_lon[rows], -scores if dissimilar else scores)
+        for i in np.flatnonzero(few):
+            # An author of many photos like this one: then all others are searched, for this query alone.
+            assert authors is not None
+            others = self.mask(not_author=authors[i])
+            others = others if keep is None else keep & others if others is not None else keep
+            again = self.search(queries[i : i + 1], k, weights, digests and [digests[i]], others, dissimilar, exact)
+            found.rows[i], found.lat_lon[i], found.scores[i] = again.rows[0], again.lat_lon[0], again.scores[0]
+        return found
+
+    def _best(self, queries: Vectors, k: int, keep: Mask | None, exact: bool) -> tuple[Vectors, NDArray[np.int64]]:
+        """Scores and rows (B, k) of weighted queries (B, 3, dim), best first."""
+        if self.projections is None:
+            return self._all_parts(queries, k, keep)
+        if exact or (keep is not None and keep.sum() <= EXACT_ROWS):
+            # The image part tells who may be near, but not who is far.
+            return scan(queries.reshape(len(queries), -1), self._blocks(keep, parts=True), k)
+        return self._refine(queries, self._shortlist(queries, k, keep), k)
 
     def mask(
         self, within: tuple[float, float, float] | None = None, not_author: str | None = None, at_least: int = 0
@@ -188,23 +207,9 @@ class GeoIndex:
     def _searcher(self) -> Any:
         return on_gpu(self.faiss_index)
 
-    def copies(self, digests: list[str]) -> NDArray[np.int64]:
-        """The rows that have one of these digests, in order."""
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
-        # A dictionary of millions of digests would be large; a pass over them takes no longer than a block's search.
-        rows: NDArray[np.int64] = pc.is_in(self.rows["digest"], value_set=pa.array(digests, pa.string())).to_numpy()
-        return rows.nonzero()[0]
-
-    def _own_rows(self, digests: list[str]) -> NDArray[np.int64]:
-        """Rows with each digest -> (B, most found), padded with -1."""
-        copies, rows = self.copies(digests), dict[str, list[int]]()
-        for row, digest in zip(copies.tolist(), self.rows["digest"].take(copies).to_pylist(), strict=True):
-            rows.setdefault(digest, []).append(row)
-        found = [rows.get(digest, []) for digest in digests]
-        width = max(map(len, found), default=0)
-        return np.array([own + [-1] * (width - len(own)) for own in found], np.int64).reshape(len(digests), width)
+    @cached_property
+    def _authors(self) -> Authors:
+        return Authors(self.rows["author"])
 
     def check_encoder(self, encoder: str) -> None:
         """Raises GeoError when the index was built with another encoder."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rag_geotoken import selection, stages
 from rag_geotoken.errors import GeoError
+from rag_geotoken.exclusion import copies
 from rag_geotoken.export import check_format, write_predictions
 from rag_geotoken.files import check_writable
 from rag_geotoken.geo import check_lat_lon
@@ -44,7 +45,8 @@ def locate_photos(
     geolocator = Geolocator.from_pretrained(index, weights, backbone)
     write_table(run / "photos.parquet", table)
     stages.encode(run, geolocator.alignment)
-    stages.search(run, geolocator.index, options.neighbors, geolocator.tuning.search_weights, options.within)
+    search = options.within, options.other_authors, options.exact
+    stages.search(run, geolocator.index, options.neighbors, geolocator.tuning.search_weights, *search)
     if options.propose:
         stages.propose(run, geolocator, options)
     inputs, area = ["pool"], None
@@ -131,7 +133,7 @@ def neighbors_of(
     gallery, own = geolocator.index, digests(pixels)
     keep = gallery.mask(within, not_author)
     if keep is not None:
-        keep[gallery.copies(own)] = False
+        keep[copies(gallery.rows, own)] = False
         k, own = min(k, int(keep.sum())), []
         if k == 0:
             raise GeoError("the filter lets no photo of the index through: allow a wider region or another author")

@@ -38,12 +38,15 @@ VERIFIERS = ("alignment", "reward")  # and "look", which the ablation leaves out
 class Options:
     """What a run may change: what is retrieved, how cells are proposed, and who verifies the pool.
 
-    gps_places: places found by the photo's GPS embedding, none for 0.
+    exact: compare every gallery photo, whatever the index. other_authors: no neighbour by the photo's own author, where
+    a source knows it. gps_places: places found by the photo's GPS embedding, none for 0.
     within: a place and a distance, (lat, lon, km): only cells and neighbours inside count. openings: prefixes that the
     frontier search opens a photo. max_area_km2: a photo whose posterior is spread over more gets no answer.
     """
 
     neighbors: int = 20
+    exact: bool = False
+    other_authors: bool = False
     gps_places: int = 32
     propose: tuple[str, ...] = ("greedy", "beam", "sample")
     beam_width: int = 10
@@ -119,7 +122,7 @@ class Geolocator:
     def locate(self, pixels: NDArray[np.uint8], options: Options) -> Predictions:
         """Pixels (B, size, size, 3) uint8 -> the decision on each: the method, start to end."""
         photo = self.encode(pixels)
-        neighbors = self.search(photo, options.neighbors, digests(pixels), options.within)
+        neighbors = self.search(photo, options.neighbors, digests(pixels), options.within, options.exact)
         candidates = self.propose(photo, neighbors, options) if options.propose else None
         places = self.places(photo, options.gps_places) if options.gps_places else None
         pool = self.pool(neighbors, candidates, places, options.within)
@@ -136,13 +139,14 @@ class Geolocator:
         k: int,
         own: list[str] | None = None,
         within: tuple[float, float, float] | None = None,
+        exact: bool = False,
     ) -> Neighbors:
         """Embeddings (B, 3, dim) -> the k nearest gallery photos, those with a digest of ``own`` passed over.
 
-        within: only those inside; where fewer than k are, the k nearest to that place.
+        within: only those inside; where fewer than k are, the k nearest to that place. exact: whatever the index.
         """
         keep = self.index.mask(within, at_least=k + COPIES)
-        return self.index.search(photo, k, self.tuning.search_weights, own, keep)
+        return self.index.search(photo, k, self.tuning.search_weights, own, keep, exact=exact)
 
     def places(self, photo: NDArray[np.float32], n: int) -> Places:
         """The ``n`` places most like the GPS embedding of photos (B, 3, dim)."""

@@ -102,20 +102,28 @@ def search(
     k: int,
     weights: tuple[float, ...],
     within: tuple[float, float, float] | None = None,
+    other_authors: bool = False,
+    exact: bool = False,
 ) -> Path:
     """Embeddings -> neighbours: id, rank, row, lat, lon, score; a photo never finds itself.
 
-    within: only photos no further than (lat, lon, km) from a place; where fewer are, the nearest to it.
+    within: only photos no further than (lat, lon, km) from a place; where fewer are, the nearest to it. other_authors:
+    none by the photo's own author. exact: every row is compared, whatever the index.
     """
     import pyarrow as pa
 
     ids, photo, digest = read_embeddings(folder)
     recipe = {"k": k, "weights": list(weights), "index": index.manifest["sha256"]}
-    recipe |= {"within": within} if within else {}
+    chosen = {"within": within, "other_authors": other_authors, "exact": exact}
+    recipe |= {name: value for name, value in chosen.items() if value}
     keep = index.mask(within, at_least=k + COPIES)
+    names = read_table(folder / "photos.parquet", ["id", "author"])
+    author_of = dict(zip(names["id"].to_pylist(), names["author"].to_pylist(), strict=True)) if other_authors else {}
+    authors = [author_of.get(name) for name in ids]
 
     def work(at: slice) -> pa.Table:
-        found = index.search(photo[at], k, weights, digest[at], keep)
+        theirs = authors[at] if other_authors else None
+        found = index.search(photo[at], k, weights, digest[at], keep, exact=exact, authors=theirs)
         return pa.table(
             {
                 "id": pa.array(np.repeat(ids[at], k), pa.string()),

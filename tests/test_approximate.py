@@ -126,6 +126,25 @@ def test_a_filter_comes_before_the_search(
     assert truth.rows.tolist() == expected
 
 
+def test_an_authors_photos_are_passed_over(index: GeoIndex, exact: GeoIndex, alignment: GeoAlignment) -> None:
+    """Also of one who took most of the gallery, so that hardly any of the nearest are another's."""
+    photo = queries(index, alignment, 12)
+    names = [None if i % 10 == 0 else "rare" if i % 10 == 1 else "most" for i in range(N)]
+    searched = [replace(some, rows=some.rows.set_column(5, "author", pa.array(names))) for some in (index, exact)]
+    authors = ["most", "rare", None, "unheard of"] * 3
+    for some in searched:
+        near = some.search(photo, K, WEIGHTS, authors=authors, exact=True)
+        order = some.search(photo, N, WEIGHTS, exact=True).rows
+        for i, author in enumerate(authors):
+            allowed = [row for row in order[i].tolist() if author is None or names[row] != author]
+            assert near.rows[i].tolist() == allowed[:K]
+        np.testing.assert_array_equal(near.lat_lon, some.lat_lon[near.rows])
+    near = searched[0].search(photo, K, WEIGHTS, authors=authors)
+    assert not any(
+        names[row] == author for rows, author in zip(near.rows, authors, strict=True) if author for row in rows
+    )
+
+
 def test_a_photo_never_finds_itself(index: GeoIndex) -> None:
     rows = np.array([0, 17, N - 1])
     digests = index.rows["digest"].take(rows).to_pylist()

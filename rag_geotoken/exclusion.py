@@ -1,0 +1,54 @@
+"""Gallery rows that a query is not to find: those with its own pixels, and, where asked, those of its own author."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+NO_ONE, UNKNOWN = -1, -2  # a row without an author; an author without a row
+
+
+def copies(rows: pa.Table, digests: Sequence[str]) -> NDArray[np.int64]:
+    """The rows that have one of these digests, in order."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    # A dictionary of millions of digests would be large; a pass over them takes no longer than a block's search.
+    found: NDArray[np.bool_] = pc.is_in(rows["digest"], value_set=pa.array(digests, pa.string())).to_numpy()
+    return found.nonzero()[0]
+
+
+def own_rows(rows: pa.Table, digests: Sequence[str]) -> NDArray[np.int64]:
+    """Rows with each digest -> (B, most found), padded with -1."""
+    there, by_digest = copies(rows, digests), dict[str, list[int]]()
+    for row, digest in zip(there.tolist(), rows["digest"].take(there).to_pylist(), strict=True):
+        by_digest.setdefault(digest, []).append(row)
+    found = [by_digest.get(digest, []) for digest in digests]
+    width = max(map(len, found), default=0)
+    return np.array([own + [-1] * (width - len(own)) for own in found], np.int64).reshape(len(digests), width)
+
+
+class Authors:
+    """Who took each gallery photo, as numbers."""
+
+    def __init__(self, names: pa.ChunkedArray) -> None:
+        """names: (rows,), null where nobody knows."""
+        import pyarrow.compute as pc
+
+        coded = names.combine_chunks().dictionary_encode()
+        self._codes: NDArray[np.int64] = pc.fill_null(coded.indices, NO_ONE).to_numpy().astype(np.int64)
+        self._code_of = {name: code for code, name in enumerate(coded.dictionary.to_pylist())}
+
+    def of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Rows of any shape -> their authors' numbers; -1 for an unknown author."""
+        return self._codes[rows]
+
+    def named(self, names: Sequence[str | None]) -> NDArray[np.int64]:
+        """Names (B,) -> their numbers; -2 for an author without a photo here, or none."""
+        return np.array([UNKNOWN if name is None else self._code_of.get(name, UNKNOWN) for name in names], np.int64)
