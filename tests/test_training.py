@@ -148,7 +148,9 @@ def test_sources_that_are_kept_for_other_uses_are_refused(
 
 def test_the_recipe_that_ships_fits() -> None:
     recipe = training_recipe(None)
-    assert list(recipe) == list(RECIPE) == list(run.SETTINGS)
+    assert list(recipe) == list(RECIPE) == [name for name in run.SETTINGS if name != "heads"]
+    heads = training_recipe(None, "g3")
+    assert run._settings(heads, "heads") == heads["heads"]
     for what in recipe:
         assert run._settings(recipe, what) == recipe[what]
     seeds = [section["seed"] for section in recipe.values() if "seed" in section]
