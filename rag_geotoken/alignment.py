@@ -11,7 +11,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,12 +22,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from rag_geotoken.encoders.clip import CLIP_LARGE, ClipEncoder
+from rag_geotoken.encoders import Backbone, load_backbone
+from rag_geotoken.encoders.clip import CLIP_LARGE
 from rag_geotoken.encoders.earth import EarthEncoder
 from rag_geotoken.errors import GeoError
 from rag_geotoken.files import file_sha256
 from rag_geotoken.location import HarmonicConfig, HarmonicEncoder, LocationConfig, UnitVectorEncoder, embed_places, mlp
 from rag_geotoken.location import LocationEncoder as LocationEncoder
+from rag_geotoken.pictures import load_pictures
 from rag_geotoken.weights import fingerprint, load_weights, save_weights
 
 EARTH_BACKBONE = "earth"
@@ -37,7 +39,7 @@ EARTH_BACKBONE = "earth"
 class AlignmentConfig:
     """Sizes of a :class:`GeoAlignment`: ``dim`` of every embedding, and what encodes photos and places.
 
-    backbone: ``earth``, trained with the rest, or a frozen CLIP (of a hub, or a folder) whose embeddings have ``dim``
+    backbone: ``earth``, trained with the rest, or a frozen model (``load_backbone``) whose embeddings have ``dim``
     numbers. location_dim: of the location encoder, which a head then leads to ``dim``, as in G3; 0 for neither.
     location: ``unit_vector``, or ``equal_earth``, ``mercator`` (with sigmas of their own: GeoCLIP's are 1, 16 and 256)
     or ``harmonics`` (of which ``degrees``). sigmas and frequencies are of the random Fourier features.
@@ -125,9 +127,9 @@ class GeoAlignment(nn.Module):
         return self.backbone.size if self.frozen else 64
 
     @cached_property
-    def backbone(self) -> ClipEncoder:
+    def backbone(self) -> Backbone:
         """The frozen backbone. Raises GeoError when it is not there or does not fit."""
-        found = ClipEncoder.from_pretrained(self.backbone_name or self.config.backbone)
+        found = load_backbone(self.backbone_name or self.config.backbone)
         if found.dim != self.config.dim:
             raise GeoError(
                 f"the backbone {found.folder} gives {found.dim} numbers a picture, and the alignment was trained on "
@@ -150,6 +152,10 @@ class GeoAlignment(nn.Module):
             return self.identity
         facts = json.dumps(self.backbone.identity(), sort_keys=True)
         return f"{self.backbone.folder.name}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
+
+    def load(self, references: Sequence[str]) -> tuple[NDArray[np.uint8], list[str | None]]:
+        """N pictures as the encoder takes them (N, size, size, 3), and what is wrong with each: ``load_pictures``."""
+        return self.backbone.load(references) if self.frozen else load_pictures(references, self.size)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Pixels (N, size, size, 3) uint8 -> image, gps and text embeddings, each (N, dim) of length one."""

@@ -60,3 +60,18 @@ def convert_g3(
 
     convert.convert_g3(path, out)
     typer.echo(f"G3's heads and location encoder in {out}")
+
+
+@convert_app.command("open-clip", epilog="Example: rag-geotoken convert open-clip DFN2B-CLIP-ViT-L-14 --out runs/dfn2b")
+def convert_open_clip(
+    path: Annotated[Path, typer.Argument(help="Folder with open_clip_config.json and a .bin, as the hub has it.")],
+    out: Annotated[Path, typer.Option(help="Folder for the same model in safetensors.")],
+) -> None:
+    """Read a model of open_clip that its hub has only as a pickle, of which nothing but tensors is read.
+
+    Fetch the folder with: hf download OWNER/NAME --local-dir DIR. Name the result open_clip:OUT.
+    """
+    from rag_geotoken import convert
+
+    convert.convert_open_clip(path, out)
+    typer.echo(f"open_clip model in {out}")

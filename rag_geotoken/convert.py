@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pickle
 import re
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +16,9 @@ from torch import Tensor, nn
 
 from rag_geotoken.alignment import G3, GeoAlignment
 from rag_geotoken.cells import MAX_LEVEL, S2Tokenizer
+from rag_geotoken.encoders import open_clip
 from rag_geotoken.errors import GeoError
+from rag_geotoken.files import read_json, write_json, write_whole
 from rag_geotoken.gallery import open_gallery, read_places_csv, write_places
 from rag_geotoken.geoclip import GeoCLIPHead
 from rag_geotoken.location import LocationEncoder
@@ -38,6 +42,8 @@ G3_NAMES = {
     "gps_scale": "logit_scale2",
 }
 GEOCLIP_LOCATION, GEOCLIP_GALLERY = "location_encoder_weights.pth", Path("gps_gallery", "coordinates_100K.csv")
+# Where open_clip looks for weights that are pickled.
+OPEN_CLIP = ("open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth", "pytorch_model.bin", "model.pth")
 GEOCLIP_INSIDE = ("", "weights", "model/weights", "geoclip/model/weights")  # of a folder that one may name
 
 
@@ -101,6 +107,29 @@ def convert_g3(path: Path, out: Path) -> None:
     model.save_pretrained(out)
 
 
+def convert_open_clip(path: Path, out: Path) -> None:
+    """Turn a folder of open_clip with a pickle into one with open_clip_model.safetensors, settings and tokenizer too.
+
+    Tensors stay as they are; whether they are all that the model needs is checked when it is loaded. Raises GeoError
+    when the settings or the weights are missing, or when the file holds more than tensors; then nothing is written.
+    """
+    from safetensors.torch import save_file
+
+    settings = read_json(path / open_clip.CONFIG)
+    source = next((path / name for name in OPEN_CLIP if (path / name).is_file()), path / OPEN_CLIP[0])
+    tensors = read_tensors(source, integers=True)
+    # One memory each, as this format wants it.
+    tensors = {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
+    write_whole(out / open_clip.WEIGHTS[0], lambda beside: save_file(tensors, beside))
+    for file in {file for pattern in open_clip.TOKENIZER for file in path.glob(pattern) if file.is_file()}:
+        write_whole(out / file.name, partial(_copy, file))
+    write_json(out / open_clip.CONFIG, settings)
+
+
+def _copy(file: Path, beside: Path) -> None:
+    shutil.copyfile(file, beside)
+
+
 def _g3_name(name: str) -> str:
     return next(theirs + name.removeprefix(ours) for ours, theirs in G3_NAMES.items() if name.startswith(ours))
 
@@ -126,15 +155,15 @@ def _fill(
     model.load_state_dict({names[name]: value for name, value in tensors.items()}, assign=True)
 
 
-def read_tensors(path: Path, unused: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """The state dict of a ``.safetensors``, ``.pth`` or ``.pt`` file by name, on the CPU.
+def read_tensors(path: Path, unused: tuple[str, ...] = (), integers: bool = False) -> dict[str, Tensor]:
+    """The state dict of a ``.safetensors``, ``.pth``, ``.pt`` or ``.bin`` file by name, on the CPU.
 
     It may lie under a key such as ``state_dict``, and DistributedDataParallel's ``module.`` before every name goes;
     what then begins with one of ``unused`` is left out, whatever it is. Pickled code is never run. Raises GeoError
-    unless there is a file whose state dict is floating-point tensors alone.
+    unless there is a file whose state dict is floating-point tensors alone, or ``integers`` (of 64 bits) besides.
     """
     if not path.is_file():
-        raise GeoError(f"there is no file {path}: give a checkpoint, .pth, .pt or .safetensors")
+        raise GeoError(f"there is no file {path}: give a checkpoint, .pth, .pt, .bin or .safetensors")
     loaded = _load(path)
     inner = [loaded[nest] for nest in NESTS if isinstance(loaded.get(nest), dict)] if isinstance(loaded, dict) else []
     state = inner[0] if inner else loaded
@@ -145,7 +174,7 @@ def read_tensors(path: Path, unused: tuple[str, ...] = ()) -> dict[str, Tensor]:
     state = {name: value for name, value in state.items() if not name.startswith(unused)}
     for name, value in state.items():
         usable = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
-        if not (usable and value.dtype in FLOATS):
+        if not (usable and value.dtype in (*FLOATS, *([torch.int64] if integers else []))):
             raise GeoError(f"{path} holds no state dict, {ascii(name)[:80]} is not made of floats: save the model's")
     # A few bytes can pose as a tensor of any size, the same number repeated.
     if sum(value.numel() * value.element_size() for value in state.values()) > path.stat().st_size:
@@ -159,7 +188,7 @@ def _load(path: Path) -> object:
             from safetensors.torch import load_file
 
             return load_file(path)
-        if path.suffix.lower() in (".pth", ".pt"):
+        if path.suffix.lower() in (".pth", ".pt", ".bin"):
             # What torch warns of is refused below.
             with warnings.catch_warnings(action="ignore"):
                 loaded: object = torch.load(path, map_location="cpu", weights_only=True)
@@ -173,7 +202,7 @@ def _load(path: Path) -> object:
         raise GeoError(f"cannot read {path}: {(error.strerror or type(error).__name__).lower()}") from None
     except Exception:  # hostile bytes fail in any way
         raise GeoError(f"{path} is no checkpoint, or a truncated one: get it again") from None
-    raise GeoError(f"{path.name} is no checkpoint by its name: give a .pth, .pt or .safetensors file")
+    raise GeoError(f"{path.name} is no checkpoint by its name: give a .pth, .pt, .bin or .safetensors file")
 
 
 def _config(path: Path, tensors: dict[str, Tensor], heads: int, neighbors: int) -> TokenConfig:

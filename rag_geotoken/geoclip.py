@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from rag_geotoken.encoders.clip import CLIP_LARGE, ClipEncoder
+from rag_geotoken.encoders import Backbone, load_backbone
+from rag_geotoken.encoders.clip import CLIP_LARGE
 from rag_geotoken.errors import GeoError
 from rag_geotoken.gallery import Found, Gallery, open_gallery
 from rag_geotoken.location import LocationEncoder, mlp
-from rag_geotoken.pictures import load_pictures
 from rag_geotoken.types import Prediction
 from rag_geotoken.weights import load_weights, save_weights
 
@@ -57,7 +57,7 @@ class GeoCLIPHead(nn.Module):
 class GeoCLIP:
     """Backbone, head and gallery, loaded once; call it with pictures."""
 
-    def __init__(self, backbone: ClipEncoder, head: GeoCLIPHead, gallery: Gallery) -> None:
+    def __init__(self, backbone: Backbone, head: GeoCLIPHead, gallery: Gallery) -> None:
         sizes = head.config
         if backbone.dim != sizes.features:
             raise GeoError(
@@ -72,19 +72,19 @@ class GeoCLIP:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, backbone: str | Path | None = None) -> GeoCLIP:
-        """Open a folder of converted weights with their own backbone, or with that of a folder or a hub's name.
+        """Open a folder of converted weights with their own backbone, or one of that name: see ``load_backbone``.
 
         The gallery is encoded if it is not yet. Raises GeoError when a file or the backbone is missing or does not fit.
         """
         folder = Path(folder)
         head, location = GeoCLIPHead.from_pretrained(folder), LocationEncoder.from_pretrained(folder)
-        encoder = ClipEncoder.from_pretrained(backbone or head.config.backbone)
+        encoder = load_backbone(str(backbone or head.config.backbone))
         return cls(encoder, head, open_gallery(folder, location))
 
     def __call__(self, pictures: str | Path | Sequence[str | Path]) -> list[Prediction]:
         """Pictures -> predictions in order; one that cannot be read has an error and no coordinates."""
         references = [str(p) for p in ([pictures] if isinstance(pictures, str | Path) else pictures)]
-        pixels, errors = load_pictures(references, self.backbone.size)
+        pixels, errors = self.backbone.load(references)
         good = [i for i, error in enumerate(errors) if error is None]
         predictions = [Prediction(reference, error=error) for reference, error in zip(references, errors, strict=True)]
         found = self.search(self.embed(pixels[good]), 1)

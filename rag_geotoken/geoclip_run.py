@@ -15,7 +15,6 @@ from rag_geotoken.gallery import Found
 from rag_geotoken.geoclip import GeoCLIP
 from rag_geotoken.locate import read_photos
 from rag_geotoken.metrics import RADII_KM
-from rag_geotoken.pictures import load_pictures
 from rag_geotoken.progress import progress_bar
 from rag_geotoken.tables import fixed_list, read_table, stage, to_numpy, write_table
 from rag_geotoken.weights import fingerprint
@@ -60,7 +59,7 @@ def encode(folder: Path, geoclip: GeoCLIP) -> Path:
     ids, references = photos["id"].to_pylist(), photos["image"].to_pylist()
 
     def work(at: slice) -> pa.Table:
-        pixels, errors = load_pictures(references[at], geoclip.backbone.size)
+        pixels, errors = geoclip.backbone.load(references[at])
         vectors = geoclip.embed(pixels).numpy()
         vectors[[error is not None for error in errors]] = 0.0
         columns = {"id": pa.array(ids[at], pa.string()), "geoclip": fixed_list(vectors)}

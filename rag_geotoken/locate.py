@@ -13,7 +13,7 @@ from rag_geotoken.exclusion import copies
 from rag_geotoken.export import check_format, write_predictions
 from rag_geotoken.files import check_writable
 from rag_geotoken.geo import check_lat_lon
-from rag_geotoken.pictures import list_pictures, load_pictures
+from rag_geotoken.pictures import list_pictures
 from rag_geotoken.pipeline import Geolocator, Options, digests
 from rag_geotoken.posterior import effective_area_km2
 from rag_geotoken.run_tables import read_pool, read_posterior, read_verdicts
@@ -127,7 +127,7 @@ def neighbors_of(
     within and not_author leave rows out before the search; where fewer than k are left, there are fewer.
     """
     geolocator = Geolocator.from_pretrained(index, weights, backbone)
-    pixels, errors = load_pictures([str(photo)], geolocator.alignment.size)
+    pixels, errors = geolocator.alignment.load([str(photo)])
     if errors[0]:
         raise GeoError(errors[0])
     gallery, own = geolocator.index, digests(pixels)

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,10 @@ PIXEL_CAP = 100_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # MPO opens as the JPEG that it begins with
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".mpo")
 BLUE_MARBLE, TAR = "blue-marble:", "tar:"
+# How a picture becomes a square: its middle, as CLIP has it; the same with an odd margin halved to the even pixel, as
+# torchvision has it; all of it, out of shape.
+Fit = Literal["crop", "crop-even", "squash"]
+Interpolation = Literal["bicubic", "bilinear"]
 NEEDLE = 16  # times as long as wide: of a longer picture only the middle is resized
 THREADS = min(4, os.cpu_count() or 1)  # a picture at the cap takes 400 MB while it is decoded
 
@@ -44,12 +48,16 @@ UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
 _one_batch = threading.Lock()
 
 
-def load_pictures(references: Sequence[str], size: int) -> tuple[NDArray[np.uint8], list[str | None]]:
-    """Loads pictures upright, in colour on white, their central square resized (bicubic, antialiased) as CLIP has it.
+def load_pictures(
+    references: Sequence[str], size: int, fit: Fit = "crop", interpolation: Interpolation = "bicubic"
+) -> tuple[NDArray[np.uint8], list[str | None]]:
+    """Loads pictures upright, in colour on white, as squares: the middle, resized (bicubic, antialiased) as CLIP's.
 
     Args:
         references: N paths of picture files, `tar:` references to files in a tar, or `blue-marble:` references.
         size: Side of the square in pixels.
+        fit: What becomes of a picture that is no square. A `blue-marble:` reference always is one.
+        interpolation: Of picture files.
 
     Returns:
         Pixels (N, size, size, 3), rows from the top, red-green-blue; and for each photo None, or one line that says
@@ -68,7 +76,9 @@ def load_pictures(references: Sequence[str], size: int) -> tuple[NDArray[np.uint
 
     files = [i for i, reference in enumerate(references) if not reference.startswith(BLUE_MARBLE)]
     with _strict_pillow(), ThreadPoolExecutor(THREADS) as pool:
-        for i, loaded in zip(files, pool.map(lambda i: _load(references[i], size), files), strict=True):
+        for i, loaded in zip(
+            files, pool.map(lambda i: _load(references[i], size, fit, interpolation), files), strict=True
+        ):
             if isinstance(loaded, str):
                 errors[i] = loaded
             else:
@@ -141,11 +151,11 @@ class _BadPictureError(Exception):
     """Its message is the reason, for the row of this photo."""
 
 
-def _load(reference: str, size: int) -> NDArray[np.uint8] | str:
+def _load(reference: str, size: int, fit: Fit, interpolation: Interpolation) -> NDArray[np.uint8] | str:
     """The pixels (size, size, 3), or one line that says what is wrong."""
     try:
         with _open(reference) as image:
-            return _square(image, size)
+            return _square(image, size, fit, Image.Resampling[interpolation.upper()])
     except _BadPictureError as error:
         reason = str(error)
     except Exception:  # a decoder given broken bytes raises nearly anything: struct.error, IndexError, MemoryError
@@ -197,20 +207,21 @@ def _read_member(reference: str) -> bytes:
         raise _BadPictureError(str(error)) from None
 
 
-def _square(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    """CLIP's own way: the shorter side to ``size`` pixels, the longer one to a whole number, then the middle."""
+def _square(image: Image.Image, size: int, fit: Fit, resampling: Image.Resampling) -> NDArray[np.uint8]:
+    """The shorter side to ``size`` pixels, the longer one to a whole number, then the middle; or both sides to it."""
     orientation = _orientation(image)
     short, long = min(image.size), max(image.size)
-    if long > NEEDLE * short:  # so that a picture of 1 x 100,000 stays small
+    if long > NEEDLE * short and fit != "squash":  # so that a picture of 1 x 100,000 stays small
         cut = (long - NEEDLE * short) // 2
         left, top = (cut, 0) if image.width == long else (0, cut)
         image = image.crop((left, top, image.width - left, image.height - top))
     picture = _rgb(image)
-    width, height = (size * side // short for side in picture.size)
-    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    width, height = (size if fit == "squash" else size * side // short for side in picture.size)
+    picture = picture.resize((width, height), resampling)
     if orientation in UPRIGHT:
         picture = picture.transpose(UPRIGHT[orientation])
-    left, top = (picture.width - size) // 2, (picture.height - size) // 2
+    margins = picture.width - size, picture.height - size
+    left, top = (round(margin / 2) if fit == "crop-even" else margin // 2 for margin in margins)
     return np.asarray(picture.crop((left, top, left + size, top + size)))
 
 

@@ -22,7 +22,6 @@ from rag_geotoken.gps_search import GpsSearch
 from rag_geotoken.index import COPIES, GeoIndex
 from rag_geotoken.lattice import Lattice
 from rag_geotoken.look import Look
-from rag_geotoken.pictures import load_pictures
 from rag_geotoken.pool import keep_within, make_pool
 from rag_geotoken.posterior import Posterior
 from rag_geotoken.reward import RewardHead
@@ -110,7 +109,7 @@ class Geolocator:
         """Pictures -> predictions in order; one that cannot be read has an error and no coordinates."""
         options = options or Options()
         references = [str(p) for p in ([pictures] if isinstance(pictures, str | Path) else pictures)]
-        pixels, errors = load_pictures(references, self.alignment.size)
+        pixels, errors = self.alignment.load(references)
         good = [i for i, error in enumerate(errors) if error is None]
         found = [Prediction(reference, error=error) for reference, error in zip(references, errors, strict=True)]
         if good:

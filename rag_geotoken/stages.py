@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from rag_geotoken.files import write_json
 from rag_geotoken.index import COPIES
 from rag_geotoken.metrics import RADII_KM
-from rag_geotoken.pictures import load_pictures
 from rag_geotoken.progress import progress_bar
 from rag_geotoken.run_tables import read_candidates, read_embeddings, read_neighbors, read_places, read_pool
 from rag_geotoken.tables import fixed_list, read_table, stage, table_sha256
@@ -76,7 +75,7 @@ def encode(folder: Path, alignment: GeoAlignment, projections: bool = False) -> 
     ids, images = photos["id"].to_pylist(), photos["image"]
 
     def work(at: slice) -> pa.Table:
-        pixels, errors = load_pictures(images[at.start : at.stop].to_pylist(), alignment.size)
+        pixels, errors = alignment.load(images[at.start : at.stop].to_pylist())
         if projections:
             vectors: dict[str, NDArray[Any]] = {"projection": alignment.project(pixels).astype(np.float16)}
         else:

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from tiny_clip import save_clip, save_pictures
 from torch import Tensor
 
-from rag_geotoken.encoders import clip
 from rag_geotoken.encoders.clip import ClipEncoder
 from rag_geotoken.pictures import load_pictures
 
@@ -110,14 +109,15 @@ def test_a_model_that_is_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     asked = []
 
-    def unreachable(name: str, local_files_only: bool = False, **_: object) -> str:
-        asked.append(local_files_only)
+    def unreachable(name: str, **given: object) -> str:
+        asked.append("machine" if given.get("local_files_only") else "hub")
         raise huggingface_hub.errors.LocalEntryNotFoundError("cannot reach the hub\nmore words")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    monkeypatch.setattr(huggingface_hub, "model_info", unreachable)
     with one_line(r"openai/clip-vit-large-patch14 is not on this machine .*hf download openai/clip.*--backbone DIR"):
         ClipEncoder.from_pretrained()
-    assert asked == [True, False]  # the machine first, then the hub
+    assert asked == ["machine", "hub"]
     monkeypatch.undo()
     with one_line("there is no folder .*nowhere"):
         ClipEncoder.from_pretrained(tmp_path / "nowhere")
@@ -131,7 +131,20 @@ def test_a_model_on_this_machine_is_not_asked_for(clip_folder: Path, monkeypatch
         return str(clip_folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", cached)
-    assert clip.find_folder("someone/clip") == clip_folder
+    monkeypatch.setattr(huggingface_hub, "model_info", cached)
+    assert ClipEncoder.from_pretrained("someone/clip").folder == clip_folder
+
+
+@pytest.mark.parametrize("field", ["_attn_implementation_internal", "attn_implementation", "_attn_implementation"])
+def test_code_that_a_folder_names_is_not_run(folder: Path, encoder: ClipEncoder, field: str) -> None:
+    settings = json.loads((folder / "config.json").read_text()) | {field: "someone/kernel"}
+    for tower in ("vision_config", "text_config"):
+        settings[tower] = settings[tower] | {field: "someone/kernel"}
+    (folder / "config.json").write_text(json.dumps(settings))
+    picture, other = np.zeros((1, 224, 224, 3), np.uint8), ClipEncoder.from_pretrained(folder)
+    assert torch.equal(other.images(picture), encoder.images(picture))
+    assert torch.equal(other.texts(["a"]), encoder.texts(["a"]))
+    assert other._vision.config._attn_implementation == other._text[0].config._attn_implementation == "sdpa"
 
 
 def test_what_is_wrong_is_named(folder: Path, one_line: OneLine) -> None:
@@ -163,7 +176,7 @@ def test_what_is_wrong_is_named(folder: Path, one_line: OneLine) -> None:
 @pytest.mark.parametrize("told", ["[]", '{"image_mean": "grey"}', '{"image_std": [1, 1, 0]}', '{"image_mean": [0.5]}'])
 def test_unusable_mean_or_spread(folder: Path, told: str, one_line: OneLine) -> None:
     (folder / "preprocessor_config.json").write_text(told)
-    with one_line("no usable image_mean and image_std"):
+    with one_line("no usable mean and deviation of the colours"):
         ClipEncoder.from_pretrained(folder)
 
 

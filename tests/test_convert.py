@@ -239,7 +239,7 @@ def test_a_file_that_is_no_checkpoint_is_refused_in_one_line(state: State, tmp_p
     refused("cut.safetensors", whole[: len(whole) // 2], "no checkpoint, or a truncated one")
     refused("cut.pth", (tmp_path / "whole.pth").read_bytes()[:300_000], "no checkpoint, or a truncated one")
     refused("raw.pth", pickle.dumps({"when": tmp_path}, protocol=4), "refused")
-    refused("model.bin", whole, "no checkpoint by its name")
+    refused("model.ckpt", whole, "no checkpoint by its name")
     with one_line("there is no file .*nowhere.pth"):
         convert_geotoken(tmp_path / "nowhere.pth", tmp_path / "out")
     (tmp_path / "folder.pth").mkdir()

@@ -225,7 +225,7 @@ def test_an_unknown_way_to_propose(locate: Command, capsys: pytest.CaptureFixtur
 def test_asked_again_it_repeats_nothing(locate: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ("--verify", "alignment,reward", "--max-area", 1e7)
     first = locate(*options)
-    for name in ("pipeline.Geolocator.memory", "index.GeoIndex.search", "stages.load_pictures"):
+    for name in ("pipeline.Geolocator.memory", "index.GeoIndex.search", "alignment.load_pictures"):
         monkeypatch.setattr(f"rag_geotoken.{name}", lambda *_, **__: pytest.fail("computed again"))
     monkeypatch.setattr("rag_geotoken.alignment.GeoAlignment.embed_places", lambda *_: pytest.fail("computed again"))
     locate.out.unlink()

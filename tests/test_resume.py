@@ -152,7 +152,7 @@ def test_done_stages_are_not_done_again(
     run_folder: Path, geolocator: Geolocator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(shutil.copytree(run_folder, tmp_path / "run"))
-    forbid(monkeypatch, "stages.load_pictures", *MODELS)
+    forbid(monkeypatch, "alignment.load_pictures", *MODELS)
     run_road(folder, geolocator, OPTIONS)
     assert contents(folder) == contents(run_folder)
 
@@ -163,7 +163,7 @@ def test_one_lost_table_is_made_again_and_nothing_before_it(
     folder = Path(shutil.copytree(run_folder, tmp_path / "run"))
     for name in ("pool.parquet", "predictions-density.parquet", "verdicts-alignment.json"):
         (folder / name).unlink()
-    forbid(monkeypatch, "stages.load_pictures", "index.GeoIndex.search", "pipeline.Geolocator.memory")
+    forbid(monkeypatch, "alignment.load_pictures", "index.GeoIndex.search", "pipeline.Geolocator.memory")
     run_road(folder, geolocator, OPTIONS)
     assert contents(folder) == contents(run_folder)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -14,13 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rag_geotoken.encoders.shared import MEAN, STD, brief, colour_statistics, find_folder, in_batches, normalized
 from rag_geotoken.errors import GeoError
 from rag_geotoken.files import file_sha256, read_json
+from rag_geotoken.pictures import load_pictures
 
 CLIP_LARGE = "openai/clip-vit-large-patch14"
-FILES = ["*.json", "*.txt", "model*.safetensors"]  # what is fetched from a hub: no pickles
-# Mean and standard deviation of CLIP's training pictures, where a folder does not tell its own.
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+WEIGHTS = "model*.safetensors"
+FILES = ("*.json", "*.txt", WEIGHTS)  # what is fetched from a hub: no pickles
 
 
 class ClipEncoder:
@@ -32,7 +32,7 @@ class ClipEncoder:
     def __init__(self, folder: Path) -> None:
         self.folder, self.config = folder, _config(folder)
         self.dim, self.size = int(self.config.projection_dim), int(self.config.vision_config.image_size)
-        self.mean, self.std = (torch.tensor(values)[:, None, None] for values in _statistics(folder))
+        self.mean, self.std = _statistics(folder)
 
     @classmethod
     def from_pretrained(cls, name: str | Path = CLIP_LARGE) -> ClipEncoder:
@@ -40,16 +40,20 @@ class ClipEncoder:
 
         Raises GeoError, in one line, when it is not there and cannot be had, or is no CLIP in safetensors.
         """
-        return cls(find_folder(str(name)))
+        return cls(find_folder(str(name), FILES, [WEIGHTS], "--backbone DIR"))
+
+    def load(self, references: Sequence[str]) -> tuple[NDArray[np.uint8], list[str | None]]:
+        """Pictures as this model wants them, and what is wrong with each: see ``load_pictures``."""
+        return load_pictures(references, self.size)
 
     @torch.inference_mode()
     def images(self, pixels: NDArray[np.uint8], batch: int = 32) -> Tensor:
-        """Pictures (N, size, size, 3) uint8, as ``load_pictures`` gives them -> (N, dim) float32 on the CPU."""
-        return self._batches(pixels, batch, lambda part: self.features(self.normalized(part)))
+        """Pictures (N, size, size, 3) uint8, as ``load`` gives them -> (N, dim) float32 on the CPU."""
+        return in_batches(pixels, batch, self.dim, lambda part: self.features(self.normalized(part)))
 
     def normalized(self, pixels: NDArray[np.uint8]) -> Tensor:
         """Pictures (N, size, size, 3) uint8 -> (N, 3, size, size), what CLIP's own processor makes of them."""
-        return (torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255.0 - self.mean) / self.std
+        return normalized(pixels, self.mean, self.std)
 
     @torch.inference_mode()
     def features(self, pixel_values: Tensor) -> Tensor:
@@ -67,13 +71,9 @@ class ClipEncoder:
             tokens = tokenizer(list(part), padding=True, truncation=True, max_length=longest, return_tensors="pt")
             ids, mask = (tokens[name].to(tower.device) for name in ("input_ids", "attention_mask"))
             embeds: Tensor = tower(input_ids=ids, attention_mask=mask).text_embeds
-            return embeds.float().cpu()
+            return embeds
 
-        return self._batches(texts, batch, embed)
-
-    def _batches(self, items: Any, batch: int, embed: Any) -> Tensor:
-        blocks = [embed(items[i : i + batch]) for i in range(0, len(items), batch)]
-        return torch.cat(blocks) if blocks else torch.zeros(0, self.dim)
+        return in_batches(texts, batch, self.dim, embed)
 
     @cached_property
     def _vision(self) -> Any:
@@ -88,43 +88,16 @@ class ClipEncoder:
             raise GeoError(f"{self.folder} holds no tokenizer, so no texts: copy tokenizer.json there as well")
         try:
             with _quiet():
-                tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+                tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # a broken tokenizer fails in many ways
-            raise GeoError(f"{self.folder} holds no tokenizer that can be used: {_reason(error)}") from None
+            raise GeoError(f"{self.folder} holds no tokenizer that can be used: {brief(error)}") from None
         return _tower(self.folder, self.config, "text"), tokenizer
 
     def identity(self) -> dict[str, Any]:
         """All that the embeddings of pictures follow from, as JSON values."""
         statistics = {"mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}
-        weights = [file_sha256(path) for path in sorted(self.folder.glob("model*.safetensors"))]
+        weights = [file_sha256(path) for path in sorted(self.folder.glob(WEIGHTS))]
         return {"weights": weights, "size": self.size, **statistics}
-
-
-def find_folder(name: str) -> Path:
-    """The folder of a model: the one of that name, or a hub's snapshot, downloaded unless it is there already.
-
-    Raises GeoError when there is none.
-    """
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = Path(snapshot_download(name, allow_patterns=FILES, local_files_only=True))
-        if any(found.glob("model*.safetensors")):
-            return found
-    except HFValidationError:
-        raise GeoError(f"there is no folder {name}: name one that holds a CLIP, or a model of the hub") from None
-    except OSError:
-        pass  # not there yet
-    try:
-        return Path(snapshot_download(name, allow_patterns=FILES))
-    except Exception as error:  # a hub fails in many ways: no network, no such model, no permission
-        raise GeoError(
-            f"the model {name} is not on this machine and could not be downloaded ({_reason(error)}): get it where "
-            f"there is a network with 'hf download {name}', or copy its folder here and name that (--backbone DIR)"
-        ) from None
 
 
 def _config(folder: Path) -> Any:
@@ -132,20 +105,21 @@ def _config(folder: Path) -> Any:
     told = read_json(folder / "config.json")
     if not isinstance(told, dict) or told.get("model_type") != "clip":
         raise GeoError(f"{folder} is no CLIP by its config.json: name the folder of a CLIP model")
-    if not any(folder.glob("model*.safetensors")):
+    if not any(folder.glob(WEIGHTS)):
         raise GeoError(f"{folder} holds no model.safetensors: name a folder with a CLIP in safetensors")
     try:
         from transformers import CLIPModel
     except (ImportError, RuntimeError):
         # It imports torchvision wherever there is one.
         raise GeoError(
-            "transformers cannot import its CLIP: does torchvision, if it is installed, fit torch?"
+            "transformers cannot import its CLIP: a torchvision that does not fit torch "
+            f"{torch.__version__} must be replaced by one that does, or removed (pip uninstall torchvision)"
         ) from None
     try:
         kind: Any = CLIPModel.config_class
         config = kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # wrong settings fail in many ways
-        raise GeoError(f"{folder} cannot be used as a CLIP: {_reason(error)}") from None
+        raise GeoError(f"{folder} cannot be used as a CLIP: {brief(error)}") from None
     for tower in (config.vision_config, config.text_config):
         tower.projection_dim = config.projection_dim  # its own may be a default that was never used
     return config
@@ -157,37 +131,27 @@ def _tower(folder: Path, config: Any, kind: str) -> Any:
 
     model: Any = CLIPVisionModelWithProjection if kind == "vision" else CLIPTextModelWithProjection
     settings = config.vision_config if kind == "vision" else config.text_config
+    # Named here, or a folder's settings could name a hub's code instead: CVE-2026-4372 before transformers 5.3.
+    options = {"attn_implementation": "sdpa", "local_files_only": True, "use_safetensors": True}
     try:
         with _quiet():
-            tower, told = model.from_pretrained(
-                folder, config=settings, local_files_only=True, use_safetensors=True, output_loading_info=True
-            )
+            tower, told = model.from_pretrained(folder, config=settings, output_loading_info=True, **options)
     except Exception as error:  # broken files fail in many ways
-        raise GeoError(f"{folder} cannot be used as a CLIP: {_reason(error)}") from None
+        raise GeoError(f"{folder} cannot be used as a CLIP: {brief(error)}") from None
     lacking = sorted(map(str, [*told["missing_keys"], *told["mismatched_keys"]]))
     if lacking:  # it would be left random
         raise GeoError(f"{folder} cannot be used as a CLIP: its weights lack {lacking[0]}")
     return tower.float().eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _statistics(folder: Path) -> tuple[list[float], list[float]]:
+def _statistics(folder: Path) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the three colours, from the processor's settings. Raises GeoError."""
     names = ("preprocessor_config.json", "processor_config.json")
     path = next((folder / name for name in names if (folder / name).is_file()), None)
-    if path is None:
-        return list(MEAN), list(STD)
-    settings = read_json(path)
-    try:
-        settings = settings.get("image_processor", settings)
-        mean, std = (
-            [float(v) for v in settings.get(key, own)] for key, own in (("image_mean", MEAN), ("image_std", STD))
-        )
-        usable = len(mean) == len(std) == 3 and all(map(math.isfinite, mean + std)) and min(std) > 0
-    except (AttributeError, TypeError, ValueError):
-        usable = False
-    if not usable:
-        raise GeoError(f"{path} has no usable image_mean and image_std: get the file again")
-    return mean, std
+    settings = read_json(path) if path else {}
+    inner = settings.get("image_processor", settings) if isinstance(settings, dict) else None
+    told = inner if isinstance(inner, dict) else {"image_mean": None}
+    return colour_statistics(told.get("image_mean", MEAN), told.get("image_std", STD), path or folder)
 
 
 @contextmanager
@@ -205,8 +169,3 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bar:
             logging.enable_progress_bar()
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else type(error).__name__

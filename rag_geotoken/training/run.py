@@ -15,7 +15,7 @@ from typing import Any
 from rag_geotoken import stages
 from rag_geotoken.alignment import G3, GeoAlignment
 from rag_geotoken.demo import make_index
-from rag_geotoken.encoders.clip import ClipEncoder
+from rag_geotoken.encoders import load_backbone
 from rag_geotoken.errors import GeoError
 from rag_geotoken.files import check_writable, file_sha256, write_json
 from rag_geotoken.index import GeoIndex
@@ -145,7 +145,7 @@ def _train_heads(settings: dict[str, Any], out: Path, log: Log) -> None:
 
     check_writable(out)
     name, start = settings["backbone"], settings["start"]
-    dim = ClipEncoder.from_pretrained(name).dim
+    dim = load_backbone(name).dim
     config = replace(G3, dim=dim, backbone=name, location=settings["location"])
     alignment = GeoAlignment(config)  # refuses what cannot be built, before the long work
     begin = LocationEncoder.from_pretrained(start) if start else None

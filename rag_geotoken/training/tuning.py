@@ -13,7 +13,6 @@ from rag_geotoken.confidence import fit_calibration
 from rag_geotoken.errors import GeoError
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.metrics import RADII_KM
-from rag_geotoken.pictures import load_pictures
 from rag_geotoken.pipeline import Geolocator, Options, digests
 from rag_geotoken.pool import make_pool, neighbor_pool
 from rag_geotoken.sources import read_source
@@ -93,7 +92,7 @@ def _propose(
     """Neighbours, candidates and every verifier's scores of photos, in blocks: what no setting changes."""
     options, parts = Options(), []
     for start in range(0, len(references), 256):
-        pixels, errors = load_pictures(references[start : start + 256], 64)
+        pixels, errors = geolocator.alignment.load(references[start : start + 256])
         if any(errors):
             raise GeoError(f"tuning needs pictures that can be read: {next(filter(None, errors))}")
         photo = geolocator.encode(pixels)

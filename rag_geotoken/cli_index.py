@@ -1,0 +1,86 @@
+"""The commands of ``rag-geotoken index``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rag_geotoken.cli_options import Backbone, Json, Limit, Weights
+
+index_app = typer.Typer(help="Build an index of photos, look at one, search one.", no_args_is_help=True)
+
+
+@index_app.command("build")
+def index_build(
+    source: Annotated[str, typer.Argument(help="A recipe (indexes/NAME.toml) or a source, SCHEME:REST.")],
+    out: Annotated[Path, typer.Option(help="Folder of the index.")],
+    limit: Limit = None,
+    factory: Annotated[str | None, typer.Option(help="FAISS factory, such as IVF4096,SQfp16; else chosen.")] = None,
+    memory_gib: Annotated[float, typer.Option(help="Memory that the index may take when searched.")] = 16.0,
+    recall: Annotated[float, typer.Option(help="Share of the 20 true neighbours that a search should find.")] = 0.95,
+    weights: Weights = None,
+    backbone: Backbone = None,
+) -> None:
+    """Read and encode photos with known places and index them; goes on where it was stopped.
+
+    Sources: blue-marble:gallery[,n=24000][,seed=0], folder:DIR (places from photos.csv or EXIF),
+    mp16-pro:DIR (CSV and tar as downloaded), im2gps3k:DIR, yfcc4k:DIR and hub:NAME (or hub:FOLDER).
+    Behind a source, ,limit=N takes its first photos, ,limit=N,seed=S a random subset.
+    """
+    from rag_geotoken.alignment import GeoAlignment
+    from rag_geotoken.demo import make_index
+    from rag_geotoken.indexing import Plan
+    from rag_geotoken.recipes import index_source
+    from rag_geotoken.sources import limited
+    from rag_geotoken.weights import EARTH
+
+    source = limited(index_source(source), limit)
+    folder = weights or EARTH
+    plan = Plan(factory, memory_gib, recall)
+    manifest = make_index(out, source, GeoAlignment.from_pretrained(folder, backbone), plan)
+    typer.echo(f"{manifest['rows']} photos indexed in {out}, {manifest['left_out']} left out")
+
+
+@index_app.command("info")
+def index_info(folder: Annotated[Path, typer.Argument(help="Folder of an index.")], as_json: Json = False) -> None:
+    """Check an index's files against its manifest and say what it holds."""
+    from rag_geotoken.index import GeoIndex
+
+    manifest = GeoIndex.load(folder).manifest
+    if as_json:
+        typer.echo(json.dumps(manifest, indent=2))
+        return
+    for name, value in manifest.items():
+        if not isinstance(value, dict):
+            typer.echo(f"{name:>15}  {', '.join(value) if isinstance(value, list) else value}")
+    for name, size in manifest["bytes"].items():
+        typer.echo(f"{name:>15}  {size:,} bytes, SHA-256 {manifest['sha256'][name]}")
+
+
+@index_app.command("search")
+def index_search(
+    folder: Annotated[Path, typer.Argument(help="Folder of an index.")],
+    photo: Annotated[Path, typer.Argument(help="A picture file.")],
+    k: Annotated[int, typer.Option(min=1, help="Neighbours to show.")] = 10,
+    within: Annotated[str | None, typer.Option(help="LAT,LON,KM: only photos within so many km of there.")] = None,
+    not_author: Annotated[str | None, typer.Option(help="Leave the photos of this author out.")] = None,
+    dissimilar: Annotated[bool, typer.Option("--dissimilar", help="The photos least like it instead.")] = False,
+    weights: Weights = None,
+    backbone: Backbone = None,
+    as_json: Json = False,
+) -> None:
+    """The k gallery photos most like a picture, with their places and scores; a photo never finds itself."""
+    from rag_geotoken.locate import neighbors_of, parse_within
+    from rag_geotoken.weights import EARTH
+
+    only = parse_within(within)
+    rows = neighbors_of(folder, photo, k, weights or EARTH, only, not_author, dissimilar, backbone)
+    if as_json:
+        typer.echo(json.dumps(rows, ensure_ascii=False, indent=2))
+        return
+    for row in rows:
+        place = f"{row['lat']:9.4f} {row['lon']:10.4f}  {row['id']}  {row['place'] or ''}"
+        typer.echo(f"{row['rank']:>4}  {row['score']:.4f}  {place}")

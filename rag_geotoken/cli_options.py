@@ -1,0 +1,16 @@
+"""Options that several commands take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Weights = Annotated[Path | None, typer.Option(help="Folder of model weights; the embedded Earth models unless given.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="At most so many photos, the first of each source.")]
+Backbone = Annotated[
+    str | None,
+    typer.Option(help="CLIP below the weights: a folder, a hub name or open_clip:NAME; else what they name."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]

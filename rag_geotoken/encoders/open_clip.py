@@ -1,0 +1,245 @@
+"""Models of open_clip, SigLIP 2 and DFN among them: pictures and texts -> one space. Only safetensors are loaded."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rag_geotoken.encoders.shared import MEAN, STD, brief, colour_statistics, find_folder, in_batches, normalized
+from rag_geotoken.errors import GeoError
+from rag_geotoken.files import file_sha256, read_json
+from rag_geotoken.pictures import Fit, load_pictures
+
+HUB, LOCAL = "hf-hub:", "local-dir:"
+CONFIG = "open_clip_config.json"
+WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")  # as open_clip prefers them
+TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model")
+OPTION = "--backbone open_clip:DIR"
+EXTRA = "pip install 'rag-geotoken[open-clip]'"
+FITS: dict[str, Fit] = {"shortest": "crop-even", "squash": "squash"}  # open_clip's ways to a square that are ours too
+# What a model may tell its tokenizer. Anything else would go to transformers, which runs a repository's code if told.
+TOKENIZER_SETTINGS = {"clean", "strip_sep_token", "language"}
+
+
+class OpenClipEncoder:
+    """A frozen model of open_clip (Cherti et al., CVPR 2023). ``dim`` of its embeddings, ``size`` of its pictures.
+
+    On a GPU where there is one. The model is read when it is first needed, its tokenizer when texts are.
+    """
+
+    def __init__(self, folder: Path, model: str | None = None, tag: str | None = None) -> None:
+        """A folder's own model, or open_clip's ``model`` with the weights of ``tag`` that lie in the folder."""
+        self._open_clip = _open_clip()
+        self.folder, self.name = folder, model or f"{LOCAL}{folder}"
+        self.model, preprocess = _built_in(self._open_clip, model, tag) if model and tag else _told(folder)
+        self.weights = _weights(folder)
+        path = folder / CONFIG
+        self.dim, self.size = _sizes(self.model, path)
+        mean, std = ([v] * 3 if isinstance(v, float | int) else v for v in map(preprocess.get, ("mean", "std")))
+        self.mean, self.std = colour_statistics(mean or MEAN, std or STD, path)
+        fit, interpolation = preprocess.get("resize_mode") or "shortest", preprocess.get("interpolation")
+        if fit not in FITS or interpolation not in (None, "bicubic", "bilinear", "random"):
+            raise GeoError(
+                f"{path} asks for pictures resized by {fit!r:.40}, {interpolation!r:.40}, which is not known here: "
+                "take a model with 'shortest' or 'squash' and 'bicubic' or 'bilinear'"
+            )
+        self.fit = FITS[fit]
+        self.bilinear = interpolation == "bilinear"
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path) -> OpenClipEncoder:
+        """Open a folder, ``hf-hub:OWNER/NAME``, or ``MODEL/TAG`` as ``open_clip.list_pretrained()`` has them.
+
+        A folder holds open_clip_config.json, open_clip_model.safetensors and, but for CLIP's own, a tokenizer. What is
+        not on this machine is downloaded, once. Raises GeoError, in one line, when open_clip or the model is missing
+        or cannot be used.
+        """
+        open_clip, name = _open_clip(), str(name)
+        if name.startswith(HUB):
+            return cls(_fetch(name.removeprefix(HUB)))
+        folder = Path(name.removeprefix(LOCAL))
+        if folder.is_dir():
+            return cls(folder)
+        model, _, tag = name.rpartition("/")
+        told = open_clip.get_pretrained_cfg(model, tag)
+        if told:
+            # OWNER/NAME/FILE, where FILE may be empty
+            return cls(_fetch(told["hf_hub"].rpartition("/")[0]), model, tag)
+        if model in open_clip.list_models():
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
+            raise GeoError(f"open_clip has no weights {tag!r} of {model}: it has {tags}")
+        raise GeoError(
+            f"there is no folder and no open_clip model {name}: write open_clip:DIR, open_clip:{HUB}OWNER/NAME or "
+            "open_clip:MODEL/TAG, such as open_clip:ViT-L-14/openai"
+        )
+
+    def load(self, references: Sequence[str]) -> tuple[NDArray[np.uint8], list[str | None]]:
+        """Pictures as this model wants them, and what is wrong with each: see ``load_pictures``.
+
+        Of an upright RGB picture these are the pixels of open_clip's own transform, unless it is over 16 times as long
+        as wide and cropped. That one resizes palettes without blending, lets transparency show black and ignores EXIF.
+        """
+        return load_pictures(references, self.size, self.fit, "bilinear" if self.bilinear else "bicubic")
+
+    def normalized(self, pixels: NDArray[np.uint8]) -> Tensor:
+        """Pictures (N, size, size, 3) uint8 -> (N, 3, size, size), what open_clip's own transform makes of them."""
+        return normalized(pixels, self.mean, self.std)
+
+    @torch.inference_mode()
+    def images(self, pixels: NDArray[np.uint8], batch: int = 32) -> Tensor:
+        """Pictures (N, size, size, 3) uint8, as ``load`` gives them -> (N, dim) float32 on the CPU, of any length."""
+
+        def embed(part: NDArray[np.uint8]) -> Tensor:
+            model, device = self._loaded
+            embeds: Tensor = model.encode_image(self.normalized(part).to(device), normalize=False)
+            return embeds
+
+        return in_batches(pixels, batch, self.dim, embed)
+
+    @torch.inference_mode()
+    def texts(self, texts: Sequence[str], batch: int = 256) -> Tensor:
+        """Texts, cut after the model's own number of tokens -> (N, dim) float32 on the CPU, of any length."""
+
+        def embed(part: Sequence[str]) -> Tensor:
+            tokens, (model, device) = self._tokenizer(list(part)), self._loaded
+            embeds: Tensor = model.encode_text(tokens.to(device), normalize=False)
+            return embeds
+
+        return in_batches(texts, batch, self.dim, embed)
+
+    def identity(self) -> dict[str, Any]:
+        """All that the embeddings of pictures follow from, as JSON values."""
+        statistics = {"mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}
+        pictures = {"size": self.size, "fit": self.fit, "bilinear": self.bilinear, **statistics}
+        return {"weights": [file_sha256(self.weights)], "model": self.model, **pictures}
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, str]:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        weights = None if self.name.startswith(LOCAL) else str(self.weights)  # of a folder it takes WEIGHTS itself
+        try:
+            with _quiet():
+                model = self._open_clip.create_model(
+                    self.name,
+                    pretrained=weights,
+                    require_pretrained=True,
+                    force_quick_gelu=bool(self.model.get("quick_gelu")),
+                )
+        except Exception as error:  # wrong settings and broken files fail in many ways
+            lacking = re.search(r'Missing key\(s\) in state_dict: "([^"]+)"', str(error))
+            reason = f"its weights lack {lacking[1]}" if lacking else " ".join(str(error).split())[:160]
+            raise GeoError(f"{self.folder} cannot be used as an open_clip model: {reason}") from None
+        return model.eval().to(device), device
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+
+        told = self.model["text_cfg"]
+        settings = {"context_length": told.get("context_length", 77), **(told.get("tokenizer_kwargs") or {})}
+        unknown = settings.keys() - TOKENIZER_SETTINGS - {"context_length"}
+        if unknown:
+            raise GeoError(f"{self.folder} tells its tokenizer what is not known here: {min(unknown)!r:.80}")
+        source = told.get("hf_tokenizer_name")
+        try:
+            if not source:
+                return SimpleTokenizer(**settings)
+            folder = self.folder
+            if not _matches(folder, TOKENIZER):
+                folder = find_folder(str(source), TOKENIZER, TOKENIZER, OPTION)
+            return HFTokenizer(str(folder), tokenizer_mode=told.get("tokenizer_mode"), **settings)
+        except GeoError:
+            raise
+        except Exception as error:  # a broken tokenizer fails in many ways
+            raise GeoError(f"{self.folder} holds no tokenizer that can be used: {brief(error)}") from None
+
+
+def _open_clip() -> Any:
+    try:
+        import open_clip
+    except ModuleNotFoundError as error:
+        raise GeoError(f"open_clip needs {error.name}, which is not installed: {EXTRA}") from None
+    except Exception as error:  # a torchvision of another torch fails in many ways
+        raise GeoError(
+            f"open_clip cannot be imported ({brief(error)}): install the torchvision that was made for torch "
+            f"{torch.__version__}"
+        ) from None
+    return open_clip
+
+
+def _fetch(name: str) -> Path:
+    folder = find_folder(name, [CONFIG, *WEIGHTS, *TOKENIZER], WEIGHTS, OPTION)
+    if not _matches(folder, WEIGHTS):
+        raise GeoError(
+            f"the hub's {name} has no {WEIGHTS[0]}, and pickles (.bin) are not loaded: make one, once, with "
+            f"'hf download {name} --local-dir DIR' and 'rag-geotoken convert open-clip DIR --out OUT', then name "
+            "open_clip:OUT"
+        )
+    return folder
+
+
+def _weights(folder: Path) -> Path:
+    found = [folder / name for name in WEIGHTS if (folder / name).is_file()]
+    if not found:
+        raise GeoError(
+            f"{folder} holds no {WEIGHTS[0]}, and pickles are not loaded: "
+            f"'rag-geotoken convert open-clip {folder} --out OUT' makes a folder with one of a .bin"
+        )
+    return found[0]
+
+
+def _told(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings of a folder's model and of its pictures. Raises GeoError when it holds something else."""
+    if not (folder / CONFIG).is_file():
+        raise GeoError(f"{folder} holds no {CONFIG}: name the folder of an open_clip model")
+    told = read_json(folder / CONFIG)
+    model = told.get("model_cfg") if isinstance(told, dict) else None
+    preprocess = told.get("preprocess_cfg") or {} if isinstance(told, dict) else {}
+    towers = [model.get("vision_cfg"), model.get("text_cfg")] if isinstance(model, dict) else []
+    if not towers or not all(isinstance(part, dict) for part in (*towers, preprocess)):
+        raise GeoError(f"{folder / CONFIG} describes no open_clip model: get the file again")
+    assert isinstance(model, dict)
+    return model, preprocess
+
+
+def _built_in(open_clip: Any, model: str, tag: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings of a model that open_clip knows; the tag knows the activation that its weights were trained with."""
+    told = open_clip.get_pretrained_cfg(model, tag)
+    settings: dict[str, Any] = open_clip.get_model_config(model)
+    if told.get("quick_gelu"):
+        settings["quick_gelu"] = True
+    return settings, told
+
+
+def _sizes(model: dict[str, Any], path: Path) -> tuple[int, int]:
+    dim, size = model.get("embed_dim"), model["vision_cfg"].get("image_size", 224)
+    if isinstance(size, list) and len(size) == 2 and size[0] == size[1]:
+        size = size[0]
+    if not all(isinstance(number, int) and number > 0 for number in (dim, size)):
+        raise GeoError(f"{path} tells no embed_dim or no square image_size: take a model of square pictures")
+    return int(dim or 0), int(size)
+
+
+def _matches(folder: Path, patterns: Sequence[str]) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in patterns)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without open_clip's words on standard error, where nobody set up logging; who did gets them."""
+    handler = logging.NullHandler()
+    logging.root.addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.root.removeHandler(handler)
