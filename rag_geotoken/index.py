@@ -151,10 +151,15 @@ class GeoIndex:
         return Look(self.lat_lon[np.sort(rows)], embed(self.lat_lon[np.sort(rows)]), image)
 
     def look_of(
-        self, places: NDArray[np.float64], embed: Callable[[NDArray[np.float64]], Vectors], beta: float = 0.5
+        self,
+        places: NDArray[np.float64],
+        embed: Callable[[NDArray[np.float64]], Vectors],
+        beta: float = 0.5,
+        semantic: float = 12.0,
+        spatial: float = 40.0,
     ) -> Vectors:
         """What places (N, 2) in degrees look like -> image embeddings (N, dim), as :meth:`.Look.of` estimates them."""
-        return self.look(embed).of(places, embed(places), beta)
+        return self.look(embed).of(places, embed(places), beta, semantic, spatial)
 
     def _all_parts(self, queries: Vectors, k: int, keep: Mask | None) -> tuple[Vectors, NDArray[np.int64]]:
         flat = np.ascontiguousarray(queries.reshape(len(queries), -1))

@@ -28,7 +28,7 @@ class Look:
         beta: float = 0.5,
         semantic: float = 12.0,
         spatial: float = 40.0,
-        batch: int = 512,
+        batch: int = 128,
     ) -> Vectors:
         """Places (M, 2) and their embeddings (M, dim) -> estimated image embeddings (M, dim).
 
@@ -37,24 +37,28 @@ class Look:
         between the places)``; beta = 1 is RANGE. The defaults are the released code's: exp(40 cos) is a bell of about
         1000 km, exp(s cos) one of 6371 / sqrt(s) km.
         """
-        xyz = to_unit(*self.lat_lon.T).astype(np.float64)
-        result = np.empty((len(lat_lon), self.image.shape[1]), np.float32)
-        for start in range(0, len(lat_lon), batch):
-            at = slice(start, start + batch)
-            weight = np.zeros((len(lat_lon[at]), len(self.image)), np.float32)
-            if beta > 0:
-                weight += np.float32(beta) * _softmax(np.float32(semantic) * (place[at] @ self.place.T))
-            if beta < 1:
-                # 1 - cos in double precision: at 10 km it is 1e-6, which single precision does not see.
-                near = spatial * (to_unit(*lat_lon[at].T) @ xyz.T)
-                weight += np.float32(1 - beta) * _softmax(near)
-            result[at] = weight @ self.image
-        return result
+        import torch
+
+        from rag_geotoken.dense import affine
+
+        count, dim = self.image.shape
+        keys, images = torch.from_numpy(self.place), torch.from_numpy(np.ascontiguousarray(self.image.T))
+        there, here = torch.from_numpy(to_unit(*self.lat_lon.T)), torch.from_numpy(to_unit(*lat_lon.T))
+        query, result = torch.from_numpy(np.float32(semantic) * place), torch.empty(len(lat_lon), dim)
+        with torch.inference_mode():
+            for start in range(0, len(lat_lon), batch):
+                at = slice(start, start + batch)
+                weight = torch.zeros(len(here[at]), count)
+                if beta > 0:
+                    weight.add_(affine(query[at], keys, torch.zeros(count)).softmax(dim=1), alpha=beta)
+                if beta < 1:
+                    # In double precision: at 10 km 1 - cos is 1e-6, which single precision does not see.
+                    weight.add_((here[at] @ there.T).mul_(spatial).softmax(dim=1), alpha=1 - beta)
+                result[at] = affine(weight, images, torch.zeros(dim))
+        return result.numpy()
 
 
-def _softmax(values: NDArray[np.floating]) -> Vectors:
-    """Over the last axis, in place."""
-    values -= values.max(axis=1, keepdims=True)
-    weight: Vectors = np.exp(values.astype(np.float32, copy=False))
-    weight /= weight.sum(axis=1, keepdims=True)
-    return weight
+def likeness(photo: Vectors, looks: Vectors) -> Vectors:
+    """The cosine (N,) of each image embedding (N, dim) of length one with an estimated one (N, dim)."""
+    cosine: Vectors = np.einsum("nd,nd->n", photo, looks) / np.linalg.norm(looks, axis=1)
+    return cosine

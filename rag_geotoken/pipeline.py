@@ -21,7 +21,7 @@ from rag_geotoken.frontier import frontier
 from rag_geotoken.gps_search import GpsSearch
 from rag_geotoken.index import COPIES, GeoIndex
 from rag_geotoken.lattice import Lattice
-from rag_geotoken.look import Look
+from rag_geotoken.look import Look, likeness
 from rag_geotoken.pool import keep_within, make_pool
 from rag_geotoken.posterior import Posterior
 from rag_geotoken.reward import RewardHead
@@ -225,10 +225,10 @@ class Geolocator:
             states = self.states(photo, neighbors, pool)
             scores[pool.mask] = self.reward.scores(states).numpy()[pool.mask]
         elif verifier == "look":
-            spots, back = np.unique(pool.lat_lon[pool.mask], axis=0, return_inverse=True)
-            looks = self.look.of(spots, self.alignment.embed_places(spots))
-            looks /= np.linalg.norm(looks, axis=1, keepdims=True)
-            scores[pool.mask] = np.einsum("nd,nd->n", photo[np.nonzero(pool.mask)[0], 0], looks[back.ravel()])
+            spots, mix = pool.lat_lon[pool.mask], self.tuning
+            places = self.alignment.embed_places(spots)
+            looks = self.look.of(spots, places, mix.look_beta, mix.look_semantic, mix.look_spatial)
+            scores[pool.mask] = likeness(photo[np.nonzero(pool.mask)[0], 0], looks)
         elif verifier in VERIFIERS:
             raise GeoError(f"these weights have no {verifier} head: train one with rag-geotoken train {verifier}")
         else:
@@ -245,7 +245,8 @@ class Geolocator:
         if verifier == "reward" and self.reward is not None:
             return fingerprint(self.tokens, self.reward)
         if verifier == "look":
-            return f"{self.alignment.identity} {self.index.manifest['sha256']}"
+            mix = self.tuning.look_beta, self.tuning.look_semantic, self.tuning.look_spatial
+            return f"{self.alignment.identity} {self.index.manifest['sha256']} {mix}"
         return self.alignment.identity
 
     @torch.inference_mode()

@@ -21,6 +21,7 @@ class Tuning:
     latter shared out evenly; the generated entries have the rest.
     neighbor_scale: how sharply a neighbour's score counts, in nats a unit.
     alignment_scale, reward_scale, look_scale: the same for a verifier's scores in a decision.
+    look_beta, look_semantic, look_spatial: how RANGE estimates a look (see :meth:`.Look.of`).
     spread_km: spread of the places behind one pool entry, for the utility of a decision.
     confidence_scale: all weights of a pool are raised to this power where a confidence is stated, since sharp weights
     decide best and are far too sure of themselves; confidence_km is the spread that goes with it.
@@ -35,6 +36,9 @@ class Tuning:
     alignment_scale: float = 100.0
     reward_scale: float = 1.0
     look_scale: float = 10.0
+    look_beta: float = 0.5
+    look_semantic: float = 12.0
+    look_spatial: float = 40.0
     spread_km: float = 25.0
     confidence_scale: float = 0.3
     confidence_km: float = 15.0

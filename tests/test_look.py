@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -9,6 +11,7 @@ from numpy.typing import NDArray
 from rag_geotoken.geo import to_unit
 from rag_geotoken.look import Look
 from rag_geotoken.pipeline import Geolocator
+from rag_geotoken.training.tuning import _looks
 from rag_geotoken.types import Pool
 
 DIM = 6
@@ -65,3 +68,16 @@ def test_look_verifies_every_entry(geolocator: Geolocator, pool: Pool) -> None:
     cosine = looks @ photo[1, 0] / np.linalg.norm(looks, axis=1)
     np.testing.assert_allclose(scores[1][pool.mask[1]], cosine, atol=1e-5)
     assert geolocator.verifier_id("look") != geolocator.verifier_id("alignment")
+
+
+def test_the_tuning_says_how_a_look_is_estimated(geolocator: Geolocator, pool: Pool) -> None:
+    photo = geolocator.index.vectors(np.arange(len(pool.mask)))
+    neighbors = geolocator.search(photo, 6)
+    scores = _looks(geolocator, photo, pool)
+    assert (0.5, 12.0, 40.0) in scores and len(scores) > 20
+    for mix in ((0.5, 12.0, 40.0), (0.25, 48.0, 4000.0), (1.0, 24.0, 40.0), (0.0, 12.0, 10000.0)):
+        chosen = dict(zip(("look_beta", "look_semantic", "look_spatial"), mix, strict=True))
+        parts = geolocator.alignment, geolocator.tokens, geolocator.index
+        tuned = Geolocator(*parts, replace(geolocator.tuning, **chosen), geolocator.encoder)  # type: ignore[arg-type]
+        np.testing.assert_allclose(scores[mix], tuned.verify("look", photo, neighbors, pool), atol=1e-5)
+        assert (tuned.verifier_id("look") == geolocator.verifier_id("look")) == (mix == (0.5, 12.0, 40.0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,12 +13,13 @@ from rag_geotoken import selection
 from rag_geotoken.confidence import fit_calibration
 from rag_geotoken.errors import GeoError
 from rag_geotoken.geo import haversine_km
+from rag_geotoken.look import likeness
 from rag_geotoken.metrics import RADII_KM
 from rag_geotoken.pipeline import Geolocator, Options, digests
 from rag_geotoken.pool import make_pool, neighbor_pool
 from rag_geotoken.sources import read_source
 from rag_geotoken.tuning import Tuning
-from rag_geotoken.types import Candidates, Neighbors, Places, Predictions
+from rag_geotoken.types import Candidates, Neighbors, Places, Pool, Predictions
 
 # One setting after the other, twice around: what leaves the fewest photos outside 25, 200, 750 and 2500 km, the radii
 # that views can reach. The mean of the shares' logarithms is compared, or 25 km would decide alone.
@@ -29,23 +31,39 @@ DECISION = {
     "spread_km": [12.0, 18.0, 25.0, 35.0, 50.0, 75.0, 100.0],
 }
 REWARD = {"reward_scale": [0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0]}
+# By the look alone. The first round starts from the released sharpnesses; exp(10,000 cos) is a bell of 64 km.
+LOOK = {
+    "look_scale": [5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 240.0, 320.0, 480.0],
+    "look_spatial": [40.0, 4000.0, 10000.0, 20000.0, 50000.0],
+    "look_semantic": [12.0, 24.0, 48.0],
+    "look_beta": [0.0, 0.25, 0.5, 0.75, 1.0],
+}
 # The same for the mean squared error of the calibrated chances (Brier), the decision standing still.
 CONFIDENCE = {
     "confidence_scale": [0.06, 0.1, 0.15, 0.25, 0.4, 0.6, 1.0],
     "confidence_km": [6.0, 10.0, 14.0, 18.0, 25.0, 35.0, 50.0],
 }
 DENSITY = {"density_scale": [5.0, 10.0, 20.0, 40.0], "density_km": [10.0, 25.0, 50.0, 100.0, 200.0, 300.0]}
-MODES: tuple[tuple[str, ...], ...] = ((), ("alignment",), ("reward",), ("alignment", "reward"))
+MODES: tuple[tuple[str, ...], ...] = (
+    (),
+    ("alignment",),
+    ("reward",),
+    ("alignment", "reward"),
+    ("look",),
+    ("alignment", "look"),
+)
 Log = Callable[[str], None]
-Scores = dict[str, NDArray[np.float32]]
+Mix = tuple[float, float, float]  # beta, semantic, spatial
+Scores = dict[str | Mix, NDArray[np.float32]]  # of a verifier, or of the look by how it is mixed
 
 
 def tune(geolocator: Geolocator, source: str, log: Log) -> Tuning:
     """Coordinate search on a source of validation photos -> the tuning that did best on them.
 
-    The decision is tuned as verified by alignment, then the reward head's scale beside it, then the confidence, with a
-    calibration for every set of verifiers. The density baseline gets its best kernel too, to be an honest opponent.
-    Photos without a place are left out. Raises GeoError when none has one or a picture cannot be read.
+    The decision is tuned as verified by alignment, then the reward head's scale beside it, then the look as the only
+    verifier, then the confidence, with a calibration for every set of verifiers. The density baseline gets its best
+    kernel too, to be an honest opponent. Photos without a place are left out. Raises GeoError when none has one or a
+    picture cannot be read.
     """
     photos = read_source(source)
     photos = photos.filter(photos["lat"].is_valid())
@@ -59,7 +77,9 @@ def tune(geolocator: Geolocator, source: str, log: Log) -> Tuning:
         found = []
         for near, cells, places, scores in parts:
             pool = make_pool(near, cells, geolocator.tokenizer, tuning, places)
-            found.append(selection.decide(pool, {name: scores[name] for name in mode}, tuning))
+            mix = tuning.look_beta, tuning.look_semantic, tuning.look_spatial
+            chosen = {name: scores[mix if name == "look" else name] for name in mode}
+            found.append(selection.decide(pool, chosen, tuning))
         return _together(found)
 
     def density(tuning: Tuning) -> Predictions:
@@ -76,6 +96,7 @@ def tune(geolocator: Geolocator, source: str, log: Log) -> Tuning:
     best = _search(best, DECISION, lambda tuning: _inside(decide(tuning, ("alignment",)), truth), log)
     if geolocator.reward is not None:
         best = _search(best, REWARD, lambda tuning: _inside(decide(tuning, ("alignment", "reward")), truth), log)
+    best = _search(best, LOOK, lambda tuning: _inside(decide(tuning, ("look",)), truth), log)
     best = _search(best, CONFIDENCE, brier, log)
     best = _search(best, DENSITY, lambda tuning: _inside(density(tuning), truth), log)
     decided = {mode: decide(best, mode) for mode in modes}
@@ -102,9 +123,23 @@ def _propose(
         places = geolocator.places(photo, options.gps_places)
         pool = geolocator.pool(near, cells, places)
         names = ["alignment"] if geolocator.reward is None else ["alignment", "reward"]
-        parts.append((near, cells, places, {name: geolocator.verify(name, photo, near, pool) for name in names}))
+        scores: Scores = {name: geolocator.verify(name, photo, near, pool) for name in names}
+        parts.append((near, cells, places, scores | _looks(geolocator, photo, pool)))
     log(f"pools of {len(references)} validation photos")
     return parts
+
+
+def _looks(geolocator: Geolocator, photo: NDArray[np.float32], pool: Pool) -> Scores:
+    """The look's scores (B, C) for every mixture of the grid; the two parts of a look are estimated once."""
+    spots, photo = pool.lat_lon[pool.mask], photo[np.nonzero(pool.mask)[0], 0]
+    places, look, result = geolocator.alignment.embed_places(spots), geolocator.look, Scores()
+    semantic = {sharp: look.of(spots, places, beta=1.0, semantic=sharp) for sharp in LOOK["look_semantic"]}
+    spatial = {sharp: look.of(spots, places, beta=0.0, spatial=sharp) for sharp in LOOK["look_spatial"]}
+    for beta, alike, near in product(LOOK["look_beta"], semantic, spatial):
+        scores = np.zeros(pool.mask.shape, np.float32)
+        scores[pool.mask] = likeness(photo, beta * semantic[alike] + (1 - beta) * spatial[near])
+        result[beta, alike, near] = scores
+    return result
 
 
 def _search(best: Tuning, grid: dict[str, list[float]], value: Callable[[Tuning], float], log: Log) -> Tuning:
