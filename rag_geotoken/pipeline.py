@@ -30,6 +30,7 @@ from rag_geotoken.tuning import Tuning, load_tuning
 from rag_geotoken.types import BEAM, GREEDY, SAMPLE, Candidates, Neighbors, Places, Pool, Prediction, Predictions
 from rag_geotoken.weights import EARTH, fingerprint
 
+PROPOSERS = ("greedy", "beam", "sample")
 VERIFIERS = ("alignment", "reward")  # and "look", which the ablation leaves out
 
 
@@ -58,6 +59,20 @@ class Options:
     verify: tuple[str, ...] = ("alignment",)
     openings: int = 32
     max_area_km2: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raises GeoError for an unknown way to propose or to verify, before any work."""
+        for name in self.propose:
+            if name not in PROPOSERS:
+                raise GeoError(f"cells cannot be proposed by {name!r}: choose {', '.join(PROPOSERS)}")
+        for name in self.verify:
+            check_verifier(name)
+
+
+def check_verifier(name: str) -> None:
+    """Raises GeoError for a verifier that there is not."""
+    if name not in (*VERIFIERS, "look"):
+        raise GeoError(f"nothing verifies by the name {name!r}: choose of {', '.join(VERIFIERS)}, look")
 
 
 class Geolocator:
@@ -168,10 +183,7 @@ class Geolocator:
     def propose(
         self, photo: NDArray[np.float32], neighbors: Neighbors, options: Options, keys: list[int] | None = None
     ) -> Candidates:
-        """Decode cells for photos (B, 3, dim) with their neighbours; ``keys`` name the photos' random streams.
-
-        Raises GeoError for an unknown way to propose.
-        """
+        """Decode cells for photos (B, 3, dim) with their neighbours; ``keys`` name the photos' random streams."""
         memory = self.memory(photo, neighbors)
         lattice = Lattice.within(self.tokenizer, *options.within) if options.within else None
         how = (options.temperature, options.seed, keys, options.top_p, options.epsilon, lattice)
@@ -181,10 +193,8 @@ class Geolocator:
                 decoded.append((GREEDY, decoding.greedy(self.tokens, memory, lattice)))
             elif name == "beam":
                 decoded.append((BEAM, decoding.beam(self.tokens, memory, options.beam_width, lattice)))
-            elif name == "sample":
-                decoded.append((SAMPLE, decoding.sample(self.tokens, memory, options.samples, *how)))
             else:
-                raise GeoError(f"cells cannot be proposed by {name!r}: choose greedy, beam or sample")
+                decoded.append((SAMPLE, decoding.sample(self.tokens, memory, options.samples, *how)))
         source = [np.full(d.log_prob.shape, name, np.int8) for name, d in decoded]
         return Candidates(
             torch.cat([d.tokens for _, d in decoded], dim=1).numpy(),
@@ -217,6 +227,7 @@ class Geolocator:
         head, the log of the utility it expects. look: the cosine of the photo's image embedding with what RANGE makes
         of the place. Raises GeoError for another name, or a head that is not there.
         """
+        check_verifier(verifier)
         scores = np.zeros(pool.mask.shape, np.float32)
         if verifier == "alignment":
             places = self.alignment.embed_places(pool.lat_lon[pool.mask])
@@ -229,10 +240,8 @@ class Geolocator:
             places = self.alignment.embed_places(spots)
             looks = self.look.of(spots, places, mix.look_beta, mix.look_semantic, mix.look_spatial)
             scores[pool.mask] = likeness(photo[np.nonzero(pool.mask)[0], 0], looks)
-        elif verifier in VERIFIERS:
+        elif verifier == "reward":
             raise GeoError(f"these weights have no {verifier} head: train one with rag-geotoken train {verifier}")
-        else:
-            raise GeoError(f"nothing verifies by the name {verifier!r}: choose of {', '.join(VERIFIERS)}, look")
         return scores
 
     @cached_property

@@ -219,7 +219,7 @@ def test_without_proposals_and_verification_neighbours_are_left(locate: Command)
 
 def test_an_unknown_way_to_propose(locate: Command, capsys: pytest.CaptureFixture[str]) -> None:
     said = fails(capsys, *locate.given, "--propose", "beam,guess")
-    assert "cells cannot be proposed by 'guess': choose greedy, beam or sample" in said
+    assert "cells cannot be proposed by 'guess': choose greedy, beam, sample" in said
 
 
 def test_asked_again_it_repeats_nothing(locate: Command, monkeypatch: pytest.MonkeyPatch) -> None:

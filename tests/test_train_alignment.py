@@ -105,7 +105,7 @@ def test_stopped_anywhere_ends_in_the_same_bytes(tmp_path: Path, drawn: list[Flo
                 raise Stop
 
         train_alignment(out, "a", steps=5, batch=4, rate=1e-3, seed=3, log=log)
-        paths = [*out.iterdir(), out.with_name(f"{out.name}-checkpoint.safetensors")]
+        paths = [*out.iterdir(), out.with_name(f"{out.name}-alignment-checkpoint.safetensors")]
         return {path.name: path.read_bytes() for path in paths}
 
     whole = train(tmp_path / "whole" / "w")

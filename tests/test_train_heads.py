@@ -55,7 +55,7 @@ def train(out: Path, log: Any = lambda line: None, identity: str = "a", **change
 
 
 def files(out: Path) -> dict[str, bytes]:
-    paths = [*out.iterdir(), out.with_name(f"{out.name}-checkpoint.safetensors")]
+    paths = [*out.iterdir(), out.with_name(f"{out.name}-alignment-checkpoint.safetensors")]
     return {path.name: path.read_bytes() for path in paths}
 
 

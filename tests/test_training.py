@@ -99,10 +99,12 @@ def test_a_recipe_makes_a_folder_that_locates(made: tuple[Path, dict[str, Seen]]
     out, _ = made
     names = {f"{name}.{kind}" for name in ("alignment", "tokens", "reward") for kind in ("json", "safetensors")}
     assert {path.name for path in out.iterdir()} == names | {"tuning.json"}
-    beside = {"weights", "weights-index", "weights-photos", "weights-checkpoint.safetensors"}
+    kept = {f"weights-{name}checkpoint.safetensors" for name in ("alignment-", "")}
+    beside = {"weights", "weights-index", "weights-photos"} | kept
     assert {path.name for path in out.parent.iterdir()} == beside
     geolocator = Geolocator.from_pretrained(out.with_name("weights-index"), out)
-    assert set(geolocator.tuning.calibration) == {"none", "alignment", "reward", "alignment+reward"}
+    modes = {"none", "alignment", "reward", "alignment+reward", "look", "alignment+look"}
+    assert set(geolocator.tuning.calibration) == modes
     [answer] = geolocator(read_source("blue-marble:validation,n=1")["image"].to_pylist())
     assert answer.lat is not None and answer.error is None
     tensors = [value for model in (geolocator.alignment, geolocator.tokens) for value in model.state_dict().values()]

@@ -33,7 +33,7 @@ def train_alignment(
     """Train from nothing on ``steps * batch`` views of the split ``train``, write the weights into ``out`` -> them.
 
     No view lies in a cell kept for ``unseen``, and no test or validation photo is drawn. AdamW, one cosine cycle.
-    ``OUT-checkpoint.safetensors`` lets a stopped training with the same identity go on, to the same weights.
+    ``OUT-alignment-checkpoint.safetensors`` lets a stopped training with the same identity go on, to the same weights.
     """
     torch.manual_seed(seed)
     views = blue_marble.draw_views("train", steps * batch, seed)
@@ -67,7 +67,7 @@ def train_alignment(
         loss,
         look,
         lambda: model.alignment.save_pretrained(out, half=True),
-        Kept(out / "alignment.safetensors", out.with_name(f"{out.name}-checkpoint.safetensors"), identity),
+        Kept(out / "alignment.safetensors", out.with_name(f"{out.name}-alignment-checkpoint.safetensors"), identity),
         log,
     )
     return GeoAlignment.from_pretrained(out)

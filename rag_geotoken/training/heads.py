@@ -41,7 +41,7 @@ def train_heads(
 
     G3's losses and optimisation: AdamW, the rate times 0.87 after every epoch; ``start``: the location encoder begins
     with these weights (GeoCLIP's in G3). With several processes each embeds its part of a batch, and all are compared
-    with all, as in one. Looked at once an epoch; ``OUT-checkpoint.safetensors`` lets a stopped training go on. Raises
+    with all, as in one. Looked at once an epoch; ``OUT-alignment-checkpoint.safetensors`` lets a stopped training go on. Raises
     GeoError when the photos do not fill a batch, the processes cannot share one, or the loss diverges.
     """
     accelerator = make_accelerator()
@@ -83,7 +83,7 @@ def train_heads(
         loss,
         look,
         lambda: losses.alignment.save_pretrained(out),
-        Kept(out / "alignment.safetensors", out.with_name(f"{out.name}-checkpoint.safetensors"), identity),
+        Kept(out / "alignment.safetensors", out.with_name(f"{out.name}-alignment-checkpoint.safetensors"), identity),
         log,
     )
     return GeoAlignment.from_pretrained(out)
