@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from torch.optim.lr_scheduler import StepLR
+from torch.optim.lr_scheduler import LambdaLR
 
 from rag_geotoken.alignment import AlignmentConfig, GeoAlignment
 from rag_geotoken.errors import GeoError
@@ -41,8 +41,8 @@ def train_heads(
 
     G3's losses and optimisation: AdamW, the rate times 0.87 after every epoch; ``start``: the location encoder begins
     with these weights (GeoCLIP's in G3). With several processes each embeds its part of a batch, and all are compared
-    with all, as in one. Looked at once an epoch; ``OUT-alignment-checkpoint.safetensors`` lets a stopped training go on. Raises
-    GeoError when the photos do not fill a batch, the processes cannot share one, or the loss diverges.
+    with all, as in one. Looked at once an epoch; ``OUT-alignment-checkpoint.safetensors`` lets a stopped training go
+    on. Raises GeoError when the photos do not fill a batch, the processes cannot share one, or the loss diverges.
     """
     accelerator = make_accelerator()
     here, world = accelerator.process_index, accelerator.num_processes
@@ -67,17 +67,11 @@ def train_heads(
         gps, text = validate(losses, validation, batch, accelerator.device)
         return gps + text, f"validation loss {gps + text:.4f}, of gps {gps:.4f}, of text {text:.4f}"
 
-    def schedule(done: int) -> StepLR:
-        rates = StepLR(adam, epoch, GAMMA)
-        for _ in range(done):
-            rates.step()
-        return rates
-
     run_steps(
         accelerator,
         losses,
         adam,
-        schedule,
+        lambda done: LambdaLR(adam, lambda step: GAMMA ** ((done + step) // epoch)),
         epoch * epochs,
         {epoch * (i + 1) for i in range(epochs)},
         loss,
