@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,26 +17,33 @@ from rag_geotoken.errors import GeoError
 Vectors = NDArray[np.float32]
 GIB = 2**30
 EXACT_ROWS = 65_536  # up to here an exact search is quick enough and nothing needs training
-GRAPH_ROWS = 500_000  # from here on a graph takes too long to build
-SAMPLE_BYTES = 0.75 * GIB  # of training vectors, whatever the dimension
-LINKS = 32  # neighbours a node in a graph
+GRAPH_LISTS = 8192  # from so many lists on, a graph finds the nearest of them sooner than comparing with all
+SAMPLE_BYTES = 2 * GIB  # of training vectors, whatever the dimension
+ROUNDS = 10  # of k-means: what later ones gain is lost in the choice of nprobe
 
 
 def choose_factory(rows: int, dim: int, memory_gib: float = 16.0, recall: float = 0.95) -> str:
     """A FAISS factory for so many vectors that stays within so much memory, after autofaiss' rules.
 
-    Exact ``Flat`` on all three parts (12 * dim bytes a row) while rows are few; then a graph where it fits and recall
-    is wanted, inverted lists of half precision, of 8 bits, and product codes as long as fit. All but ``Flat`` look at
-    the image part alone, and the best of what they find are compared exactly. Raises GeoError when nothing fits.
+    Exact ``Flat`` on all three parts (12 * dim bytes a row) while rows are few, or where nothing may be missed
+    (``recall`` 1), if it fits; else :func:`inverted_factory`, whose nprobe is what ``recall`` decides. Raises GeoError
+    when nothing fits.
     """
-    budget = memory_gib * GIB / rows  # bytes a row
-    if rows <= EXACT_ROWS and 12 * dim <= budget:
+    if (rows <= EXACT_ROWS or recall >= 1) and 12 * dim * rows <= memory_gib * GIB:
         return "Flat"
-    if rows <= GRAPH_ROWS and recall >= 0.98 and 2 * dim + 10 * LINKS <= budget:
-        return f"HNSW{LINKS},SQfp16"
+    return inverted_factory(rows, dim, memory_gib)
+
+
+def inverted_factory(rows: int, dim: int, memory_gib: float = 16.0) -> str:
+    """Inverted lists of half precision, of 8 bits, or of product codes: the first that fits. Raises GeoError.
+
+    They look at the image part alone, and the best of what they find are compared exactly. A graph (HNSW) is never
+    chosen: it is no faster at the same recall on the galleries of ``bench index``, it takes longer to build, and one of
+    near-duplicates falls apart into islands that no effort reaches, while more lists always find more.
+    """
     lists = inverted_lists(rows)
-    coarse = f"IVF{lists}_HNSW32" if lists >= 4096 else f"IVF{lists}"
-    budget -= 16 + 4 * dim * lists / rows  # the row's number, and the lists' centres
+    coarse = f"IVF{lists}_HNSW32" if lists >= GRAPH_LISTS else f"IVF{lists}"
+    budget = (memory_gib * GIB - 4 * dim * lists) / rows - 8  # bytes a row, less its number and the lists' centres
     for bytes_, codes in ((2 * dim, "SQfp16"), (dim, "SQ8")):
         if bytes_ <= budget:
             return f"{coarse},{codes}"
@@ -47,20 +56,33 @@ def choose_factory(rows: int, dim: int, memory_gib: float = 16.0, recall: float 
 
 
 def inverted_lists(rows: int) -> int:
-    """How many lists: the power of two next above 2 * sqrt(rows), so that a list is half as long as there are lists."""
-    return 1 << max(4, int(np.ceil(np.log2(2.0 * np.sqrt(rows)))))
+    """How many lists: the power of two nearest to 4 * sqrt(rows), the fewest that FAISS' guidelines name."""
+    return 1 << max(4, round(math.log2(4.0 * math.sqrt(rows))))
 
 
 def sample_size(factory: str, rows: int, dim: int) -> int:
-    """Vectors to train on: 40 a list (FAISS asks for 39), no fewer than 10,000, within ``SAMPLE_BYTES``."""
+    """Vectors to train on: 40 a list (FAISS asks for 39), no fewer than 65,536, within ``SAMPLE_BYTES``."""
     if factory.startswith("HNSW"):
         return min(rows, 1000)  # half precision learns nothing, but wants to be trained
     lists = int(factory.split("IVF")[1].split(",")[0].split("_")[0]) if "IVF" in factory else 0
-    return int(min(rows, max(40 * lists, 10_000), SAMPLE_BYTES // (4 * dim)))
+    return int(min(rows, max(40 * lists, 65_536), SAMPLE_BYTES // (4 * dim)))
 
 
-def train(factory: str, sample: Vectors) -> Any:
-    """An empty index of that factory, inner product, trained on the sample (N, dim). Raises GeoError."""
+def seconds_to_train(sample: Vectors, lists: int) -> float:
+    """About how long k-means will take over a sample (N, dim), from the time of a small part of it."""
+    import faiss
+
+    few = sample[: max(256, len(sample) // 200)]
+    begun = time.perf_counter()
+    faiss.knn(few, sample[:lists], 1, metric=faiss.METRIC_INNER_PRODUCT)
+    return (time.perf_counter() - begun) * ROUNDS * len(sample) / len(few)
+
+
+def train(factory: str, sample: Vectors, say: Callable[[str], object] = lambda _: None) -> Any:
+    """An empty index of that factory, inner product, trained on the sample (N, dim). Raises GeoError.
+
+    ``say`` hears in one line what is done and about how long it takes.
+    """
     import faiss
 
     try:
@@ -71,13 +93,15 @@ def train(factory: str, sample: Vectors) -> Any:
     if lists is not None and len(sample) < lists.nlist:
         raise GeoError(f"{factory} needs at least {lists.nlist} rows to train on, there are {len(sample)}")
     if lists is not None:
-        lists.cp.niter = 10  # what later rounds gain is lost in the choice of nprobe
+        lists.cp.niter = ROUNDS
         lists.cp.max_points_per_centroid = 1 << 20  # the sample has its size already
         if hasattr(faiss, "StandardGpuResources"):
             lists.clustering_index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(lists.d))
     if factory.startswith("OPQ"):
         turn: Any = faiss.downcast_VectorTransform(index.chain.at(0))
         turn.niter = 10  # its 50 rounds take hours at 768 numbers
+    about = f", about {seconds_to_train(sample, lists.nlist):.0f} s for the lists" if lists is not None else ""
+    say(f"{factory} learns from {len(sample)} vectors{about}")
     index.train(sample)
     return index
 

@@ -243,12 +243,17 @@ def _train(what: str, recipe: Path | None, out: Path) -> None:
 
 @bench_app.command("index")
 def bench_index(
-    out: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file for the figures; a Markdown table is put beside it.")
+    ] = None,
     views: Annotated[int, typer.Option(min=5000, help="Gallery views to search.")] = 24_000,
     build_rows: Annotated[int, typer.Option(min=0, help="Rows of the large build; 0 leaves it out.")] = 1_000_000,
     weights: Weights = None,
 ) -> None:
-    """Approximate search against Flat: GeoCLIP's places (if geoclip is installed), views, and a large build."""
+    """Approximate search against Flat, GeoCLIP's gallery against encoding it, a large build, a plan for larger ones.
+
+    GeoCLIP's parts need the package geoclip installed. Let the machine be idle: Flat suffers most from other work.
+    """
     from rag_geotoken.bench_index import run_bench
     from rag_geotoken.weights import EARTH
 

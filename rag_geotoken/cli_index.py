@@ -48,16 +48,10 @@ def index_build(
 def index_info(folder: Annotated[Path, typer.Argument(help="Folder of an index.")], as_json: Json = False) -> None:
     """Check an index's files against its manifest and say what it holds."""
     from rag_geotoken.index import GeoIndex
+    from rag_geotoken.index_info import describe
 
     manifest = GeoIndex.load(folder).manifest
-    if as_json:
-        typer.echo(json.dumps(manifest, indent=2))
-        return
-    for name, value in manifest.items():
-        if not isinstance(value, dict):
-            typer.echo(f"{name:>15}  {', '.join(value) if isinstance(value, list) else value}")
-    for name, size in manifest["bytes"].items():
-        typer.echo(f"{name:>15}  {size:,} bytes, SHA-256 {manifest['sha256'][name]}")
+    typer.echo(json.dumps(manifest, indent=2) if as_json else describe(manifest))
 
 
 @index_app.command("search")

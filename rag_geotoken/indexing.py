@@ -32,6 +32,7 @@ from rag_geotoken.index import (
     unit,
 )
 from rag_geotoken.progress import progress_bar
+from rag_geotoken.sources.photos import read_left_out
 from rag_geotoken.tables import read_table, to_numpy, write_table
 from rag_geotoken.tuning import Tuning
 
@@ -72,7 +73,7 @@ def build_index(folder: Path, photos_file: Path, embeddings_file: Path, encoder:
     made_from = {"photos": file_sha256(photos_file), "embeddings": file_sha256(embeddings_file), "encoder": encoder}
     if manifest := _built(folder, made_from):
         return manifest
-    rows, usable = _usable(photos_file, embeddings_file)
+    rows, usable, left_out = _usable(photos_file, embeddings_file)
     kept = read_table(embeddings_file, ["image", "gps", "text"]).filter(usable)
     parts = [to_numpy(kept[name]) for name in ("image", "gps", "text")]
     index = faiss.IndexFlatIP(sum(part.shape[1] for part in parts))
@@ -88,7 +89,7 @@ def build_index(folder: Path, photos_file: Path, embeddings_file: Path, encoder:
         "metric": "inner product",
         "factory": "Flat",
         "rows": int(usable.sum()),
-        "left_out": int((~usable).sum()),
+        **left_out,
     }
     return _write_manifest(folder, facts, made_from)
 
@@ -107,7 +108,7 @@ def build_approximate(
     made_from |= {"photos": file_sha256(photos_file), "embeddings": file_sha256(projections_file)}
     if manifest := _built(folder, made_from):
         return manifest
-    rows, usable = _usable(photos_file, projections_file)
+    rows, usable, left_out = _usable(photos_file, projections_file)
     at = np.flatnonzero(usable)
     held = np.zeros(len(usable), bool)
     held[np.random.default_rng(0).choice(at, min(QUERIES, len(at) // 10), replace=False)] = True
@@ -118,17 +119,7 @@ def build_approximate(
     factory, first = plan.choose(len(order), dim), int((usable & ~held).sum())
     if factory == "Flat":
         raise GeoError("an approximate index needs another factory than Flat: try HNSW32,SQfp16")
-    projections = np.load(folder / PROJECTIONS, mmap_mode="r", allow_pickle=False)
-
-    sample = _sample(projections[:first], approximate.sample_size(factory, first, dim))
-    print(f"index: {factory} learns from {len(sample)} of {len(order)} photos", file=sys.stderr)
-    index = approximate.train(factory, sample)
-    trained = len(sample)
-    del sample
-    with progress_bar(len(order), f"index: {factory}") as advance:
-        approximate.add(index, _blocks(projections[:first]), advance)
-        measured = _measure(index, projections, first, heads, plan.recall)
-        approximate.add(index, _blocks(projections[first:]), advance)
+    index, measured = _fill(folder / PROJECTIONS, factory, first, heads, plan.recall)
     write_whole(folder / VECTORS, partial(_write_vectors, index))
     facts = {
         "format": APPROXIMATE,
@@ -138,26 +129,43 @@ def build_approximate(
         "metric": "inner product",
         "factory": factory,
         "rows": len(order),
-        "left_out": int((~usable).sum()),
+        **left_out,
         **measured,
-        "trained_on": trained,
         "memory_bytes": (folder / VECTORS).stat().st_size,
         "build_seconds": round(time.monotonic() - begun, 1),
     }
     return _write_manifest(folder, facts, made_from)
 
 
-def _measure(index: Any, projections: NDArray[np.float16], first: int, heads: Heads, recall: float) -> dict[str, Any]:
+def _fill(path: Path, factory: str, first: int, heads: Heads, recall: float) -> tuple[Any, dict[str, Any]]:
+    """Train an index and put all projections in; those from row ``first`` on say what it finds -> it, the figures."""
+    count, dim = np.load(path, mmap_mode="r", allow_pickle=False).shape
+    sample = _sample(path, first, approximate.sample_size(factory, first, dim))
+    begun = time.monotonic()
+    index = approximate.train(factory, sample, lambda line: print(f"index: {line}", file=sys.stderr, flush=True))
+    facts = {"trained_on": len(sample), "train_seconds": round(time.monotonic() - begun, 1)}
+    del sample
+    with progress_bar(count, f"index: {factory}") as advance:
+        begun = time.monotonic()
+        approximate.add(index, _blocks(path, 0, first), advance)
+        facts["add_seconds"] = round(time.monotonic() - begun, 1)
+        facts |= _measure(index, path, first, heads, recall)
+        approximate.add(index, _blocks(path, first, count), advance)
+    return index, facts
+
+
+def _measure(index: Any, path: Path, first: int, heads: Heads, recall: float) -> dict[str, Any]:
     """Choose how many rows are compared exactly, then nprobe or efSearch, by the photos held out (those from first on).
 
     Their true neighbours are the best by all three parts, with the default weights, of many by an exact search of the
     image parts: measured on the embedded gallery, those are the best of all rows.
     """
+    projections = np.load(path, mmap_mode="r", allow_pickle=False)
     if first == len(projections):
         return {"effort_name": approximate.effort_name(index), "effort": 64, "refine": 5, "queries": 0}
     queries, k = projections[first:], min(K, first)
     image = unit(queries)
-    many = scan(image, _numbered(projections[:first]), min(first, TRUTH * k))[1]
+    many = scan(image, _numbered(path, first), min(first, TRUTH * k))[1]
     photo = heads(queries.astype(np.float32)) * np.asarray(Tuning().search_weights, np.float32)[:, None]
     truth = np.empty((len(queries), k), np.int64)
     for i, rows in enumerate(many):  # a few hundred photos, whose candidates would be too many at once
@@ -173,17 +181,25 @@ def _measure(index: Any, projections: NDArray[np.float16], first: int, heads: He
     return measured | {"recall@20": round(reached, 4), "queries": len(queries)}
 
 
-def _usable(photos_file: Path, embeddings_file: Path) -> tuple[pa.Table, NDArray[np.bool_]]:
-    """All photos with the columns of an index, and which of them have a picture and a place. Raises GeoError."""
+def _usable(photos_file: Path, embeddings_file: Path) -> tuple[pa.Table, NDArray[np.bool_], dict[str, Any]]:
+    """All photos with the columns of an index, which have a picture and a place, and why others do not. GeoError."""
     import pyarrow.compute as pc
 
     photos, embeddings = read_table(photos_file), read_table(embeddings_file, ["id", "digest", "error"])
     if not photos["id"].equals(embeddings["id"]):
         raise GeoError(f"{embeddings_file.name} is not of the photos in {photos_file.name}: run encode again")
-    usable = pc.and_(pc.is_null(embeddings["error"]), pc.is_valid(photos["lat"])).to_numpy(zero_copy_only=False)
+    seen = pc.is_null(embeddings["error"]).to_numpy(zero_copy_only=False)
+    usable = seen & pc.is_valid(photos["lat"]).to_numpy(zero_copy_only=False)
     if not usable.any():
         raise GeoError("no photo has both a readable picture and coordinates: nothing to index")
-    return photos.append_column("digest", embeddings["digest"]).select(ROW_COLUMNS), usable
+    why = {"without a readable picture": int((~seen).sum()), "without coordinates": int((seen & ~usable).sum())}
+    left_out = {
+        "left_out": int((~usable).sum()),
+        "left_out_why": {reason: count for reason, count in why.items() if count},
+        # What became no photo at all: not among the number above.
+        "source_left_out": {reason: entry["photos"] for reason, entry in read_left_out(photos).reasons.items()},
+    }
+    return photos.append_column("digest", embeddings["digest"]).select(ROW_COLUMNS), usable, left_out
 
 
 def _write_projections(path: Path, table: Path, usable: NDArray[np.bool_], held: NDArray[np.bool_]) -> int:
@@ -213,18 +229,19 @@ def _write_projections(path: Path, table: Path, usable: NDArray[np.bool_], held:
     return dim
 
 
-def _sample(projections: NDArray[np.float16], count: int) -> Vectors:
-    rows = np.sort(np.random.default_rng(1).choice(len(projections), min(count, len(projections)), replace=False))
-    return unit(projections[rows])
+def _sample(path: Path, first: int, count: int) -> Vectors:
+    rows = np.sort(np.random.default_rng(1).choice(first, min(count, first), replace=False))
+    return unit(np.load(path, mmap_mode="r", allow_pickle=False)[rows])
 
 
-def _blocks(projections: NDArray[np.float16]) -> Iterator[Vectors]:
-    for start in range(0, len(projections), BLOCK):
-        yield unit(projections[start : start + BLOCK])
+def _blocks(path: Path, first: int, last: int) -> Iterator[Vectors]:
+    for start in range(first, last, BLOCK):
+        # Mapped anew each time, so that what was read does not stay in this process' memory.
+        yield unit(np.load(path, mmap_mode="r", allow_pickle=False)[start : min(start + BLOCK, last)])
 
 
-def _numbered(projections: NDArray[np.float16]) -> Iterator[tuple[NDArray[np.int64], Vectors]]:
-    for i, block in enumerate(_blocks(projections)):
+def _numbered(path: Path, last: int) -> Iterator[tuple[NDArray[np.int64], Vectors]]:
+    for i, block in enumerate(_blocks(path, 0, last)):
         yield np.arange(i * BLOCK, i * BLOCK + len(block)), block
 
 

@@ -25,10 +25,10 @@ ROW_GROUP = 65_536  # rows
 
 def write_table(path: Path | str, table: pa.Table) -> None:
     """Writes `table` as Parquet; the same table gives the same bytes."""
-    _write_tables(path, [table])
+    write_tables(path, [table])
 
 
-def _write_tables(path: Path | str, tables: Iterable[pa.Table]) -> int:
+def write_tables(path: Path | str, tables: Iterable[pa.Table]) -> int:
     """Writes tables of one schema below each other, no row group across two; returns the number of rows."""
     import pyarrow.parquet as pq
 
@@ -177,7 +177,7 @@ def stage(
             write_table(file, work(at))
         report(at.stop - at.start)
 
-    rows = _write_tables(path, (read_table(file) for file in files))
+    rows = write_tables(path, (read_table(file) for file in files))
     write_json(path.with_suffix(".json"), _manifest(source, identity, inputs, rows, path))
     shutil.rmtree(parts, ignore_errors=True)
     return path

@@ -229,7 +229,10 @@ def test_a_factory_that_does_not_fit_is_refused(
         (24_000, 256, 16.0, 0.95, "Flat"),
         (65_536, 768, 16.0, 0.999, "Flat"),
         (65_537, 768, 16.0, 0.95, "IVF1024,SQfp16"),
-        (400_000, 512, 16.0, 0.99, "HNSW32,SQfp16"),
+        (400_000, 512, 16.0, 0.99, "IVF2048,SQfp16"),
+        (400_000, 512, 16.0, 1.0, "Flat"),
+        (1_000_000, 768, 16.0, 0.95, "IVF4096,SQfp16"),
+        (5_000_000, 768, 16.0, 1.0, "IVF8192_HNSW32,SQfp16"),
         (5_000_000, 768, 16.0, 0.95, "IVF8192_HNSW32,SQfp16"),
         (5_000_000, 768, 4.0, 0.95, "IVF8192_HNSW32,SQ8"),
         (5_000_000, 768, 2.0, 0.95, "OPQ384,IVF8192_HNSW32,PQ384"),
@@ -250,7 +253,7 @@ def test_what_fits_nowhere_is_refused(one_line: OneLine) -> None:
         choose_factory(100_000_000, 768, 1.0)
     with one_line("give 0 to 1"):
         Plan(recall=1.5).choose(100, 32)
-    assert inverted_lists(1_000_000) == 2048
+    assert inverted_lists(1_000_000) == 4096
 
 
 def test_scan_is_a_search_of_everything() -> None:

@@ -1,0 +1,61 @@
+"""What an index folder's manifest says, for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def describe(manifest: dict[str, Any]) -> str:
+    """The checked manifest of an index -> lines of a name and what it is; what was not recorded is said to be so."""
+    exact = manifest["factory"] == "Flat"
+    parts = ", ".join(manifest.get("parts", [])) or "not recorded"
+    lines = {
+        "format": manifest["format"],
+        "factory": manifest["factory"] + (" (exact)" if exact else ""),
+        "rows": f"{manifest['rows']:,}",
+        "dim": f"{manifest['dim']} numbers a part, of {parts}",
+        "metric": manifest.get("metric", "not recorded"),
+        "encoder": manifest["encoder"],
+        "recall@20": "1, every row is compared" if exact else _recall(manifest),
+        "effort": "every row" if exact else _effort(manifest),
+        "memory": f"{manifest.get('memory_bytes', manifest['bytes']['index.faiss']):,} bytes when searched",
+        "left out": _left_out(manifest),
+        "built": _built(manifest),
+    }
+    for name, size in manifest["bytes"].items():
+        lines[name] = f"{size:,} bytes, SHA-256 {manifest['sha256'][name]}"
+    width = max(map(len, lines))
+    return "\n".join(f"{name:>{width}}  {text}" for name, text in lines.items())
+
+
+def _recall(manifest: dict[str, Any]) -> str:
+    if not manifest.get("queries"):
+        return "not measured, too few rows"
+    asked = manifest["made_from"].get("plan", {}).get("recall")
+    return f"{manifest['recall@20']:.4f} on {manifest['queries']} photos held out" + (
+        f", {asked:g} was asked for" if asked else ""
+    )
+
+
+def _effort(manifest: dict[str, Any]) -> str:
+    name = manifest.get("effort_name") or "every code"
+    value = f" {manifest['effort']}" if manifest.get("effort_name") else ""
+    return f"{name}{value}, then {manifest['refine']} times the rows wanted are compared exactly by all three parts"
+
+
+def _left_out(manifest: dict[str, Any]) -> str:
+    if "left_out_why" not in manifest:
+        return f"{manifest.get('left_out', 'not recorded')}"
+    why = ", ".join(f"{count:,} {reason}" for reason, count in manifest["left_out_why"].items())
+    source = ", ".join(f"{count:,} {reason}" for reason, count in manifest["source_left_out"].items())
+    return f"{manifest['left_out']:,}" + (f" ({why})" if why else "") + (f"; by the source: {source}" if source else "")
+
+
+def _built(manifest: dict[str, Any]) -> str:
+    if "build_seconds" not in manifest:
+        return "from whole tables, nothing to train"
+    trained = f", trained on {manifest['trained_on']:,} rows" if "trained_on" in manifest else ""
+    times = [
+        f"{manifest[f'{what}_seconds']:g} s {what}ing" for what in ("train", "add") if f"{what}_seconds" in manifest
+    ]
+    return f"in {manifest['build_seconds']:g} s{trained}" + (f" ({', '.join(times)})" if times else "")
