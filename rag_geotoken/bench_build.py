@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,17 +92,10 @@ def _heads(dim: int) -> Callable[[Vectors], Vectors]:
     """G3's heads with random weights."""
     import torch
 
-    from rag_geotoken.alignment import G3Config, G3Heads
+    from rag_geotoken.alignment import G3, GeoAlignment
 
     torch.manual_seed(SEED)
-    model = G3Heads(G3Config(dim))
-
-    @torch.inference_mode()
-    def heads(projections: Vectors) -> Vectors:
-        vectors: Vectors = model(torch.from_numpy(projections)).numpy()
-        return vectors
-
-    return heads
+    return GeoAlignment(replace(G3, dim=dim)).eval().heads
 
 
 def _build(folder: Path, dim: int) -> tuple[dict[str, Any], int, int]:
