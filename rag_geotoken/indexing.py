@@ -160,16 +160,15 @@ def _measure(index: Any, path: Path, first: int, heads: Heads, recall: float) ->
     Their true neighbours are the best by all three parts, with the default weights, of many by an exact search of the
     image parts: measured on the embedded gallery, those are the best of all rows.
     """
-    projections = np.load(path, mmap_mode="r", allow_pickle=False)
-    if first == len(projections):
+    queries = _rows(path, slice(first, None))
+    if not len(queries):
         return {"effort_name": approximate.effort_name(index), "effort": 64, "refine": 5, "queries": 0}
-    queries, k = projections[first:], min(K, first)
-    image = unit(queries)
+    image, k = unit(queries), min(K, first)
     many = scan(image, _numbered(path, first), min(first, TRUTH * k))[1]
     photo = heads(queries.astype(np.float32)) * np.asarray(Tuning().search_weights, np.float32)[:, None]
     truth = np.empty((len(queries), k), np.int64)
     for i, rows in enumerate(many):  # a few hundred photos, whose candidates would be too many at once
-        scores = np.einsum("pd,mpd->m", photo[i], heads(projections[rows].astype(np.float32)))
+        scores = np.einsum("pd,mpd->m", photo[i], heads(_rows(path, rows).astype(np.float32)))
         truth[i] = rows[np.argsort(-scores, kind="stable")[:k]]
     # Half of what may be missed is left to the approximate search.
     enough = [r for r in REFINE if approximate.recall_at(many[:, : r * k], truth) >= (1 + recall) / 2]
@@ -231,13 +230,18 @@ def _write_projections(path: Path, table: Path, usable: NDArray[np.bool_], held:
 
 def _sample(path: Path, first: int, count: int) -> Vectors:
     rows = np.sort(np.random.default_rng(1).choice(first, min(count, first), replace=False))
-    return unit(np.load(path, mmap_mode="r", allow_pickle=False)[rows])
+    return unit(_rows(path, rows))
 
 
 def _blocks(path: Path, first: int, last: int) -> Iterator[Vectors]:
     for start in range(first, last, BLOCK):
-        # Mapped anew each time, so that what was read does not stay in this process' memory.
-        yield unit(np.load(path, mmap_mode="r", allow_pickle=False)[start : min(start + BLOCK, last)])
+        yield unit(_rows(path, slice(start, min(start + BLOCK, last))))
+
+
+def _rows(path: Path, rows: slice | NDArray[np.int64]) -> NDArray[np.float16]:
+    """Projections of some rows; the file is mapped anew each time, or all that was ever read would stay in memory."""
+    read: NDArray[np.float16] = np.array(np.load(path, mmap_mode="r", allow_pickle=False)[rows])
+    return read
 
 
 def _numbered(path: Path, last: int) -> Iterator[tuple[NDArray[np.int64], Vectors]]:

@@ -53,7 +53,7 @@ class Look:
                     weight.add_(affine(query[at], keys, torch.zeros(count)).softmax(dim=1), alpha=beta)
                 if beta < 1:
                     # In double precision: at 10 km 1 - cos is 1e-6, which single precision does not see.
-                    weight.add_((here[at] @ there.T).mul_(spatial).softmax(dim=1), alpha=1 - beta)
+                    weight.add_((here[at] @ there.T).mul_(spatial).softmax(dim=1).float(), alpha=1 - beta)
                 result[at] = affine(weight, images, torch.zeros(dim))
         return result.numpy()
 

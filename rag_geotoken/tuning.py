@@ -35,10 +35,10 @@ class Tuning:
     neighbor_scale: float = 10.0
     alignment_scale: float = 100.0
     reward_scale: float = 1.0
-    look_scale: float = 10.0
+    look_scale: float = 160.0
     look_beta: float = 0.5
     look_semantic: float = 12.0
-    look_spatial: float = 40.0
+    look_spatial: float = 10000.0
     spread_km: float = 25.0
     confidence_scale: float = 0.3
     confidence_km: float = 15.0

@@ -64,7 +64,8 @@ def test_look_verifies_every_entry(geolocator: Geolocator, pool: Pool) -> None:
     neighbors = geolocator.search(photo, 6)
     scores = geolocator.verify("look", photo, neighbors, pool)
     assert (scores[~pool.mask] == 0).all() and (~pool.mask).any()
-    looks = geolocator.index.look_of(pool.lat_lon[1][pool.mask[1]], geolocator.alignment.embed_places)
+    spots, embed = pool.lat_lon[1][pool.mask[1]], geolocator.alignment.embed_places
+    looks = geolocator.index.look_of(spots, embed, 0.5, 12.0, 10000.0)
     cosine = looks @ photo[1, 0] / np.linalg.norm(looks, axis=1)
     np.testing.assert_allclose(scores[1][pool.mask[1]], cosine, atol=1e-5)
     assert geolocator.verifier_id("look") != geolocator.verifier_id("alignment")
@@ -74,10 +75,11 @@ def test_the_tuning_says_how_a_look_is_estimated(geolocator: Geolocator, pool: P
     photo = geolocator.index.vectors(np.arange(len(pool.mask)))
     neighbors = geolocator.search(photo, 6)
     scores = _looks(geolocator, photo, pool)
-    assert (0.5, 12.0, 40.0) in scores and len(scores) > 20
-    for mix in ((0.5, 12.0, 40.0), (0.25, 48.0, 4000.0), (1.0, 24.0, 40.0), (0.0, 12.0, 10000.0)):
+    same = (0.5, 12.0, 10000.0)  # as a tuning has it that says nothing
+    assert same in scores and len(scores) > 20
+    for mix in (same, (0.25, 48.0, 4000.0), (1.0, 24.0, 40.0), (0.0, 12.0, 10000.0)):
         chosen = dict(zip(("look_beta", "look_semantic", "look_spatial"), mix, strict=True))
         parts = geolocator.alignment, geolocator.tokens, geolocator.index
-        tuned = Geolocator(*parts, replace(geolocator.tuning, **chosen), geolocator.encoder)  # type: ignore[arg-type]
+        tuned = Geolocator(*parts, replace(geolocator.tuning, **chosen))  # type: ignore[arg-type]
         np.testing.assert_allclose(scores[mix], tuned.verify("look", photo, neighbors, pool), atol=1e-5)
-        assert (tuned.verifier_id("look") == geolocator.verifier_id("look")) == (mix == (0.5, 12.0, 40.0))
+        assert (tuned.verifier_id("look") == geolocator.verifier_id("look")) == (mix == same)

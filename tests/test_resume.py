@@ -71,7 +71,7 @@ def test_a_run_leaves_every_table_and_nothing_else(run_folder: Path) -> None:
 def test_stopped_before_a_stage_ends_goes_on_to_the_same_bytes(
     stopped: str, run_folder: Path, geolocator: Geolocator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = tables._write_tables
+    whole = tables.write_tables
 
     def stop(path: Path, parts: object) -> int:
         if Path(path).name == f"{stopped}.parquet":
@@ -80,7 +80,7 @@ def test_stopped_before_a_stage_ends_goes_on_to_the_same_bytes(
 
     begin(run_folder, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(tables, "_write_tables", stop)
+        patch.setattr(tables, "write_tables", stop)
         with pytest.raises(KeyboardInterrupt):
             run_road(tmp_path, geolocator, OPTIONS)
     assert not list(tmp_path.rglob(f"{stopped}.parquet"))

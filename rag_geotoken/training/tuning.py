@@ -31,7 +31,8 @@ DECISION = {
     "spread_km": [12.0, 18.0, 25.0, 35.0, 50.0, 75.0, 100.0],
 }
 REWARD = {"reward_scale": [0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0]}
-# By the look alone. The first round starts from the released sharpnesses; exp(10,000 cos) is a bell of 64 km.
+# By the look alone, from where the bell is as wide as a gallery's spacing: exp(10,000 cos) is one of 64 km. From the
+# released bell of 1000 km the search ends where the look of the surroundings does not count at all, and does worse.
 LOOK = {
     "look_scale": [5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 240.0, 320.0, 480.0],
     "look_spatial": [40.0, 4000.0, 10000.0, 20000.0, 50000.0],
