@@ -1,0 +1,1 @@
+"""Multimodal models as verifiers: what they are asked, who asks them, and what their answers mean."""
