@@ -1,0 +1,1 @@
+"""Multimodal models asked about photos: one protocol, three clients, a journal of every answer."""
