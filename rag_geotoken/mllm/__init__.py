@@ -1,4 +1,4 @@
-"""Multimodal models asked about photos: one protocol, three clients, a journal of every answer."""
+"""Multimodal models as verifiers: what they are asked, who asks them, and what their answers mean."""
 
 from __future__ import annotations
 
