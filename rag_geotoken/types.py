@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-SOURCES = ("neighbour", "greedy", "beam", "sample", "frontier", "gps")
-NEIGHBOUR, GREEDY, BEAM, SAMPLE, FRONTIER, GPS = range(6)
+SOURCES = ("neighbour", "greedy", "beam", "sample", "frontier", "gps", "visual", "mllm")
+NEIGHBOUR, GREEDY, BEAM, SAMPLE, FRONTIER, GPS, VISUAL, MLLM = range(8)
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,21 @@ class Places:
     def __getitem__(self, at: slice) -> Places:
         """The places of some of the photos."""
         return Places(self.lat_lon[at], self.scores[at])
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Where each neighbour's picture, compared with the photo, puts it.
+
+    lat_lon (B, K, 2) degrees, scores (B, K) float32 from 0 to 1, how well the two fit.
+    """
+
+    lat_lon: NDArray[np.float64]
+    scores: NDArray[np.float32]
+
+    def __getitem__(self, at: slice) -> Matches:
+        """The matches of some of the photos."""
+        return Matches(self.lat_lon[at], self.scores[at])
 
 
 @dataclass(frozen=True)
