@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rag_geotoken.geo import EARTH_RADIUS_KM, from_unit, to_unit
+from rag_geotoken.geo import EARTH_RADIUS_KM, from_unit, haversine_km, to_unit
+from rag_geotoken.types import Matches, Pool
 from rag_geotoken.visual import Registration
 
 # A view's turn, and the logarithm of its width over the usual one, spread so: what is believed of photo and neighbours.
@@ -22,8 +23,9 @@ TURN_SPREAD, WIDTH_SPREAD = 0.3, 0.2
 TURNS, WIDTHS = np.linspace(-0.84, 0.84, 17), np.linspace(-0.5, 0.5, 9)
 # Places agree within so many km, at first on a grid of turns and widths, then ever closer as the fit goes on.
 GRID_KM, FIT_KM = 30.0, (30.0, 30.0, 30.0, 10.0, 10.0, 4.0, 4.0, 4.0)
-ERROR_KM = 2.0  # of a neighbour's place, against the spreads above
+ERROR_KM = 0.5  # of a neighbour's place, against the spreads above
 CHUNK = 64  # photos at a time
+NO_MATCH = 0.05  # support of a place by matches that are no better than chance: below it nothing is told apart
 
 Floats = NDArray[np.float64]
 
@@ -43,6 +45,17 @@ def moved_places(found: Registration, places: Floats, width_km: float) -> Floats
         _, pose = _fit(part, spots, *_vote(part, spots, width_km), width_km)
         result[at] = np.stack(from_unit(_taken_from(spots, _ways(part.middle, pose[:, None])).numpy()), axis=-1)
     return result
+
+
+def support(pool: Pool, matches: Matches, within_km: float) -> NDArray[np.float32]:
+    """How well the matches of each photo support its pool's entries -> (B, C), zero where there is none.
+
+    ``log(NO_MATCH + sum over neighbours k of score_k exp(-(distance to the moved place k / within_km)^2 / 2))``.
+    """
+    here, there = pool.lat_lon[:, :, None], matches.lat_lon[:, None]
+    km = haversine_km(here[..., 0], here[..., 1], there[..., 0], there[..., 1])
+    near = (matches.scores[:, None] * np.exp(-0.5 * (km / within_km) ** 2)).sum(axis=2)
+    return np.where(pool.mask, np.log(NO_MATCH + near), 0.0).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -79,7 +92,7 @@ def _fit(found: _Evidence, spots: Tensor, place: Tensor, pose: Tensor, width_km:
     right, down = found.middle.unbind(-1)
     one, zero = torch.ones_like(right), torch.zeros_like(right)
     # east = p right - q down + shift, north = -q right - p down + shift
-    terms = torch.stack([right, -down, one, zero, -down, -right, zero, one], -1).unflatten(-1, (2, 4))
+    terms = torch.stack([torch.stack([right, -down, one, zero], -1), torch.stack([-down, -right, zero, one], -1)], -2)
     for km in FIT_KM:
         seen, near = _seen_from(place, spots)
         away = (seen - _ways(found.middle, pose[:, None])).square().sum(-1)
@@ -118,11 +131,12 @@ def _step(place: Tensor, km: Tensor) -> Tensor:
     """From unit vectors (..., 3) kilometres east and north (..., 2) in the tangent plane -> unit vectors."""
     east, north = _axes(place)
     there = place + (km[..., :1] * east + km[..., 1:] * north) / EARTH_RADIUS_KM
-    return there / there.norm(dim=-1, keepdim=True)
+    unit: Tensor = there / there.norm(dim=-1, keepdim=True)
+    return unit
 
 
 def _seen_from(place: Tensor, spots: Tensor) -> tuple[Tensor, Tensor]:
-    """Spots (..., K, 3) in the tangent plane of a place (..., 3) or (..., K, 3): km (..., K, 2), and whether near it."""
+    """Spots (..., K, 3) in the tangent plane of a place (..., 3) or (..., K, 3): km (..., K, 2), and which are near."""
     place = place if place.dim() == spots.dim() else place[..., None, :]
     east, north = _axes(place)
     cosine = (spots * place).sum(-1)

@@ -3,7 +3,7 @@
 First every turn and scale of a grid at a quarter of the resolution, by masked normalised cross-correlation through the
 Fourier transform (Padfield, IEEE Transactions on Image Processing 21, 2012); then the best of them refined to a small
 part of a pixel by Gauss-Newton steps in the inverse compositional manner (Baker and Matthews, IJCV 56, 2004), at a
-quarter, then at half the resolution. No learning, and nothing but the pixels: neither width nor turn of a view is known.
+quarter, then at half the resolution. No learning, nothing but pixels: neither width nor turn of a view is known.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, grid_sample, pad
+from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, grid_sample, pad
 
-PIXELS = 64  # of a picture's side, as it is read
+PIXELS = 64  # of a picture's side, as stages read it: half of them show all that these views hold
+SIDE = PIXELS // 2
 TURNS = range(-55, 56, 11)  # degrees, of the photo against a neighbour: up to twice a view's own, and a little less
 SCALES = tuple(math.exp(0.15 * step) for step in range(-3, 4))  # the photo's width by the neighbour's
 RADIUS, REACH = 5, 8  # of the disc that is sought and of where its middle is sought, in quarter pixels
@@ -26,7 +27,9 @@ KEPT, STEPS = 2, (4, 4)  # turns and scales that are refined, Gauss-Newton steps
 NOISE = 2e-5  # variance that a pixel (0..1) has without showing anything
 LEAST_COVER, ENOUGH_COVER = 0.2, 0.4  # of the photo by the neighbour's picture
 WIDEST = 2.0  # of the ratios that a refined match may have
-SHARP = 12.0  # power of the correlation in a score: of right matches it is 0.96 and more, of wrong ones mostly below 0.85
+SHARP = (
+    12.0  # power of the correlation in a score: of right matches it is 0.96 and more, of wrong ones mostly below 0.85
+)
 CHUNK = 16  # photos at a time: their planes stay in the processor's cache
 
 Floats = NDArray[np.float64]
@@ -49,7 +52,10 @@ class Registration:
 
 @torch.inference_mode()
 def register(photos: NDArray[np.uint8], near: NDArray[np.uint8]) -> Registration:
-    """Photos (B, 64, 64, 3) against their neighbours' pictures (B, K, 64, 64, 3), red-green-blue, rows from the top."""
+    """Photos (B, S, S, 3) against their neighbours' pictures (B, K, S', S', 3), red-green-blue, rows from the top.
+
+    A picture of one colour, such as the zeros of one that could not be read, is like nothing.
+    """
     parts = []
     for start in range(0, len(photos), CHUNK):
         photo, other = _planes(photos[start : start + CHUNK]), _planes(near[start : start + CHUNK])
@@ -73,9 +79,9 @@ class _Warp:
 
 
 def _planes(pictures: NDArray[np.uint8]) -> Tensor:
-    """(..., 64, 64, 3) uint8 -> (..., 3, 32, 32) of 0..1."""
-    values = torch.from_numpy(pictures).flatten(0, -4).permute(0, 3, 1, 2).float().div_(255)
-    half = avg_pool2d(values, 2)
+    """(..., size, size, 3) uint8 -> (..., 3, 32, 32) of 0..1."""
+    values = torch.from_numpy(np.ascontiguousarray(pictures)).flatten(0, -4).permute(0, 3, 1, 2).float().div_(255)
+    half = adaptive_avg_pool2d(values, SIDE)
     return half.view(*pictures.shape[:-3], *half.shape[1:])
 
 
@@ -85,15 +91,16 @@ def _measure(warp: _Warp) -> Registration:
     down = -(warp.a * warp.y - warp.b * warp.x) / square
     known = (warp.cover > LEAST_COVER) & (square > WIDEST**-2) & (square < WIDEST**2)
     alike = warp.correlation.clamp(0, 1) ** SHARP * (warp.cover / ENOUGH_COVER).clamp_max(1) * known
-    middle = torch.stack([right, down], -1) / (PIXELS // 2)
+    middle = torch.stack([right, down], -1) / SIDE
     values = middle, square.sqrt().log(), torch.atan2(warp.b, warp.a)
-    return Registration(*(value.double().numpy() for value in values), alike.numpy())
+    found, ratio, turn = (value.double().numpy() for value in values)
+    return Registration(found, ratio, turn, alike.numpy())
 
 
 def _refine(photo: Tensor, near: Tensor, found: _Warp) -> _Warp:
     """The first guesses (B, K * KEPT) refined at a quarter of the resolution, the best (B, K) of each at half."""
     count, k = near.shape[:2]
-    small = avg_pool2d(near.flatten(0, 1), 2).view(count, k, 1, 3, PIXELS // 4, PIXELS // 4)
+    small = avg_pool2d(near.flatten(0, 1), 2).view(count, k, 1, 3, SIDE // 2, SIDE // 2)
     small = small.expand(-1, -1, KEPT, -1, -1, -1).flatten(1, 2)
     tried = _gauss_newton(avg_pool2d(photo, 2), small, found, STEPS[0])
     worth = torch.where(tried.cover > LEAST_COVER, tried.correlation * tried.cover.clamp_max(0.5), -1.0)
@@ -110,7 +117,7 @@ def _search(photo: Tensor, near: Tensor) -> _Warp:
     correlation needs depend on either the photo or the neighbour, so only the products are K * M planes.
     """
     count, k = near.shape[:2]
-    photo, near = avg_pool2d(photo, 2), avg_pool2d(near.flatten(0, 1), 2).view(count, k, 3, PIXELS // 4, PIXELS // 4)
+    photo, near = avg_pool2d(photo, 2), avg_pool2d(near.flatten(0, 1), 2).view(count, k, 3, SIDE // 2, SIDE // 2)
     side, edge = photo.shape[-1], (photo.shape[-1] - 1) / 2
     scale, turn = (values.flatten() for values in torch.meshgrid(torch.tensor(SCALES), _turns(), indexing="ij"))
     down, right = torch.meshgrid(*[torch.arange(-RADIUS, RADIUS + 1.0)] * 2, indexing="ij")
@@ -126,10 +133,12 @@ def _search(photo: Tensor, near: Tensor) -> _Warp:
     places = torch.arange(first - REACH, first + REACH + 1)
 
     def forward(values: Tensor) -> Tensor:
-        return torch.fft.rfft2(values, s=(size, size))
+        result: Tensor = torch.fft.rfft2(values, s=(size, size))
+        return result
 
     def back(values: Tensor) -> Tensor:
-        return torch.fft.irfft2(values, s=(size, size))[..., places % size, :][..., places % size]
+        planes: Tensor = torch.fft.irfft2(values, s=(size, size))
+        return planes[..., places % size, :][..., places % size]
 
     everywhere, under, shapes = forward(torch.ones(side, side)), forward(disc).conj(), forward(discs).conj()
     seen = back(everywhere * under).clamp_min(1.0)  # pixels of the disc inside the picture
@@ -180,8 +189,9 @@ def _gauss_newton(photo: Tensor, near: Tensor, start: _Warp, steps: int) -> _War
     damping, limit = 1e-5 * torch.eye(4), torch.tensor([0.2, 0.2, side / 12, side / 12])
     a, b, x, y = start.a, start.b, start.x, start.y
     for step in range(steps + 1):
-        spots = torch.stack([a[..., None] * right - b[..., None] * down, b[..., None] * right + a[..., None] * down], -1)
-        spots += torch.stack([x, y], -1)[:, :, None]
+        across = a[..., None] * right - b[..., None] * down + x[..., None]
+        along = b[..., None] * right + a[..., None] * down + y[..., None]
+        spots = torch.stack([across, along], -1)
         both = (spots.abs().amax(-1) <= edge) * inner
         seen = both.sum(-1).clamp_min(1.0)
         other = _sample(flat, spots.flatten(0, 1)).view(count, n, 3, -1) * both[:, :, None]
@@ -212,7 +222,7 @@ def _axes(side: int) -> tuple[Tensor, Tensor]:
 
 
 def _compose(a: Tensor, b: Tensor, x: Tensor, y: Tensor, change: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The warp after the inverse of a change of the photo's pixels (B, N, 4), where the photo is moved the other way."""
+    """A warp after the inverse of a change (B, N, 4) of the photo's pixels, of which the opposite is given."""
     scale, turn, right, down = change.unbind(-1)
     scale, turn, right, down = 1 - scale, -turn, -right, -down
     square = scale**2 + turn**2
