@@ -59,12 +59,11 @@ def load_tuning(weights: Path) -> Tuning:
             name: tuple((_number(a), _number(b)) for _, (a, b) in zip(RADII_KM, rows, strict=True))
             for name, rows in values.pop("calibration").items()
         }
-        router = values.pop("router", None)
-        if router is not None and len(router) != len(Tuning.router):
+        router = tuple(_number(value) for value in values.pop("router", Tuning.router))
+        if len(router) != len(Tuning.router):
             raise ValueError(f"router has {len(router)} weights, not {len(Tuning.router)}")
-        routed = {"router": tuple(map(_number, router))} if router else {}
         numbers = {name: _number(value) for name, value in values.items()}
-        return Tuning((_number(image), _number(gps), _number(text)), calibration=pairs, **routed, **numbers)
+        return Tuning((_number(image), _number(gps), _number(text)), calibration=pairs, router=router, **numbers)
     except (TypeError, KeyError, ValueError, OverflowError, AttributeError) as error:
         raise GeoError(f"tuning.json in {weights.name} is not a tuning: {error}") from None
 

@@ -34,7 +34,8 @@ def features(pool: Pool, decided: Predictions, own: Floats, stated: Floats, gain
     apart = np.log1p(haversine_km(*decided.lat_lon.T, *own.T))
     sure = decided.confidence[:, RADII_KM.index(int(NEAR_KM))]
     columns = np.stack([np.ones(len(own)), stated, sure, weight.sum(axis=1), 10 * gain, apart / 10], axis=1)
-    return np.nan_to_num(columns)
+    known: Floats = np.nan_to_num(columns)
+    return known
 
 
 def gate(pool: Pool, own: Floats, gain: Floats) -> NDArray[np.bool_]:
