@@ -69,14 +69,13 @@ def extend(pool: Pool, matches: Matches, tuning: Tuning) -> Pool:
     They have ``visual_share`` of the weight, by a softmax of ``match_scale`` times their scores; the others keep the
     rest in proportion, so that :func:`without` takes them out again.
     """
-    moved = log_softmax(tuning.match_scale * matches.scores.astype(np.float64)) + np.log(tuning.visual_share)
-    weight = np.concatenate([pool.log_weight + np.log1p(-tuning.visual_share), moved], axis=1)
-    source, there = np.full(moved.shape, VISUAL, np.int8), np.ones(moved.shape, bool)
+    moved = moved_pool(matches, tuning)
+    weights = pool.log_weight + np.log1p(-tuning.visual_share), moved.log_weight + np.log(tuning.visual_share)
     return Pool(
-        np.concatenate([pool.lat_lon, matches.lat_lon], axis=1),
-        weight.astype(np.float32),
-        np.concatenate([pool.source, source], axis=1),
-        np.concatenate([pool.mask, there], axis=1),
+        np.concatenate([pool.lat_lon, moved.lat_lon], axis=1),
+        np.concatenate(weights, axis=1).astype(np.float32),
+        np.concatenate([pool.source, moved.source], axis=1),
+        np.concatenate([pool.mask, moved.mask], axis=1),
     )
 
 
@@ -85,15 +84,16 @@ def without(pool: Pool, source: int) -> Pool:
     return _masked(pool, pool.mask & (pool.source != source))
 
 
-def only(pool: Pool, source: int) -> Pool:
-    """The entries of one source alone, of which every photo must have one."""
-    return _masked(pool, pool.mask & (pool.source == source))
-
-
 def neighbor_pool(neighbors: Neighbors, scale: float) -> Pool:
     """The neighbours alone, each an entry of its own, weighted by a softmax of their scores."""
     weight = log_softmax(scale * neighbors.scores.astype(np.float64)).astype(np.float32)
     return Pool(neighbors.lat_lon, weight, np.full(weight.shape, NEIGHBOUR, np.int8), np.ones(weight.shape, bool))
+
+
+def moved_pool(matches: Matches, tuning: Tuning) -> Pool:
+    """The places to which neighbours' pictures move the photos alone, weighted by a softmax of the matches' scores."""
+    weight = log_softmax(tuning.match_scale * matches.scores.astype(np.float64)).astype(np.float32)
+    return Pool(matches.lat_lon, weight, np.full(weight.shape, VISUAL, np.int8), np.ones(weight.shape, bool))
 
 
 def posterior_pool(posterior: Posterior, most: int = 64) -> Pool:
