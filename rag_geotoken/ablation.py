@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from rag_geotoken import selection, stages
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.pipeline import VERIFIERS, Geolocator
-from rag_geotoken.pool import neighbor_pool, posterior_pool, without
+from rag_geotoken.pool import neighbor_pool, only, posterior_pool, without
 from rag_geotoken.posterior import Posterior, effective_area_km2
 from rag_geotoken.run_tables import (
     read_candidates,
+    read_matches,
     read_neighbors,
     read_places,
     read_pool,
@@ -24,11 +25,24 @@ from rag_geotoken.run_tables import (
     read_verdicts,
 )
 from rag_geotoken.tables import read_table
-from rag_geotoken.types import BEAM, GPS, GREEDY, SAMPLE, Candidates, Neighbors, Places, Pool, Predictions
+from rag_geotoken.types import (
+    BEAM,
+    GPS,
+    GREEDY,
+    SAMPLE,
+    VISUAL,
+    Candidates,
+    Matches,
+    Neighbors,
+    Places,
+    Pool,
+    Predictions,
+)
 
 NEIGHBORS, CELLS, POSTERIOR, POOL = ["neighbours"], ["candidates"], ["posterior"], ["pool"]
 ALIGNED, REWARDED = [*POOL, "verdicts-alignment"], [*POOL, "verdicts-reward"]
 BOTH = [*ALIGNED, "verdicts-reward"]
+SEEN = [*POOL, "verdicts-visual"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +55,8 @@ class Run:
     posterior: Posterior
     pool: Pool  # neighbours and generated cells
     everything: Pool  # and the places found by GPS embedding
+    extended: Pool  # and those to which neighbours' pictures move the photo
+    matches: Matches
     scores: dict[str, NDArray[np.float32]]
 
 
@@ -60,6 +76,21 @@ def _verified(*names: str) -> Decision:
 
 def _everything(*names: str) -> Decision:
     return lambda run, locator: selection.decide(run.everything, {n: run.scores[n] for n in names}, locator.tuning)
+
+
+def _extended(*names: str) -> Decision:
+    return lambda run, locator: selection.decide(run.extended, {n: run.scores[n] for n in names}, locator.tuning)
+
+
+def _best_match(run: Run, locator: Geolocator) -> Predictions:
+    alone = only(run.extended, VISUAL)
+    scores = np.zeros(alone.mask.shape, np.float32)
+    scores[alone.mask] = run.matches.scores.ravel()
+    return selection.highest(alone, scores, locator.tuning)
+
+
+def _consensus(run: Run, locator: Geolocator) -> Predictions:
+    return selection.decide(only(run.extended, VISUAL), {"visual": run.scores["visual"]}, locator.tuning)
 
 
 def _by_gps(run: Run, locator: Geolocator) -> Predictions:
@@ -103,6 +134,10 @@ VARIANTS: dict[str, tuple[list[str], Decision]] = {
     "pool+alignment+snap": ([*ALIGNED, "neighbours"], _snapped),
     "pool+gps+alignment": (ALIGNED, _everything("alignment")),
     "pool+gps+alignment+reward": (BOTH, _everything("alignment", "reward")),
+    "visual-best": (["pool", "matches"], _best_match),
+    "visual-consensus": (SEEN, _consensus),
+    "pool+gps+visual": (SEEN, _extended("visual")),
+    "pool+gps+visual+alignment": ([*SEEN, "verdicts-alignment"], _extended("visual", "alignment")),
 }
 
 
@@ -111,7 +146,9 @@ def decide_all(folder: Path, geolocator: Geolocator) -> None:
     pool, posterior = read_pool(folder), read_posterior(folder)
     scores = {verifier: read_verdicts(folder, pool, verifier) for verifier in VERIFIERS}
     places = read_places(folder)
-    run = Run(read_neighbors(folder), read_candidates(folder), places, posterior, without(pool, GPS), pool, scores)
+    everything = without(pool, VISUAL)
+    pools = without(everything, GPS), everything, pool
+    run = Run(read_neighbors(folder), read_candidates(folder), places, posterior, *pools, read_matches(folder), scores)
     area = effective_area_km2(posterior)
     for name, (inputs, decision) in VARIANTS.items():
         stages.write_decision(folder, name, geolocator, [*inputs, "posterior"], decision(run, geolocator), area)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rag_geotoken import ablation, stages
+from rag_geotoken import ablation, retrieval, stages
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.files import check_writable, write_json
 from rag_geotoken.geo import haversine_km
@@ -67,7 +68,7 @@ def run_demo(
     sizes = {"test": test_n, "unseen": few, "relief": few}
     for split, n in sizes.items():
         with _timed(seconds, f"{split}: read"):
-            stages.write_photos(out / split, f"blue-marble:{split},n={n},seed={seed}")
+            retrieval.write_photos(out / split, f"blue-marble:{split},n={n},seed={seed}")
         with _timed(seconds, f"{split}: crop to prediction"):
             run_road(out / split, geolocator, options)
         variants += score(out / split, split, seed)
@@ -98,21 +99,22 @@ def make_index(folder: Path, source: str, alignment: GeoAlignment, plan: Plan | 
     """
     check_writable(folder)
     tables, encoder, plan = folder / "stages", alignment.identity, plan or Plan()
-    photos = stages.write_photos(tables, source)
+    photos = retrieval.write_photos(tables, source)
     if plan.choose(len(read_table(photos, ["id"])), alignment.config.dim) == "Flat":
-        return build_index(folder, photos, stages.encode(tables, alignment), encoder)
-    projections = stages.encode(tables, alignment, projections=True)
+        return build_index(folder, photos, retrieval.encode(tables, alignment), encoder)
+    projections = retrieval.encode(tables, alignment, projections=True)
     return build_approximate(folder, photos, projections, encoder, alignment.heads, plan)
 
 
 def run_road(folder: Path, geolocator: Geolocator, options: Options) -> None:
     """The stages from a written photos table to the predictions of every variant of the ablation."""
-    stages.encode(folder, geolocator.alignment)
-    stages.search(folder, geolocator.index, options.neighbors, geolocator.tuning.search_weights)
+    retrieval.encode(folder, geolocator.alignment)
+    retrieval.search(folder, geolocator.index, options.neighbors, geolocator.tuning.search_weights)
     stages.propose(folder, geolocator, options)
     stages.places(folder, geolocator, options)
     stages.posterior(folder, geolocator, options)
-    stages.pool(folder, geolocator, options)
+    stages.matches(folder, geolocator)
+    stages.pool(folder, geolocator, replace(options, verify=VERIFIERS))
     for verifier in VERIFIERS:
         stages.verify(folder, geolocator, verifier)
     ablation.decide_all(folder, geolocator)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rag_geotoken import selection, stages
+from rag_geotoken import retrieval, selection, stages
 from rag_geotoken.errors import GeoError
 from rag_geotoken.exclusion import copies
 from rag_geotoken.export import check_format, write_predictions
@@ -44,9 +44,9 @@ def locate_photos(
     table = read_photos(photos, limit)
     geolocator = Geolocator.from_pretrained(index, weights, backbone)
     write_table(run / "photos.parquet", table)
-    stages.encode(run, geolocator.alignment)
+    retrieval.encode(run, geolocator.alignment)
     search = options.within, options.other_authors, options.exact
-    stages.search(run, geolocator.index, options.neighbors, geolocator.tuning.search_weights, *search)
+    retrieval.search(run, geolocator.index, options.neighbors, geolocator.tuning.search_weights, *search)
     if options.propose:
         stages.propose(run, geolocator, options)
     inputs, area = ["pool"], None
@@ -55,6 +55,8 @@ def locate_photos(
         inputs, area = ["pool", "posterior"], effective_area_km2(read_posterior(run))
     if options.gps_places:
         stages.places(run, geolocator, options)
+    if "visual" in options.verify:
+        stages.matches(run, geolocator)
     stages.pool(run, geolocator, options)
     entries, scores = read_pool(run), {}
     for verifier in options.verify:

@@ -9,7 +9,7 @@ from rag_geotoken.cells import S2Tokenizer, cell_centers
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.posterior import Posterior
 from rag_geotoken.tuning import Tuning
-from rag_geotoken.types import FRONTIER, GPS, NEIGHBOUR, Candidates, Neighbors, Places, Pool
+from rag_geotoken.types import FRONTIER, GPS, NEIGHBOUR, VISUAL, Candidates, Matches, Neighbors, Places, Pool
 
 Floats = NDArray[np.float64]
 
@@ -63,11 +63,31 @@ def _shares(neighbors: bool, candidates: bool, places: bool, tuning: Tuning) -> 
     return first, second, third
 
 
+def extend(pool: Pool, matches: Matches, tuning: Tuning) -> Pool:
+    """A pool with the places to which its neighbours' pictures move the photo, each an entry of its own, at the end.
+
+    They have ``visual_share`` of the weight, by a softmax of ``match_scale`` times their scores; the others keep the
+    rest in proportion, so that :func:`without` takes them out again.
+    """
+    moved = log_softmax(tuning.match_scale * matches.scores.astype(np.float64)) + np.log(tuning.visual_share)
+    weight = np.concatenate([pool.log_weight + np.log1p(-tuning.visual_share), moved], axis=1)
+    source, there = np.full(moved.shape, VISUAL, np.int8), np.ones(moved.shape, bool)
+    return Pool(
+        np.concatenate([pool.lat_lon, matches.lat_lon], axis=1),
+        weight.astype(np.float32),
+        np.concatenate([pool.source, source], axis=1),
+        np.concatenate([pool.mask, there], axis=1),
+    )
+
+
 def without(pool: Pool, source: int) -> Pool:
     """A pool less the entries of one source; a cell that another source has too stays."""
-    mask = pool.mask & (pool.source != source)
-    weight = log_softmax(np.where(mask, pool.log_weight.astype(np.float64), -np.inf))
-    return Pool(pool.lat_lon, weight.astype(np.float32), pool.source, mask)
+    return _masked(pool, pool.mask & (pool.source != source))
+
+
+def only(pool: Pool, source: int) -> Pool:
+    """The entries of one source alone, of which every photo must have one."""
+    return _masked(pool, pool.mask & (pool.source == source))
 
 
 def neighbor_pool(neighbors: Neighbors, scale: float) -> Pool:
@@ -90,9 +110,7 @@ def keep_within(pool: Pool, within: tuple[float, float, float]) -> Pool:
     """The entries no further than (lat, lon, km) from that place; where none is, the nearest alone stays."""
     lat, lon, km = within
     away = np.where(pool.mask, haversine_km(pool.lat_lon[..., 0], pool.lat_lon[..., 1], lat, lon), np.inf)
-    mask = pool.mask & (away <= np.maximum(km, away.min(axis=1, keepdims=True)))
-    weight = log_softmax(np.where(mask, pool.log_weight.astype(np.float64), -np.inf))
-    return Pool(pool.lat_lon, weight.astype(np.float32), pool.source, mask)
+    return _masked(pool, pool.mask & (away <= np.maximum(km, away.min(axis=1, keepdims=True))))
 
 
 def reweigh(pool: Pool, scores: NDArray[np.float32], scale: float) -> Pool:
@@ -114,6 +132,11 @@ def log_softmax(values: Floats) -> Floats:
     shifted = values - values.max(axis=-1, keepdims=True)
     result: Floats = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return result
+
+
+def _masked(pool: Pool, mask: NDArray[np.bool_]) -> Pool:
+    weight = log_softmax(np.where(mask, pool.log_weight.astype(np.float64), -np.inf))
+    return Pool(pool.lat_lon, weight.astype(np.float32), pool.source, mask)
 
 
 def _merge(lat_lon: Floats, log_weight: Floats, source: NDArray[np.int8], cells: NDArray[np.uint64]) -> Pool:

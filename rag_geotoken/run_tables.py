@@ -12,7 +12,7 @@ from rag_geotoken.errors import GeoError
 from rag_geotoken.metrics import RADII_KM
 from rag_geotoken.posterior import Posterior
 from rag_geotoken.tables import read_table, to_numpy
-from rag_geotoken.types import SOURCES, Candidates, Neighbors, Places, Pool
+from rag_geotoken.types import SOURCES, Candidates, Matches, Neighbors, Places, Pool
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -44,6 +44,14 @@ def read_places(folder: Path) -> Places:
     k = int(table["rank"].to_numpy().max())
     lat, lon, score = (table[name].to_numpy().reshape(-1, k) for name in ("lat", "lon", "score"))
     return Places(np.stack([lat, lon], axis=-1), score)
+
+
+def read_matches(folder: Path) -> Matches:
+    """Where the neighbours' pictures put the photos of a run, as arrays (N, K)."""
+    table = read_table(folder / "matches.parquet", ["rank", "lat", "lon", "score"])
+    k = int(table["rank"].to_numpy().max())
+    lat, lon, score = (table[name].to_numpy().reshape(-1, k) for name in ("lat", "lon", "score"))
+    return Matches(np.stack([lat, lon], axis=-1), score)
 
 
 def read_candidates(folder: Path) -> Candidates:

@@ -25,7 +25,7 @@ def decide(pool: Pool, scores: Scores, tuning: Tuning) -> Predictions:
 
     scores: verifier -> (B, C) over the pool's entries; none leaves the pool as it is.
     """
-    scales = {"alignment": tuning.alignment_scale, "reward": tuning.reward_scale, "look": tuning.look_scale}
+    scales = {name: getattr(tuning, f"{name}_scale") for name in scores}
     for name, values in scores.items():
         pool = reweigh(pool, values, scales[name])
     decided = minimum_bayes_risk(pool, tuning)

@@ -20,7 +20,10 @@ class Tuning:
     neighbor_share, gps_share: the weight of the neighbours in the pool and of the places found by GPS embedding, the
     latter shared out evenly; the generated entries have the rest.
     neighbor_scale: how sharply a neighbour's score counts, in nats a unit.
-    alignment_scale, reward_scale, look_scale, mllm_scale: the same for a verifier's scores in a decision.
+    visual_share: the weight of the places to which neighbours' pictures move the photo, in a pool that has them;
+    match_scale: how sharply a match's score counts among them. view_km: the usual width of a picture from above.
+    alignment_scale, reward_scale, look_scale, mllm_scale, visual_scale: the same for a verifier's scores in a decision.
+    visual_km: how near to a moved place an entry is supported by it.
     look_beta, look_semantic, look_spatial: how RANGE estimates a look (see :meth:`.Look.of`).
     spread_km: spread of the places behind one pool entry, for the utility of a decision.
     confidence_scale: all weights of a pool are raised to this power where a confidence is stated, since sharp weights
@@ -38,6 +41,11 @@ class Tuning:
     reward_scale: float = 1.0
     look_scale: float = 160.0
     mllm_scale: float = 1.0
+    visual_scale: float = 4.0
+    visual_share: float = 0.5
+    match_scale: float = 5.0
+    visual_km: float = 10.0
+    view_km: float = 300.0
     look_beta: float = 0.5
     look_semantic: float = 12.0
     look_spatial: float = 10000.0

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from conftest import OPTIONS, OneLine, write_test_photos
 
-from rag_geotoken import stages
+from rag_geotoken import retrieval, stages
 from rag_geotoken.cells import cell_level, parent_ids
 from rag_geotoken.files import read_json
 from rag_geotoken.metrics import RADII_KM
@@ -88,8 +88,8 @@ def test_a_photos_candidates_do_not_depend_on_the_photos_around_it(
 ) -> None:
     monkeypatch.setattr(stages, "BLOCK", 4)
     write_table(tmp_path / "photos.parquet", read_table(run_folder / "photos.parquet").slice(5, 11))
-    stages.encode(tmp_path, geolocator.alignment)
-    stages.search(tmp_path, geolocator.index, OPTIONS.neighbors, geolocator.tuning.search_weights)
+    retrieval.encode(tmp_path, geolocator.alignment)
+    retrieval.search(tmp_path, geolocator.index, OPTIONS.neighbors, geolocator.tuning.search_weights)
     stages.propose(tmp_path, geolocator, OPTIONS)
     few, many = read_candidates(tmp_path), read_candidates(run_folder)
     np.testing.assert_array_equal(few.tokens, many[4:15].tokens)
@@ -221,9 +221,9 @@ def test_a_run_without_a_readable_picture(tmp_path: Path, geolocator: Geolocator
     write_test_photos(tmp_path, 3)
     table = read_table(tmp_path / "photos.parquet").slice(BROKEN)
     write_table(tmp_path / "photos.parquet", table)
-    stages.encode(tmp_path, geolocator.alignment)
+    retrieval.encode(tmp_path, geolocator.alignment)
     with one_line("none of the 1 pictures can be read; the first: .*missing.png"):
-        stages.search(tmp_path, geolocator.index, 6, geolocator.tuning.search_weights)
+        retrieval.search(tmp_path, geolocator.index, 6, geolocator.tuning.search_weights)
 
 
 @pytest.mark.parametrize("verifier", ["nobody", "reward"])

@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rag_geotoken import stages
+from rag_geotoken import retrieval
 from rag_geotoken.alignment import G3, GeoAlignment
 from rag_geotoken.demo import make_index
 from rag_geotoken.encoders import load_backbone
@@ -126,9 +126,9 @@ def _train_tokens(settings: dict[str, Any], out: Path, log: Log) -> None:
     with accelerator.main_process_first():  # the others find every table made
         index = _gallery(alignment, out)
         if not own:
-            stages.write_photos(photos, settings["source"])
-            stages.encode(photos, alignment)
-        stages.search(photos, index, config.neighbors, Tuning().search_weights)
+            retrieval.write_photos(photos, settings["source"])
+            retrieval.encode(photos, alignment)
+        retrieval.search(photos, index, config.neighbors, Tuning().search_weights)
     tables = [file_sha256(photos / f"{name}.parquet") for name in ("photos", "embeddings", "neighbours")]
     facts = {"settings": settings, "config": asdict(config), "tables": tables, "index": index.manifest["sha256"]}
     train_on, validation = read_photos(photos, index, config, settings["held_out"], settings["seed"])
