@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, linear, normalize
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, linear, normalize
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
@@ -26,9 +26,11 @@ from rag_geotoken.training.verifier_model import make_model, save_folder, save_w
 from rag_geotoken.training.verifier_words import PIXELS, make_processor, make_tokenizer
 
 CHECKS = 12  # looks at the held-out photos in a training, each with a checkpoint
-TOGETHER = 4  # batches drawn at once and sorted by length, so that little is filled up
+TOGETHER = 8  # batches drawn at once and sorted by length, so that little is filled up
 CORPUS = 3000  # prompts that the tokenizer is made from
-SIGHT_WEIGHT = 0.3
+SIGHT_WEIGHT, LINE_WEIGHT = 0.3, 0.5
+LINE_KM = (50.0, 100.0, 200.0, 750.0)
+HALFWAY = 2  # layers, after which a line's end has read its line
 
 
 def train_verifier(
@@ -60,8 +62,9 @@ def train_verifier(
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     corpus = [examples.prompt(i, rng) for i in rng.integers(photos, size=CORPUS)]
-    processor = make_processor(make_tokenizer((f"{p.text}{p.answer}" for p in corpus), vocabulary))
+    processor = make_processor(make_tokenizer((said for p in corpus for said in (p.text, p.answer)), vocabulary))
     model = make_model(processor.tokenizer)
+    model.set_attn_implementation("eager")  # the fast one of torch is slow for heads so narrow, on a CPU
     save_folder(model, processor, out)
     losses = Losses(model, alignment.config.dim)
     decayed = [p for p in losses.parameters() if p.requires_grad and p.ndim > 1]
@@ -76,8 +79,8 @@ def train_verifier(
         drawn = blue_marble.draw_views("train", views, seed + 1 + step)
         pixels = np.concatenate([batches.of(step).pixels, blue_marble.cut(drawn)])
         places = alignment.embed_places(drawn[:, :2])
-        asked, seen = model(batches.of(step), batches.pictures(pixels), torch.from_numpy(places))
-        total: Tensor = asked + SIGHT_WEIGHT * seen
+        asked, lines, seen = model(batches.of(step), batches.pictures(pixels), torch.from_numpy(places))
+        total: Tensor = asked + LINE_WEIGHT * lines + SIGHT_WEIGHT * seen
         return total
 
     @torch.no_grad()
@@ -107,7 +110,9 @@ class Batch:
     """B prompts as tensors.
 
     tokens (B, S) int64, filled up on the right; rows, at, targets (A,) int64: the answers' tokens, each with its prompt
-    and the position before it; weights (A,), which add up to one for a prompt; pixels (P, 64, 64, 3) uint8, in order.
+    and the position before it; weights (A,), which add up to one for a prompt; ends (L, 2): the prompt and position of
+    each candidate's end of line, near (L, 4) whether it is within each of ``LINE_KM`` of the truth; pixels
+    (P, 64, 64, 3) uint8, in order.
     """
 
     def __init__(self, prompts: list[Prompt], processor: LlavaProcessor) -> None:
@@ -121,6 +126,12 @@ class Batch:
         self.at = torch.cat([torch.arange(count) + len(said) - 1 for said, count in zip(before, counts, strict=True)])
         self.targets = torch.tensor([token for answer in after for token in answer])
         self.weights = torch.cat([torch.full((count,), 1 / count) for count in counts])
+        # The first two lines end before the candidates.
+        newline = words.encode("\n")[0]
+        ends = [np.flatnonzero(np.array(said) == newline)[2 : 2 + len(prompt.away)] for said, prompt in zip(before, prompts, strict=True)]
+        self.ends = torch.tensor([(row, end) for row, found in enumerate(ends) for end in found.tolist()]).view(-1, 2)
+        away = torch.tensor([km for prompt in prompts for km in prompt.away])
+        self.near = (away[:, None] <= torch.tensor(LINE_KM)).float()
         self.pixels, errors = load_pictures([name for prompt in prompts for name in prompt.pictures], PIXELS)
         if any(errors):
             raise GeoError(f"training needs pictures that can be read: {next(filter(None, errors))}")
@@ -157,42 +168,50 @@ class Batches:
 
 
 class Losses(nn.Module):
-    """The loss of the answers, and of telling places apart by sight alone."""
+    """The loss of the answers, and two that a small model learns from faster: of its lines and of its sight."""
 
     def __init__(self, llava: LlavaForConditionalGeneration, dim: int) -> None:
         super().__init__()
         self.llava = llava.model  # its head is its embeddings: a checkpoint keeps each tensor once
-        self.place = nn.Linear(llava.config.text_config.hidden_size, dim)
+        hidden = llava.config.text_config.hidden_size
+        self.place, self.near = nn.Linear(hidden, dim), nn.Linear(hidden, len(LINE_KM))
         self.sharpness = nn.Parameter(torch.tensor(math.log(15.0)))
 
-    def forward(self, batch: Batch, pixels: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        """A batch, pixels (P + V, 3, 64, 64) of its pictures and of views, places (V, dim) -> both losses."""
+    def forward(self, batch: Batch, pixels: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A batch, pixels (P + V, 3, 64, 64) of its pictures and of views, places (V, dim) -> three losses.
+
+        Of the answers; of how near each candidate is, as told where its line ends; and of telling the views' places
+        apart by their picture tokens.
+        """
         tokens = self._see(pixels)
-        asked = self._answers(batch, tokens[: len(tokens) - len(places)])
-        seen = self.place(tokens[len(tokens) - len(places) :].mean(dim=1))
+        shown, views = tokens[: len(tokens) - len(places)], tokens[len(tokens) - len(places) :]
+        logits, lines = self._read(batch, shown)
+        asked = (cross_entropy(logits, batch.targets, reduction="none") * batch.weights).sum() / len(batch.tokens)
+        near = binary_cross_entropy_with_logits(self.near(lines).float(), batch.near)
+        seen = self.place(views.mean(dim=1))
         with torch.autocast(pixels.device.type, enabled=False):
             alike = self.sharpness.exp() * normalize(seen.float(), dim=1) @ places.T
             own = torch.arange(len(places), device=alike.device)
-            return asked, (cross_entropy(alike, own) + cross_entropy(alike.T, own)) / 2
+            return asked, near, (cross_entropy(alike, own) + cross_entropy(alike.T, own)) / 2
 
     def answers(self, batch: Batch, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """One-token answers -> their losses (B,), and whether each is the likeliest token (B,)."""
-        logits = self._logits(batch, self._see(pixels))
+        logits, _ = self._read(batch, self._see(pixels))
         return cross_entropy(logits, batch.targets, reduction="none"), logits.argmax(dim=1) == batch.targets
-
-    def _answers(self, batch: Batch, tokens: Tensor) -> Tensor:
-        losses = cross_entropy(self._logits(batch, tokens), batch.targets, reduction="none")
-        return (losses * batch.weights).sum() / len(batch.tokens)
 
     def _see(self, pixels: Tensor) -> Tensor:
         """(P, 3, 64, 64) -> (P, 16, hidden), what the language model reads of each picture."""
         return torch.stack(list(self.llava.get_image_features(pixels).pooler_output))
 
-    def _logits(self, batch: Batch, tokens: Tensor) -> Tensor:
-        """Where answers are due (A, vocabulary) float32; the filling on the right is behind everything that is read."""
+    def _read(self, batch: Batch, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits where answers are due (A, vocabulary) float32, and halfway states at the lines' ends (L, hidden).
+
+        The filling on the right is behind everything that is read.
+        """
         embedding = self.llava.get_input_embeddings()
         words = embedding(batch.tokens)
         shown = batch.tokens == self.llava.config.image_token_index
         words = words.masked_scatter(shown[..., None], tokens.to(words.dtype))
-        states = self.llava.language_model(inputs_embeds=words, use_cache=False).last_hidden_state
-        return linear(states[batch.rows, batch.at], embedding.weight).float()
+        states = self.llava.language_model(inputs_embeds=words, use_cache=False, output_hidden_states=True)
+        logits = linear(states.last_hidden_state[batch.rows, batch.at], embedding.weight).float()
+        return logits, states.hidden_states[HALFWAY][batch.ends[:, 0], batch.ends[:, 1]]

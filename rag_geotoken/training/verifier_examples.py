@@ -21,17 +21,21 @@ from rag_geotoken.training.verifier_words import BEGIN, END, IMAGE, LETTERS, PAT
 MOST = len(LETTERS) - 1  # candidates
 RIGHT_KM = 200.0
 # How often a photo is asked about in another way than the pipeline's usual one.
-FREE, ZERO_SHOT, UNPROVEN, ABSENT, FEWER, UNPLACED, PICTURES = 0.12, 0.03, 0.15, 0.12, 0.4, 0.1, 0.1
+FREE, ZERO_SHOT, UNPROVEN, ABSENT, FEWER, UNPLACED, PICTURES = 0.1, 0.03, 0.15, 0.12, 0.4, 0.1, 0.05
 PHOTO = b"photo"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is said, with a run of image tokens for each picture, its pictures' references, and the right answer."""
+    """What is said, with a run of image tokens for each picture, its pictures' references, and the right answer.
+
+    away: how far from the truth each of the candidates is, in km, in the order of their lines.
+    """
 
     text: str
     pictures: tuple[str, ...]
     answer: str
+    away: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Examples:
     def prompt(self, i: int, rng: np.random.Generator) -> Prompt:
         """One of the many ways to ask about photo ``i``, drawn from ``rng``."""
         if rng.random() < ZERO_SHOT:
-            return self._say("diversify", i, [], self._json(i, []), similar=[])
+            return self._say("diversify", i, [], self._json(i, []), [], similar=[])
         free, unproven, absent, unplaced, pictures = rng.random(5) < (FREE, UNPROVEN, ABSENT, UNPLACED, PICTURES)
         known = candidates(
             self.chosen, i, None if unplaced else self.places[i], None if unproven else self.found
@@ -71,30 +75,37 @@ class Examples:
             order = order[:COUNT]
         order = rng.permutation(order)
         listed = [known[at] | {"letter": letter} for at, letter in zip(order, LETTERS, strict=False)]
+        there = away[order].tolist()
         if free:
-            return self._say("free", i, listed, self._json(i, away[order].tolist()))
-        near_by = len(order) > 0 and away[order].min() <= RIGHT_KM
-        return self._say("pool", i, listed, LETTERS[int(away[order].argmin())] if near_by else LETTERS[-1])
+            return self._say("free", i, listed, self._json(i, there), there)
+        return self._say("pool", i, listed, _letter(there), there)
 
     def plain(self, i: int, rng: np.random.Generator, proven: bool = True) -> Prompt:
         """The usual question about photo ``i``, its candidates in an order drawn from ``rng``."""
         known = candidates(self.chosen, i, self.places[i], self.found if proven else None)[:COUNT]
         order = rng.permutation(len(known))
-        away = haversine_km(*self.truth[i], *self.chosen.lat_lon[i, order].T)
+        away = haversine_km(*self.truth[i], *self.chosen.lat_lon[i, order].T).tolist()
         listed = [known[at] | {"letter": letter} for at, letter in zip(order, LETTERS, strict=False)]
-        return self._say("pool", i, listed, LETTERS[int(away.argmin())] if away.min() <= RIGHT_KM else LETTERS[-1])
+        return self._say("pool", i, listed, _letter(away), away)
 
     def _json(self, i: int, away: list[float]) -> str:
         lat, lon = (round(float(value), 1) for value in self.truth[i])
         sure = 95 if away and min(away) <= RIGHT_KM else 20
         return json.dumps({"latitude": lat, "longitude": lon, "confidence": sure}) + END
 
-    def _say(self, name: str, i: int, listed: list[dict[str, object]], answer: str, **more: object) -> Prompt:
+    def _say(
+        self, name: str, i: int, listed: list[dict[str, object]], answer: str, away: list[float], **more: object
+    ) -> Prompt:
         pictures = {"photo": PHOTO} | {str(p["picture"]): str(p["picture"]).encode() for p in listed if "picture" in p}
         parts = render(name, pictures, candidates=listed, **more)
         said = "".join(part if isinstance(part, str) else IMAGE * (PIXELS // PATCH) ** 2 for part in parts)
         shown = [self.images[i] if part == PHOTO else part.decode() for part in parts if isinstance(part, bytes)]
-        return Prompt(BEGIN + said, tuple(shown), answer)
+        return Prompt(BEGIN + said, tuple(shown), answer, tuple(away))
+
+
+def _letter(away: list[float]) -> str:
+    """The letter of the nearest candidate, or of none where that is too far."""
+    return LETTERS[int(np.argmin(away))] if away and min(away) <= RIGHT_KM else LETTERS[-1]
 
 
 def read_examples(folder: Path, index: GeoIndex, weights: tuple[float, ...]) -> Examples:

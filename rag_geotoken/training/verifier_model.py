@@ -28,33 +28,32 @@ PERIODS = (400.0, 200.0, 100.0, 50.0, 20.0, 10.0)
 
 
 def make_model(
-    tokenizer: PreTrainedTokenizerFast, hidden: int = 160, layers: int = 4, sight_layers: int = 3
+    tokenizer: PreTrainedTokenizerFast, hidden: int = 128, layers: int = 4, sight: int = 192, sight_layers: int = 3
 ) -> LlavaForConditionalGeneration:
     """Random weights from torch's seed: a CLIP tower of 64 x 64 pixels, 16 tokens a picture, and a Llama with it.
 
-    hidden: the width of both, a multiple of 32, which is the width of a head. Numbers begin with embeddings that say how
-    large they are.
+    hidden, sight: the widths of the two, multiples of 32, which is the width of a head. Numbers begin with embeddings
+    that say how large they are.
     """
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    heads, special = hidden // 32, {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id")
-                                    for name in ("bos", "eos", "pad")}  # fmt: skip
-    sight = CLIPVisionConfig(
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    vision = CLIPVisionConfig(
+        hidden_size=sight,
+        intermediate_size=3 * sight,
         num_hidden_layers=sight_layers,
-        num_attention_heads=heads,
+        num_attention_heads=sight // 32,
         image_size=PIXELS,
         patch_size=PATCH,
-        projection_dim=hidden,
+        projection_dim=sight,
     )
     text = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
-        intermediate_size=round(2.6 * hidden / 32) * 32,
+        intermediate_size=round(2.75 * hidden / 32) * 32,
         num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 32,
         head_dim=32,
         max_position_embeddings=POSITIONS,
         initializer_range=0.05,
@@ -63,7 +62,7 @@ def make_model(
     )
     model = LlavaForConditionalGeneration(
         LlavaConfig(
-            vision_config=sight,
+            vision_config=vision,
             text_config=text,
             image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
             image_seq_length=(PIXELS // PATCH) ** 2,

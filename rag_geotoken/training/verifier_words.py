@@ -12,10 +12,11 @@ LETTERS = "ABCDEFGHZ"
 BEGIN, END, PAD, IMAGE = "<s>", "</s>", "<pad>", "<image>"
 PIXELS, PATCH = 64, 16
 NUMBERS = range(181)  # whole numbers that are one token each; a sign stands in the token before
-# The letter before its colon; up to three digits; one decimal; punctuation and the space before a number, with its
-# sign, in one piece; a word with the punctuation and space before it, and with the sign and space before a number.
+# In this order: the letter before its colon; one decimal; up to three digits; punctuation and space before a number, with
+# its sign; a name or phrase with what stands before it, and with the space and sign before a number.
 PIECES = (
-    r"[A-HZ](?=:|$)|\{|\.\d(?!\d)|\d{1,3}|[,;:]? ?-?(?=\d)|[,;:]? ?\p{L}+(?: -?(?=\d))?|\"[a-z]+\": -?|[^\s\p{L}\p{N}]+|\s+"
+    r"[A-HZ](?=:|$)|\{|\.\d(?!\d)|\d{1,3}|[,;:]? ?-?(?=\d)|[,;:]? ?\p{L}+(?: \p{L}+)*(?: -?(?=\d))?"
+    r"|\"[a-z]+\": -?|[^\s\p{L}\p{N}]+|\s+"
 )
 # One user message: texts and pictures in the order they were given. Nothing but the words of the message is said, so
 # that the tokens of instructions and picture are the same in front of every list of candidates.
