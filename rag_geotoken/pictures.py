@@ -8,12 +8,12 @@ import re
 import stat
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,7 @@ UPRIGHT = {
 # A file's name may hold line ends, terminal codes or bytes that are no text.
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
 _one_batch = threading.Lock()
+Used = TypeVar("Used")
 
 
 def load_pictures(
@@ -75,15 +76,30 @@ def load_pictures(
         pixels[cuts] = cut_references([references[i] for i in cuts], size)
 
     files = [i for i, reference in enumerate(references) if not reference.startswith(BLUE_MARBLE)]
-    with _strict_pillow(), ThreadPoolExecutor(THREADS) as pool:
-        for i, loaded in zip(
-            files, pool.map(lambda i: _load(references[i], size, fit, interpolation), files), strict=True
-        ):
-            if isinstance(loaded, str):
-                errors[i] = loaded
-            else:
-                pixels[i] = loaded
+    resampling = Image.Resampling[interpolation.upper()]
+    squares = read_pictures([references[i] for i in files], lambda image: _square(image, size, fit, resampling))
+    for i, square in zip(files, squares, strict=True):
+        if isinstance(square, str):
+            errors[i] = square
+        else:
+            pixels[i] = square
     return pixels, errors
+
+
+def read_pictures(references: Sequence[str], use: Callable[[Image.Image], Used]) -> Iterator[Used | str]:
+    """Opens picture files and files in tars, several at a time, and yields in turn what `use` makes of each.
+
+    In the place of one that could not be read stands one line that says why. `use` runs while others are decoded.
+    """
+    with _strict_pillow(), ThreadPoolExecutor(THREADS) as pool:
+        yield from pool.map(lambda reference: _load(reference, use), references)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The whole picture in colour on white, turned as its EXIF says, without EXIF."""
+    orientation = _orientation(image)
+    picture = _rgb(image)
+    return picture.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else picture
 
 
 def list_pictures(path: Path | str) -> list[str]:
@@ -151,11 +167,11 @@ class _BadPictureError(Exception):
     """Its message is the reason, for the row of this photo."""
 
 
-def _load(reference: str, size: int, fit: Fit, interpolation: Interpolation) -> NDArray[np.uint8] | str:
-    """The pixels (size, size, 3), or one line that says what is wrong."""
+def _load(reference: str, use: Callable[[Image.Image], Used]) -> Used | str:
+    """What `use` makes of the picture, or one line that says what is wrong."""
     try:
         with _open(reference) as image:
-            return _square(image, size, fit, Image.Resampling[interpolation.upper()])
+            return use(image)
     except _BadPictureError as error:
         reason = str(error)
     except Exception:  # a decoder given broken bytes raises nearly anything: struct.error, IndexError, MemoryError

@@ -20,12 +20,13 @@ class Tuning:
     neighbor_share, gps_share: the weight of the neighbours in the pool and of the places found by GPS embedding, the
     latter shared out evenly; the generated entries have the rest.
     neighbor_scale: how sharply a neighbour's score counts, in nats a unit.
-    alignment_scale, reward_scale, look_scale: the same for a verifier's scores in a decision.
+    alignment_scale, reward_scale, look_scale, mllm_scale: the same for a verifier's scores in a decision.
     look_beta, look_semantic, look_spatial: how RANGE estimates a look (see :meth:`.Look.of`).
     spread_km: spread of the places behind one pool entry, for the utility of a decision.
     confidence_scale: all weights of a pool are raised to this power where a confidence is stated, since sharp weights
     decide best and are far too sure of themselves; confidence_km is the spread that goes with it.
     calibration: by the verifiers in use, an intercept and a slope for each radius (see :mod:`.confidence`).
+    router: weights of :func:`.router.features` in the log odds that a multimodal model's own place is the better one.
     density_scale, density_km: sharpness and Gaussian kernel of the density baseline, chosen for it alone.
     """
 
@@ -36,6 +37,7 @@ class Tuning:
     alignment_scale: float = 100.0
     reward_scale: float = 1.0
     look_scale: float = 160.0
+    mllm_scale: float = 1.0
     look_beta: float = 0.5
     look_semantic: float = 12.0
     look_spatial: float = 10000.0
@@ -43,6 +45,7 @@ class Tuning:
     confidence_scale: float = 0.3
     confidence_km: float = 15.0
     calibration: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
+    router: tuple[float, ...] = (-1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     density_scale: float = 10.0
     density_km: float = 50.0
 
@@ -56,8 +59,11 @@ def load_tuning(weights: Path) -> Tuning:
             name: tuple((_number(a), _number(b)) for _, (a, b) in zip(RADII_KM, rows, strict=True))
             for name, rows in values.pop("calibration").items()
         }
+        router = tuple(_number(value) for value in values.pop("router", Tuning.router))
+        if len(router) != len(Tuning.router):
+            raise ValueError(f"router has {len(router)} weights, not {len(Tuning.router)}")
         numbers = {name: _number(value) for name, value in values.items()}
-        return Tuning((_number(image), _number(gps), _number(text)), calibration=pairs, **numbers)
+        return Tuning((_number(image), _number(gps), _number(text)), calibration=pairs, router=router, **numbers)
     except (TypeError, KeyError, ValueError, OverflowError, AttributeError) as error:
         raise GeoError(f"tuning.json in {weights.name} is not a tuning: {error}") from None
 

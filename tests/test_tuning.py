@@ -40,13 +40,13 @@ def test_a_tuning_comes_back_as_it_was_written(tmp_path: Path) -> None:
 def test_whole_numbers_become_floats(tmp_path: Path) -> None:
     found = load_tuning(spoiled(tmp_path, spread_km=75, search_weights=[1, 1, 0]))
     assert found.spread_km == 75.0 and found.search_weights == (1.0, 1.0, 0.0)
-    numbers = [getattr(found, f.name) for f in fields(found) if f.name not in ("search_weights", "calibration")]
-    assert all(isinstance(x, float) for x in (*numbers, *found.search_weights))
+    numbers = [getattr(found, f.name) for f in fields(found) if f.type == "float"]
+    assert all(isinstance(x, float) for x in (*numbers, *found.search_weights, *found.router))
 
 
 def test_the_tuning_that_travels_with_the_package() -> None:
     tuning = load_tuning(EARTH)
-    assert set(tuning.calibration) == {"none", "alignment", "reward", "alignment+reward"}
+    assert set(tuning.calibration) == {"none", "alignment", "reward", "alignment+reward", "look", "alignment+look"}
     assert all(slope >= 0 for rows in tuning.calibration.values() for _, slope in rows)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rag_geotoken.encoders.shared import MEAN, STD, brief, colour_statistics, find_folder, in_batches, normalized
+from rag_geotoken.encoders.shared import MEAN, STD, brief, colour_statistics, find_folder, in_batches, normalized, quiet
 from rag_geotoken.errors import GeoError
 from rag_geotoken.files import file_sha256, read_json
 from rag_geotoken.pictures import load_pictures
@@ -87,7 +86,7 @@ class ClipEncoder:
         if not any((self.folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
             raise GeoError(f"{self.folder} holds no tokenizer, so no texts: copy tokenizer.json there as well")
         try:
-            with _quiet():
+            with quiet():
                 tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # a broken tokenizer fails in many ways
             raise GeoError(f"{self.folder} holds no tokenizer that can be used: {brief(error)}") from None
@@ -134,7 +133,7 @@ def _tower(folder: Path, config: Any, kind: str) -> Any:
     # Named here, or a folder's settings could name a hub's code instead: CVE-2026-4372 before transformers 5.3.
     options = {"attn_implementation": "sdpa", "local_files_only": True, "use_safetensors": True}
     try:
-        with _quiet():
+        with quiet():
             tower, told = model.from_pretrained(folder, config=settings, output_loading_info=True, **options)
     except Exception as error:  # broken files fail in many ways
         raise GeoError(f"{folder} cannot be used as a CLIP: {brief(error)}") from None
@@ -152,20 +151,3 @@ def _statistics(folder: Path) -> tuple[Tensor, Tensor]:
     inner = settings.get("image_processor", settings) if isinstance(settings, dict) else None
     told = inner if isinstance(inner, dict) else {"image_mean": None}
     return colour_statistics(told.get("image_mean", MEAN), told.get("image_std", STD), path or folder)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' reports of what one tower leaves over of a whole CLIP."""
-    import transformers
-
-    logging: Any = transformers.utils.logging
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()

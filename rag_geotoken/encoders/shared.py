@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +97,20 @@ def in_batches(items: Any, batch: int, dim: int, embed: Callable[[Any], Tensor])
     """``embed`` on ``batch`` items at a time -> (N, dim) float32 on the CPU."""
     blocks = [embed(items[i : i + batch]).float().cpu() for i in range(0, len(items), batch)]
     return torch.cat(blocks) if blocks else torch.zeros(0, dim)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' bars and reports, such as of what one tower leaves over of a whole CLIP."""
+    import transformers
+
+    logging: Any = transformers.utils.logging
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()

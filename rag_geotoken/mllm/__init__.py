@@ -1,1 +1,38 @@
 """Multimodal models as verifiers: what they are asked, who asks them, and what their answers mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rag_geotoken.errors import GeoError
+from rag_geotoken.mllm.request import Client, Reply, Request
+
+__all__ = ["Client", "Reply", "Request", "open_client"]
+
+IN_PROCESS = "vllm:"
+
+
+def open_client(where: str, model: str | None = None) -> Client:
+    """The model at an address or in a folder, checked to be there.
+
+    Args:
+        where: ``http://HOST:PORT/v1`` is an OpenAI-compatible server, ``vllm:DIR`` runs vLLM in this process, anything
+            else is a folder or a hub's name for transformers in this process.
+        model: Its name on a server; None where the server has only one.
+
+    Raises:
+        GeoError: in one line, when the server is down or has no such model, or the model cannot be had or used.
+    """
+    if where.startswith(("http://", "https://")):
+        from rag_geotoken.mllm.server import ServerClient
+
+        return ServerClient(where, model)
+    if model is not None:
+        raise GeoError(f"--mllm-model names a model of a server, and {where} is none: leave it out")
+    if where.startswith(IN_PROCESS):
+        from rag_geotoken.mllm.in_vllm import VllmClient
+
+        return VllmClient(Path(where.removeprefix(IN_PROCESS)))
+    from rag_geotoken.mllm.in_transformers import TransformersClient
+
+    return TransformersClient.from_pretrained(where)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from functools import lru_cache
@@ -37,18 +38,26 @@ def render(name: str, pictures: Mapping[str, bytes], **variables: Any) -> tuple[
     return tuple(pictures[part] if i % 2 else part for i, part in enumerate(parts) if i % 2 or part)
 
 
+def prompts_sha256() -> str:
+    """SHA-256 of all prompt files: what was said."""
+    texts = [path.name.encode() + b"\0" + path.read_bytes() for path in sorted(_folder().glob("*.j2"))]
+    return hashlib.sha256(b"\0".join(texts)).hexdigest()
+
+
+def _folder() -> Path:
+    here = Path(__file__).parent.parent
+    # In a wheel the prompts lie inside the package, in a checkout beside it.
+    return next((folder for folder in (here / "prompts", here.parent / "prompts") if folder.is_dir()), here / "prompts")
+
+
 @lru_cache(maxsize=1)
 def _environment() -> Environment:
     from jinja2 import FileSystemLoader, StrictUndefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    here = Path(__file__).parent.parent
-    # In a wheel the prompts lie inside the package, in a checkout beside it.
-    folders = [here / "prompts", here.parent / "prompts"]
-    environment = ImmutableSandboxedEnvironment(
-        loader=FileSystemLoader(folders), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    return ImmutableSandboxedEnvironment(
+        loader=FileSystemLoader(_folder()), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return environment
 
 
 def _clean(value: Any) -> Any:

@@ -117,6 +117,14 @@ def evidence(
     return replace(found, match=np.where(there, fits.max(axis=2), 0.0), agree=np.where(there, best.sum(axis=2), 0))
 
 
+def nearby_rows(chosen: Shortlist, neighbors: Neighbors) -> NDArray[np.int64]:
+    """The index's row (B, M) of the most alike neighbour within ``APART_KM`` of each place, -1 for none."""
+    near = _between(chosen.lat_lon, neighbors.lat_lon) <= APART_KM
+    scores = np.where(near & chosen.mask[..., None], neighbors.scores[:, None, :], -np.inf)
+    rows = np.take_along_axis(neighbors.rows, scores.argmax(axis=2), axis=1)
+    return np.where(np.isfinite(scores.max(axis=2)), rows, -1)
+
+
 def candidates(
     chosen: Shortlist, row: int, places: list[str | None] | None = None, found: Evidence | None = None
 ) -> list[dict[str, Any]]:

@@ -1,0 +1,228 @@
+"""A multimodal model in this process, through transformers."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rag_geotoken.encoders.shared import brief, quiet
+from rag_geotoken.errors import GeoError
+from rag_geotoken.mllm.folder import find_model, model_identity
+from rag_geotoken.mllm.pictures import decode_picture
+from rag_geotoken.mllm.request import Reply, Request, normalized_log_probs
+
+# A batch has always as many rows, and prompts are padded to the next multiple: sums of floats depend on the shapes,
+# so only thus does an answer not depend on what else was asked, and a resumed run repeats it to the last bit.
+BATCH, MULTIPLE = 16, 32
+SEQUENCES = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")  # one entry a token
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    position: int
+    request: Request
+    inputs: dict[str, Tensor]
+    length: int
+    seconds: float
+
+
+class TransformersClient:
+    """Any image-text-to-text model that transformers itself knows, from safetensors, on a GPU where there is one.
+
+    Options are judged by the logits after the prompt, restricted to their tokens. A schema is not enforced here: the
+    model answers freely, and who parses the answer decides.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.processor, self.network, self.ends = _load(folder)
+        self.model = model_identity(folder)
+        self.pad = next(i for i in (self.processor.tokenizer.pad_token_id, *self.ends, 0) if i is not None)
+        self.longest = getattr(self.network.config.get_text_config(), "max_position_embeddings", None) or 2**31
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path) -> TransformersClient:
+        """Open a folder, or a model of the hub, downloaded the first time.
+
+        Raises GeoError, in one line, when it is not there and cannot be had, or cannot be used.
+        """
+        return cls(find_model(name))
+
+    def ask(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
+        """Yields (position, reply) a batch at a time, batches of like length together."""
+        tokens = {option: self._token(option) for option in sorted({o for r in requests for o in r.options})}
+        waiting: dict[Any, list[_Prompt]] = defaultdict(list)
+        for position, request in enumerate(requests):
+            prompt = self._prompt(position, request)
+            if isinstance(prompt, str):
+                yield position, Reply(error=prompt)
+                continue
+            free = not request.options
+            shapes = tuple((name, tensor.shape[1:]) for name, tensor in prompt.inputs.items() if name not in SEQUENCES)
+            key = (prompt.length, free and request.max_tokens, free and request.temperature > 0, shapes)
+            waiting[key].append(prompt)
+            # Samples are drawn for one request at a time, since they follow from its seed.
+            if len(waiting[key]) == (1 if key[2] else BATCH):
+                yield from self._answer(waiting.pop(key), tokens)
+        for prompts in waiting.values():
+            yield from self._answer(prompts, tokens)
+
+    def _prompt(self, position: int, request: Request) -> _Prompt | str:
+        """The tensors of one request, or what is wrong with it."""
+        begun = time.perf_counter()
+        content = [
+            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in request.parts
+        ]
+        text = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        try:
+            pictures = [decode_picture(picture) for picture in request.pictures]
+        except Exception:  # a decoder given broken bytes raises nearly anything
+            return "a picture of the request is broken"
+        try:
+            inputs = self.processor(
+                text=[text], images=[pictures] if pictures else None, add_special_tokens=False, return_tensors="pt"
+            )
+        except (ValueError, TypeError, RuntimeError) as error:
+            return f"the model's processor refuses the request: {brief(error)}"
+        tokens = inputs["input_ids"].shape[1]
+        room = self.longest - (1 if request.options else request.max_tokens)
+        if tokens > room:
+            return f"the prompt of {tokens} tokens and its answer exceed the {self.longest} that the model takes"
+        length = min(-(-tokens // MULTIPLE) * MULTIPLE, room)
+        return _Prompt(position, request, dict(inputs), length, time.perf_counter() - begun)
+
+    @torch.inference_mode()
+    def _answer(self, prompts: list[_Prompt], tokens: dict[str, int]) -> list[tuple[int, Reply]]:
+        begun, request = time.perf_counter(), prompts[0].request
+        sampled = not request.options and request.temperature > 0
+        rows = prompts if sampled else prompts + prompts[-1:] * (BATCH - len(prompts))
+        try:
+            if request.options:
+                texts, log_probs = self._options(rows[: len(prompts)], self._generate(rows, 1).logits[0], tokens)
+                spent = [[1] * prompt.request.n for prompt in prompts]
+            else:
+                new = self._generate(rows, request.max_tokens).sequences[:, prompts[0].length :]
+                each = new.view(len(rows), -1, new.shape[1])[: len(prompts)]
+                texts, spent = self._texts(each, [prompt.request.n for prompt in prompts])
+                log_probs = [()] * len(prompts)
+        except RuntimeError as error:  # out of memory among them
+            return [(prompt.position, Reply(error=f"the model failed: {brief(error)}")) for prompt in prompts]
+        seconds = (time.perf_counter() - begun) / len(prompts)
+        return [
+            (p.position, Reply(text, chance, p.inputs["input_ids"].shape[1], sum(count), p.seconds + seconds))
+            for p, text, chance, count in zip(prompts, texts, log_probs, spent, strict=True)
+        ]
+
+    def _generate(self, rows: list[_Prompt], max_tokens: int) -> Any:
+        """At most so many tokens after each prompt, with the logits of each step."""
+        request = rows[0].request
+        inputs: dict[str, Tensor] = {}
+        for name in rows[0].inputs:
+            tensors = [row.inputs[name] for row in rows]
+            if name in SEQUENCES:
+                fill = self.pad if name == "input_ids" else 0
+                tensors = [torch.nn.functional.pad(t, (rows[0].length - t.shape[1], 0), value=fill) for t in tensors]
+            inputs[name] = torch.cat(tensors).to(self.network.device)
+        settings: dict[str, Any] = {"do_sample": False}
+        if not request.options and request.temperature > 0:
+            settings = {"do_sample": True, "temperature": request.temperature, "top_k": 0}
+            settings["num_return_sequences"] = request.n
+        devices = [self.network.device] if self.network.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(request.seed)
+            return self.network.generate(
+                **inputs,
+                **settings,
+                max_new_tokens=max_tokens,
+                pad_token_id=self.pad,
+                return_dict_in_generate=True,
+                output_logits=bool(request.options),
+            )
+
+    def _options(
+        self, prompts: list[_Prompt], logits: Tensor, tokens: dict[str, int]
+    ) -> tuple[list[tuple[str, ...]], list[tuple[float, ...]]]:
+        """The options chosen and their log-probabilities, from the logits after each prompt (B, V)."""
+        texts, log_probs = [], []
+        for prompt, row in zip(prompts, logits.double().cpu(), strict=False):
+            request = prompt.request
+            chances = normalized_log_probs(row[[tokens[option] for option in request.options]].tolist())
+            texts.append(_choose(request, chances))
+            log_probs.append(chances)
+        return texts, log_probs
+
+    def _texts(self, new: Tensor, counts: list[int]) -> tuple[list[tuple[str, ...]], list[list[int]]]:
+        """New tokens (B, N, T) -> the texts and how many tokens each has, its end included."""
+        ends = torch.isin(new, torch.tensor(self.ends, dtype=new.dtype, device=new.device))
+        spent = (ends.cumsum(-1) - ends.long() == 0).sum(-1).tolist()
+        decode = self.processor.tokenizer.decode
+        texts = [
+            [decode(answer[:length], skip_special_tokens=True) for answer, length in zip(answers, lengths, strict=True)]
+            for answers, lengths in zip(new.tolist(), spent, strict=True)
+        ]
+        # Without sampling, n answers are n times the one.
+        repeats = [n // len(answers) for n, answers in zip(counts, texts, strict=True)]
+        return (
+            [tuple(answers * k) for answers, k in zip(texts, repeats, strict=True)],
+            [lengths * k for lengths, k in zip(spent, repeats, strict=True)],
+        )
+
+    def _token(self, option: str) -> int:
+        """The token of an option at the start of an answer. Raises GeoError where it is not exactly one."""
+        tokenizer = self.processor.tokenizer
+        # After a line end, since some tokenizers put a space of their own before the first word.
+        tokens = tokenizer.encode("\n" + option, add_special_tokens=False)
+        if tokenizer.decode(tokens[-1:]) != option:
+            raise GeoError(f"{self.model} has no token of its own for the option {option!r}: ask another model")
+        return int(tokens[-1])
+
+
+def _choose(request: Request, log_probs: tuple[float, ...]) -> tuple[str, ...]:
+    """The likeliest option, n times; or n draws."""
+    if request.temperature == 0:
+        return (request.options[log_probs.index(max(log_probs))],) * request.n
+    weights = [math.exp(value / request.temperature) for value in log_probs]
+    return tuple(random.Random(request.seed).choices(request.options, weights, k=request.n))
+
+
+def _load(folder: Path) -> tuple[Any, Any, list[int]]:
+    """Processor, network in evaluation mode, and the tokens that end an answer. Raises GeoError."""
+    import transformers
+    from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+
+    processors: Any = AutoProcessor
+    networks: Any = AutoModelForImageTextToText
+    settings: Any = GenerationConfig
+    # Pictures go through Pillow: no torchvision is needed, and results are the same wherever one is installed.
+    pillow = {"backend": "pil"} if int(transformers.__version__.split(".")[0]) >= 5 else {"use_fast": False}
+    options: Any = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        with quiet():
+            processor = processors.from_pretrained(folder, **pillow, **options)
+            # Named here, or a folder's settings could name a hub's code instead: CVE-2026-4372 before transformers 5.3.
+            network, told = networks.from_pretrained(
+                folder, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True, **options
+            )
+    except Exception as error:  # broken files fail in many ways
+        raise GeoError(f"{folder} cannot be used as a multimodal model: {brief(error)}") from None
+    lacking = sorted(map(str, [*told["missing_keys"], *told["mismatched_keys"]]))
+    if lacking:  # it would be left random
+        raise GeoError(f"{folder} cannot be used as a multimodal model: its weights lack {lacking[0]}")
+    if not getattr(processor, "chat_template", None):
+        raise GeoError(f"{folder} has no chat template: name the folder of a model made to follow instructions")
+    ends = network.generation_config.eos_token_id
+    ends = [] if ends is None else [int(i) for i in ends] if isinstance(ends, list | tuple) else [int(ends)]
+    # A folder's own habits of sampling are not what is asked for.
+    network.generation_config = settings(eos_token_id=ends or None)
+    network = network.eval().to("cuda") if torch.cuda.is_available() else network.float().eval()
+    return processor, network, ends

@@ -1,0 +1,100 @@
+"""Pictures on their way to a model: small, upright, and nothing but pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from io import BytesIO
+
+from PIL import Image
+
+from rag_geotoken.pictures import BLUE_MARBLE, read_pictures, upright
+
+SIZE = 512  # px of the longer side
+BYTES = 200_000
+TINY = 128  # px: up to here PNG is small enough, and loses nothing
+QUALITIES = (90, 75, 60, 40)
+
+
+def encode_picture(picture: Image.Image, size: int = SIZE, limit: int = BYTES) -> bytes:
+    """A picture's pixels as PNG where it is tiny, else as JPEG: at most `size` px and `limit` bytes, no metadata.
+
+    Args:
+        picture: In any mode; it is never enlarged.
+        size: The longest that its longer side may be, in pixels.
+        limit: Bytes. JPEG's quality is lowered, then the picture is halved, until it fits.
+    """
+    picture = _pixels(picture)
+    longer = max(picture.size)
+    if longer > size:
+        width, height = (max(1, round(side * size / longer)) for side in picture.size)
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    while True:
+        if max(picture.size) <= TINY and len(encoded := _encode(picture, "PNG")) <= limit:
+            return encoded
+        for quality in QUALITIES:
+            if len(encoded := _encode(picture, "JPEG", quality=quality)) <= limit:
+                return encoded
+        if max(picture.size) == 1:
+            return encoded  # nothing smaller exists
+        width, height = (max(1, side // 2) for side in picture.size)
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encode_pictures(
+    references: Sequence[str], size: int = SIZE, limit: int = BYTES
+) -> tuple[list[bytes | None], list[str | None]]:
+    """Pictures behind references, whole (not cut to a square), as ``encode_picture`` makes them.
+
+    Args:
+        references: N paths of picture files, `tar:` references, or `blue-marble:` references.
+        size: The longest that a longer side may be, in pixels. A `blue-marble:` crop has 64.
+        limit: Bytes a picture.
+
+    Returns:
+        For each the bytes, or None; and None, or one line that says why it could not be loaded.
+
+    Raises:
+        GeoError: the Blue Marble pictures are not there. A bad picture file raises nothing.
+    """
+    encoded: list[bytes | None] = [None] * len(references)
+    errors: list[str | None] = [None] * len(references)
+    cuts = [i for i, reference in enumerate(references) if reference.startswith(BLUE_MARBLE)]
+    if cuts:
+        from rag_geotoken.sources.blue_marble import cut_references
+
+        for i, pixels in zip(cuts, cut_references([references[i] for i in cuts]), strict=True):
+            encoded[i] = encode_picture(Image.fromarray(pixels), size, limit)
+    files = [i for i, reference in enumerate(references) if not reference.startswith(BLUE_MARBLE)]
+    made = read_pictures([references[i] for i in files], lambda image: encode_picture(upright(image), size, limit))
+    for i, picture in zip(files, made, strict=True):
+        if isinstance(picture, str):
+            errors[i] = picture
+        else:
+            encoded[i] = picture
+    return encoded, errors
+
+
+def decode_picture(encoded: bytes) -> Image.Image:
+    """The picture in bytes that ``encode_picture`` made."""
+    picture = Image.open(BytesIO(encoded), formats=("JPEG", "PNG"))
+    return picture.convert("RGB")
+
+
+def media_type(encoded: bytes) -> str:
+    """``image/png`` or ``image/jpeg``."""
+    return "image/png" if encoded.startswith(b"\x89PNG") else "image/jpeg"
+
+
+def _pixels(picture: Image.Image) -> Image.Image:
+    """A new picture of the same pixels: what a file brings along besides stays behind."""
+    rgb = picture.convert("RGB")
+    return Image.frombytes("RGB", rgb.size, rgb.tobytes())
+
+
+def _encode(picture: Image.Image, kind: str, quality: int = 0) -> bytes:
+    file = BytesIO()
+    if kind == "JPEG":
+        picture.save(file, kind, quality=quality)
+    else:
+        picture.save(file, kind)
+    return file.getvalue()

@@ -1,0 +1,189 @@
+"""A multimodal model behind an OpenAI-compatible server, such as vLLM's."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from queue import SimpleQueue
+from typing import Any
+from urllib.parse import urlsplit
+
+import openai
+
+from rag_geotoken.encoders.shared import brief
+from rag_geotoken.errors import GeoError
+from rag_geotoken.mllm.chat import LISTED, SAMPLING, make_reply, messages
+from rag_geotoken.mllm.request import Reply, Request
+from rag_geotoken.pictures import UNPRINTABLE
+
+KEY = "RAG_GEOTOKEN_MLLM_KEY"  # not OpenAI's own variable: that key is not for just any server
+CONCURRENT = 16
+RETRIES = 4  # after about 0.5, 1, 2 and 4 s
+REQUEST_S = 120.0
+CHECK_S = 10.0
+
+Arrived = SimpleQueue[tuple[int, Reply] | BaseException]
+
+
+class ServerClient:
+    """Requests to a server, so many at a time; what is worth a second try gets one, after a while.
+
+    That is a lost connection, a time-out and the statuses 408, 409, 429 and 5xx. Once no connection can be made any
+    more, the rest is not tried: each gets an error, and the journal knows what to ask when the server is back.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str | None = None,
+        concurrent: int = CONCURRENT,
+        retries: int = RETRIES,
+        request_s: float = REQUEST_S,
+        total_s: float = math.inf,
+    ) -> None:
+        """Asks the server which models it has.
+
+        Args:
+            url: Such as http://127.0.0.1:8000/v1.
+            model: The name under which it is served; None where there is only one.
+            concurrent: Requests at a time.
+            retries: Further tries of a request.
+            request_s: Seconds that one try may take.
+            total_s: Seconds that all of one ``ask`` may take.
+
+        Raises:
+            GeoError: the server does not answer, or has no such model.
+        """
+        self.url = url.rstrip("/") if urlsplit(url).path.strip("/") else url.rstrip("/") + "/v1"
+        self.concurrent, self.retries, self.request_s, self.total_s = concurrent, retries, request_s, total_s
+        self.model = self._served(model)
+
+    def ask(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
+        """Yields (position, reply) as they come."""
+        arrived: Arrived = SimpleQueue()
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(self._ask_all(requests, arrived.put))
+
+        def run() -> None:  # in a thread, so that it works within a notebook's own loop too
+            try:
+                loop.run_until_complete(task)
+            except BaseException as error:
+                arrived.put(error)
+            finally:
+                loop.close()
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        try:
+            for _ in requests:
+                item = arrived.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            with suppress(RuntimeError):  # the loop is closed already
+                loop.call_soon_threadsafe(task.cancel)
+            thread.join()
+
+    async def _ask_all(self, requests: Sequence[Request], put: Callable[[tuple[int, Reply]], None]) -> None:
+        todo = iter(enumerate(requests))
+        deadline = None if math.isinf(self.total_s) else asyncio.get_running_loop().time() + self.total_s
+        gone = asyncio.Event()
+
+        async def work(client: openai.AsyncOpenAI) -> None:
+            for position, request in todo:
+                put((position, await self._reply(client, request, deadline, gone)))
+
+        async with (
+            openai.AsyncOpenAI(**self._settings(self.request_s, self.retries)) as client,
+            asyncio.TaskGroup() as tasks,
+        ):
+            for _ in range(min(self.concurrent, len(requests))):
+                tasks.create_task(work(client))
+
+    async def _reply(
+        self, client: openai.AsyncOpenAI, request: Request, deadline: float | None, gone: asyncio.Event
+    ) -> Reply:
+        begun = time.perf_counter()
+        if gone.is_set():
+            return Reply(error=f"the server at {self.url} was gone")
+        try:
+            async with asyncio.timeout_at(deadline):
+                answer = await client.chat.completions.create(**self._body(request))
+            return _read(request, answer, time.perf_counter() - begun)
+        except TimeoutError:
+            error = f"no time was left of the {self.total_s:g} s for all requests"
+        except openai.APITimeoutError:
+            error = f"the server did not answer within {self.request_s:g} s"
+        except openai.APIConnectionError:
+            gone.set()
+            error = f"the server at {self.url} was gone"
+        except openai.APIStatusError as status:
+            error = f"the server answered {status.status_code}: {_one_line(status)}"
+        except (openai.OpenAIError, ValueError, TypeError, AttributeError, IndexError) as wrong:
+            error = f"the server's answer cannot be read: {_one_line(wrong)}"
+        return Reply(seconds=time.perf_counter() - begun, error=error)
+
+    def _body(self, request: Request) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "model": self.model,
+            "messages": messages(request),
+            "max_tokens": 1 if request.options else request.max_tokens,
+            "temperature": request.temperature,
+            "top_p": 1.0,
+            "n": request.n,
+            "seed": request.seed,
+            "extra_body": dict(SAMPLING),
+        }
+        if request.options:
+            body |= {"logprobs": True, "top_logprobs": LISTED}
+            body["extra_body"]["structured_outputs"] = {"choice": list(request.options)}
+        if request.schema is not None:
+            told = {"name": "answer", "schema": request.schema, "strict": True}
+            body["response_format"] = {"type": "json_schema", "json_schema": told}
+        return body
+
+    def _settings(self, timeout: float, retries: int) -> dict[str, Any]:
+        key = os.environ.get(KEY) or "none"
+        return {"base_url": self.url, "api_key": key, "timeout": timeout, "max_retries": retries}
+
+    def _served(self, model: str | None) -> str:
+        """The model's name, once the server said that it has it."""
+        try:
+            with openai.OpenAI(**self._settings(CHECK_S, 1)) as client:
+                names = [served.id for served in client.models.list()]
+        except (openai.AuthenticationError, openai.PermissionDeniedError):
+            raise GeoError(f"the server at {self.url} wants a key: set {KEY}") from None
+        except openai.APITimeoutError:
+            raise GeoError(f"the server at {self.url} does not answer within {CHECK_S:g} s: try again later") from None
+        except openai.APIConnectionError:
+            raise GeoError(f"no server answers at {self.url}: start it first, or correct the address") from None
+        except Exception as error:  # anything may answer at an address
+            raise GeoError(f"what answers at {self.url} is no OpenAI-compatible server: {_one_line(error)}") from None
+        if model is None and len(names) == 1:
+            return str(names[0])
+        there = UNPRINTABLE.sub(" ", ", ".join(names[:8])) or "none"
+        if model is None:
+            raise GeoError(f"name the model with --mllm-model: the server at {self.url} has {there}")
+        if model not in names:
+            raise GeoError(f"the server at {self.url} has no model {model}: it has {there}")
+        return model
+
+
+def _read(request: Request, answer: Any, seconds: float) -> Reply:
+    texts = tuple(choice.message.content or "" for choice in answer.choices)
+    if len(texts) != request.n:
+        return Reply(seconds=seconds, error=f"the server gave {len(texts)} answers, not {request.n}")
+    told = answer.choices[0].logprobs
+    listed = [(top.token, top.logprob) for top in told.content[0].top_logprobs] if told and told.content else []
+    spent = (answer.usage.prompt_tokens, answer.usage.completion_tokens) if answer.usage else (0, 0)
+    return make_reply(request, texts, listed, spent, seconds)
+
+
+def _one_line(error: Exception) -> str:
+    return UNPRINTABLE.sub(" ", brief(error))

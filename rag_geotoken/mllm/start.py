@@ -1,0 +1,130 @@
+"""A vLLM server of our own for a model's folder, up as long as it is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from rag_geotoken.errors import GeoError
+from rag_geotoken.pictures import UNPRINTABLE
+
+# Nothing is fetched or reported; a gigabyte for the cache of keys and values on a CPU, where compiling costs more than
+# it saves a small model.
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+}
+IMAGES = 16  # a prompt at most
+READY_S = 300.0
+STOP_S = 20.0
+
+
+class VllmServer:
+    """A running server: ``url`` for a client, ``process`` its main process."""
+
+    def __init__(self, process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+        self.process, self.url, self.log = process, url, log
+
+    def stop(self) -> None:
+        """Ends the server and all that it started."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(STOP_S)
+        self.kill()
+
+    def kill(self) -> None:
+        """Ends it at once, with SIGKILL, as a machine that runs out of memory would."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@contextmanager
+def vllm_server(
+    folder: Path | str, python: Path | str, log: Path | str, port: int = 0, max_model_len: int | None = None
+) -> Iterator[VllmServer]:
+    """Serves a model's folder on this machine alone, under the folder's name, until the block ends.
+
+    Args:
+        folder: The model.
+        python: Of the environment that vLLM is installed in (``make .venv-vllm``).
+        log: The file that takes all the server says.
+        port: 0 takes a free one.
+        max_model_len: Tokens of prompt and answer together; the model's own limit by default.
+
+    Raises:
+        GeoError: the server ended, or was not ready within five minutes.
+    """
+    if not Path(python).is_file():
+        raise GeoError(f"there is no {python}: make .venv-vllm sets up an environment with vLLM")
+    port, log = port or _free_port(), Path(log)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, **(ENVIRONMENT if on_cpu() else {})}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            _command(Path(folder).resolve(), python, port, max_model_len),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,  # so that it and its children can be ended as one
+        )
+    server = VllmServer(process, f"http://127.0.0.1:{port}/v1", log)
+    try:
+        _wait(server, f"http://127.0.0.1:{port}/health")
+        yield server
+    finally:
+        server.stop()
+
+
+def on_cpu() -> bool:
+    """Whether this machine has no GPU of NVIDIA's, as far as its tools tell."""
+    return shutil.which("nvidia-smi") is None
+
+
+def _command(folder: Path, python: Path | str, port: int, max_model_len: int | None) -> list[str]:
+    # The package for CPUs has no `vllm serve`: that looks for a distribution of the other's name.
+    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += ["--served-model-name", folder.name, "--host", "127.0.0.1", "--port", str(port), "--seed", "0"]
+    command += ["--limit-mm-per-prompt", json.dumps({"image": IMAGES})]
+    if max_model_len is not None:
+        command += ["--max-model-len", str(max_model_len)]
+    return command + (["--dtype", "float32", "--enforce-eager", "--max-num-seqs", "16"] if on_cpu() else [])
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait(server: VllmServer, health: str) -> None:
+    begun = time.monotonic()
+    while time.monotonic() - begun < READY_S:
+        if server.process.poll() is not None:
+            raise GeoError(f"the vLLM server ended before it was ready: {_last_error(server.log)}; see {server.log}")
+        try:
+            with urllib.request.urlopen(health, timeout=5):
+                return
+        except OSError:
+            time.sleep(0.5)
+    raise GeoError(f"the vLLM server was not ready within {READY_S:g} s: see {server.log}")
+
+
+def _last_error(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines()
+    told = [line for line in lines if "Error" in line]
+    return UNPRINTABLE.sub(" ", told[-1] if told else lines[-1] if lines else "it said nothing").strip()[:200]

@@ -1,0 +1,111 @@
+"""A tiny LLaVA with random weights, saved to a folder: what any LLaVA of a hub looks like, in 2 MB."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+LETTERS = "ABCDEFGHZ"
+TEXT = (
+    "Where was this photo taken? Candidates follow, each with a letter. Answer with one letter or in JSON.",
+    '{"latitude": 48.21, "longitude": -16.37, "confidence": 70}',
+    "A: 48.2, 16.4, Vienna, Austria, Europe; 3 neighbours, alike 81; place 64; generated -1.2; match 45",
+    "B: -33.9, 151.2, Sydney, Australia, Oceania; 5 neighbours, alike 77; place 12; generated -0.3; match 9",
+    "Z: none of these. Answer: 0 1 2 3 4 5 6 7 8 9",
+)
+TEMPLATE = (
+    "{% for message in messages %}{{ '<user>' }}{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}{{ '<image>' }}{% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+
+
+def save_llava(folder: Path, seed: int = 0) -> Path:
+    """Saves model, tokenizer, processor and chat template; pictures become 32 x 32 px, 16 tokens."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    processor = _processor()
+    tokenizer = processor.tokenizer
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=32,
+            patch_size=8,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=192,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=2048,
+            tie_word_embeddings=False,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        ),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_select_strategy="default",
+        vision_feature_layer=-1,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlavaForConditionalGeneration(config).eval()
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if weight.ndim > 1:  # so that answers depend on pictures and places
+                    weight.normal_(0.0, 0.6 if "lm_head" in name else 0.15)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    _rename(folder / "model.safetensors")
+    return folder
+
+
+def _processor():  # type: ignore[no-untyped-def]
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlavaProcessor, PreTrainedTokenizerFast
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>", "<image>", "<user>", "<assistant>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXT * 2, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
+    )
+    pictures = CLIPImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, do_center_crop=True, do_resize=True
+    )
+    return LlavaProcessor(
+        image_processor=pictures,
+        tokenizer=fast,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+        image_token="<image>",
+    )
+
+
+def _rename(path: Path) -> None:
+    """The server, vLLM 0.32, wants the vision tower's weights under one more name; transformers loads either."""
+    weights = load_file(path)
+    renamed = {}
+    for name, weight in weights.items():
+        prefix, tower, rest = name.partition("vision_tower.")
+        if tower and not rest.startswith("vision_model."):
+            name = f"{prefix}{tower}vision_model.{rest}"
+        renamed[name] = weight.contiguous()
+    save_file(renamed, path, metadata={"format": "pt"})
