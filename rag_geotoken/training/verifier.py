@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, linear, normalize
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import LlavaForConditionalGeneration
 
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.errors import GeoError
@@ -61,7 +62,7 @@ def train_verifier(
     accelerator = make_accelerator()
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    corpus = [examples.prompt(i, rng) for i in rng.integers(photos, size=CORPUS)]
+    corpus = [examples.prompt(i, rng) for i in rng.integers(photos, size=min(CORPUS, 8 * photos))]
     processor = make_processor(make_tokenizer((said for p in corpus for said in (p.text, p.answer)), vocabulary))
     model = make_model(processor.tokenizer)
     model.set_attn_implementation("eager")  # the fast one of torch is slow for heads so narrow, on a CPU
@@ -71,16 +72,17 @@ def train_verifier(
     others = [p for p in losses.parameters() if p.requires_grad and p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
     adam = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
+    seen = blue_marble.draw_views("train", steps * views, seed)
     batches = Batches(processor, examples, photos, batch, seed)
-    looked = [batches.pack([examples.plain(i, np.random.default_rng(i)) for i in part])
-              for part in np.array_split(np.arange(photos, photos + held_out), math.ceil(held_out / batch))]  # fmt: skip
+    parts = np.array_split(np.arange(photos, photos + held_out), math.ceil(held_out / batch))
+    looked = [batches.pack([examples.plain(i, np.random.default_rng(i)) for i in part]) for part in parts]
 
     def loss(model: nn.Module, step: int) -> Tensor:
-        drawn = blue_marble.draw_views("train", views, seed + 1 + step)
+        drawn = seen[step * views : (step + 1) * views]
         pixels = np.concatenate([batches.of(step).pixels, blue_marble.cut(drawn)])
         places = alignment.embed_places(drawn[:, :2])
-        asked, lines, seen = model(batches.of(step), batches.pictures(pixels), torch.from_numpy(places))
-        total: Tensor = asked + LINE_WEIGHT * lines + SIGHT_WEIGHT * seen
+        asked, lines, sight = model(batches.of(step), batches.pictures(pixels), torch.from_numpy(places))
+        total: Tensor = asked + LINE_WEIGHT * lines + SIGHT_WEIGHT * sight
         return total
 
     @torch.no_grad()
@@ -115,7 +117,7 @@ class Batch:
     (P, 64, 64, 3) uint8, in order.
     """
 
-    def __init__(self, prompts: list[Prompt], processor: LlavaProcessor) -> None:
+    def __init__(self, prompts: list[Prompt], processor: Any) -> None:
         words = processor.tokenizer
         before = words([prompt.text for prompt in prompts])["input_ids"]
         after = words([prompt.answer for prompt in prompts])["input_ids"]
@@ -128,8 +130,12 @@ class Batch:
         self.weights = torch.cat([torch.full((count,), 1 / count) for count in counts])
         # The first two lines end before the candidates.
         newline = words.encode("\n")[0]
-        ends = [np.flatnonzero(np.array(said) == newline)[2 : 2 + len(prompt.away)] for said, prompt in zip(before, prompts, strict=True)]
-        self.ends = torch.tensor([(row, end) for row, found in enumerate(ends) for end in found.tolist()]).view(-1, 2)
+        ends = [
+            (row, end)
+            for row, (said, prompt) in enumerate(zip(before, prompts, strict=True))
+            for end in np.flatnonzero(np.array(said) == newline)[2 : 2 + len(prompt.away)].tolist()
+        ]
+        self.ends = torch.tensor(ends).view(-1, 2)
         away = torch.tensor([km for prompt in prompts for km in prompt.away])
         self.near = (away[:, None] <= torch.tensor(LINE_KM)).float()
         self.pixels, errors = load_pictures([name for prompt in prompts for name in prompt.pictures], PIXELS)
@@ -140,7 +146,7 @@ class Batch:
 class Batches:
     """The prompts of every step: they follow from its number."""
 
-    def __init__(self, processor: LlavaProcessor, examples: Examples, photos: int, batch: int, seed: int) -> None:
+    def __init__(self, processor: Any, examples: Examples, photos: int, batch: int, seed: int) -> None:
         self.processor, self.examples, self.photos, self.batch, self.seed = processor, examples, photos, batch, seed
         self.of = lru_cache(maxsize=1)(self._of)
         self._group = lru_cache(maxsize=1)(self._together)
@@ -173,7 +179,7 @@ class Losses(nn.Module):
     def __init__(self, llava: LlavaForConditionalGeneration, dim: int) -> None:
         super().__init__()
         self.llava = llava.model  # its head is its embeddings: a checkpoint keeps each tensor once
-        hidden = llava.config.text_config.hidden_size
+        hidden: Any = llava.get_input_embeddings().embedding_dim
         self.place, self.near = nn.Linear(hidden, dim), nn.Linear(hidden, len(LINE_KM))
         self.sharpness = nn.Parameter(torch.tensor(math.log(15.0)))
 

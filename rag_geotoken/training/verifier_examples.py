@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from rag_geotoken.errors import GeoError
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.mllm.prompts import render
-from rag_geotoken.mllm.shortlist import COUNT, Evidence, Shortlist, candidates, evidence, shortlist
+from rag_geotoken.mllm.shortlist import COUNT, Evidence, Shortlist, candidates, evidence, nearby_rows, shortlist
 from rag_geotoken.places import place_text
-from rag_geotoken.run_tables import read_neighbors, read_pool, read_verdicts
+from rag_geotoken.run_tables import read_embeddings, read_neighbors, read_pool, read_verdicts
 from rag_geotoken.tables import read_table
 from rag_geotoken.training.verifier_words import BEGIN, END, IMAGE, LETTERS, PATCH, PIXELS
 
@@ -58,9 +59,7 @@ class Examples:
         if rng.random() < ZERO_SHOT:
             return self._say("diversify", i, [], self._json(i, []), [], similar=[])
         free, unproven, absent, unplaced, pictures = rng.random(5) < (FREE, UNPROVEN, ABSENT, UNPLACED, PICTURES)
-        known = candidates(
-            self.chosen, i, None if unplaced else self.places[i], None if unproven else self.found
-        )
+        known = candidates(self.chosen, i, None if unplaced else self.places[i], None if unproven else self.found)
         if pictures:
             for place, near in zip(known, self.near[i], strict=False):
                 if near is not None:
@@ -69,11 +68,8 @@ class Examples:
         order = np.arange(len(known))
         if absent:
             order = order[away > RIGHT_KM]
-        if rng.random() < FEWER:
-            order = order[: rng.integers(2, MOST + 1)]
-        else:
-            order = order[:COUNT]
-        order = rng.permutation(order)
+        listed_at_most = rng.integers(2, MOST + 1) if rng.random() < FEWER else COUNT
+        order = rng.permutation(order[:listed_at_most])
         listed = [known[at] | {"letter": letter} for at, letter in zip(order, LETTERS, strict=False)]
         there = away[order].tolist()
         if free:
@@ -109,22 +105,20 @@ def _letter(away: list[float]) -> str:
 
 
 def read_examples(folder: Path, index: GeoIndex, weights: tuple[float, ...]) -> Examples:
-    """A run's tables up to the alignment's verdicts -> examples. ``weights``: those of the search."""
+    """A run's tables up to the alignment's verdicts -> examples. ``weights``: those of the search.
+
+    Raises GeoError when a picture cannot be read or its place is not known.
+    """
     photos = read_table(folder / "photos.parquet", ["image", "lat", "lon"])
+    if photos["lat"].null_count or len(read_embeddings(folder)[0]) < len(photos):
+        raise GeoError(f"{folder.name}: the verifier is trained on pictures that can be read and whose places are known")
     pool, neighbors = read_pool(folder), read_neighbors(folder)
     chosen = shortlist(pool, MOST)
     found = evidence(chosen, pool, neighbors, read_verdicts(folder, pool, "alignment"), weights)
     names = iter(place_text(chosen.lat_lon[chosen.mask][:, 0], chosen.lat_lon[chosen.mask][:, 1]))
     places = [[next(names) if there else None for there in row] for row in chosen.mask.tolist()]
-    away = haversine_km(
-        chosen.lat_lon[:, :, None, 0], chosen.lat_lon[:, :, None, 1],
-        neighbors.lat_lon[:, None, :, 0], neighbors.lat_lon[:, None, :, 1],
-    )  # fmt: skip
-    best = np.where(away <= 100.0, neighbors.scores[:, None, :], -np.inf)
-    rows = np.take_along_axis(neighbors.rows, best.argmax(axis=2), axis=1)
-    shown = np.isfinite(best.max(axis=2)) & chosen.mask
-    images = index.rows["image"].take(rows[shown]).to_pylist()
-    pictures = iter(images)
-    near = [[next(pictures) if there else None for there in row] for row in shown.tolist()]
+    rows = nearby_rows(chosen, neighbors)
+    shown = iter(index.rows["image"].take(rows[rows >= 0]).to_pylist())
+    near = [[next(shown) if there else None for there in row] for row in (rows >= 0).tolist()]
     truth = np.column_stack([photos["lat"].to_numpy(), photos["lon"].to_numpy()])
     return Examples(photos["image"].to_pylist(), truth, chosen, found, places, near)

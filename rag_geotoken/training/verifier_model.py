@@ -15,7 +15,7 @@ from rag_geotoken.files import write_text, write_whole
 from rag_geotoken.training.verifier_words import IMAGE, NUMBERS, PATCH, PIXELS
 
 if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
+    from transformers import LlavaForConditionalGeneration
 
 POSITIONS = 1024
 # transformers' names in memory -> those of LLaVA checkpoints on the hub, which both transformers and vLLM read.
@@ -28,7 +28,7 @@ PERIODS = (400.0, 200.0, 100.0, 50.0, 20.0, 10.0)
 
 
 def make_model(
-    tokenizer: PreTrainedTokenizerFast, hidden: int = 128, layers: int = 4, sight: int = 192, sight_layers: int = 3
+    tokenizer: Any, hidden: int = 128, layers: int = 4, sight: int = 192, sight_layers: int = 3
 ) -> LlavaForConditionalGeneration:
     """Random weights from torch's seed: a CLIP tower of 64 x 64 pixels, 16 tokens a picture, and a Llama with it.
 
@@ -78,17 +78,18 @@ def make_model(
     return model
 
 
-def _write_magnitudes(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
+def _write_magnitudes(model: LlavaForConditionalGeneration, tokenizer: Any) -> None:
     """Embeddings of whole numbers and of decimals: random directions times the number and its waves.
 
     With tokens as unlike one another as words are, a small model would have to learn each number by itself.
     """
-    weight = model.get_input_embeddings().weight
+    weight: Any = model.get_input_embeddings().weight
     for names, values in (
         ([str(n) for n in NUMBERS], torch.arange(len(NUMBERS)).float()),
         ([f".{n}" for n in range(10)], torch.arange(10) * 10.0),
     ):
-        waves = torch.cat([wave(values[:, None] * 2 * math.pi / torch.tensor(PERIODS)) for wave in (torch.cos, torch.sin)], 1)
+        turns = values[:, None] * 2 * math.pi / torch.tensor(PERIODS)
+        waves = torch.cat([turns.cos(), turns.sin()], dim=1)
         features = torch.cat([values[:, None] / 50 - 1, waves], dim=1)
         directions = torch.randn(features.shape[1], weight.shape[1]) * 0.05 / math.sqrt(len(PERIODS))
         with torch.no_grad():
@@ -113,7 +114,7 @@ def _fill(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
-def save_folder(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
+def save_folder(model: LlavaForConditionalGeneration, processor: Any, folder: Path) -> None:
     """Everything but the weights: configuration, tokenizer, processor and chat template."""
     config: dict[str, Any] = model.config.to_dict() | {"architectures": ["LlavaForConditionalGeneration"]}
     special = {name: config["text_config"][name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -127,9 +128,10 @@ def save_folder(model: LlavaForConditionalGeneration, processor: LlavaProcessor,
             os.replace(file, folder / file.name)
 
 
-def load_model(folder: Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def load_model(folder: Path) -> tuple[LlavaForConditionalGeneration, Any]:
     """A saved folder -> model in float32, in evaluation mode, and processor."""
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    return model.eval(), AutoProcessor.from_pretrained(folder, local_files_only=True)
+    processors: Any = AutoProcessor
+    model: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return model.eval(), processors.from_pretrained(folder, local_files_only=True)

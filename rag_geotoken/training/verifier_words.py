@@ -1,19 +1,16 @@
-"""The words of the embedded verifier: a byte-level BPE tokenizer made on the spot, and the LLaVA processor around it."""
+"""The words of the embedded verifier: a byte-level BPE tokenizer made on the spot, and a LLaVA processor around it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from transformers import LlavaProcessor, PreTrainedTokenizerFast
+from typing import Any
 
 LETTERS = "ABCDEFGHZ"
 BEGIN, END, PAD, IMAGE = "<s>", "</s>", "<pad>", "<image>"
 PIXELS, PATCH = 64, 16
 NUMBERS = range(181)  # whole numbers that are one token each; a sign stands in the token before
-# In this order: the letter before its colon; one decimal; up to three digits; punctuation and space before a number, with
-# its sign; a name or phrase with what stands before it, and with the space and sign before a number.
+# In this order: the letter before its colon; one decimal; up to three digits; punctuation and space before a number,
+# with its sign; a name or phrase with what stands before it, and with the space and sign before a number.
 PIECES = (
     r"[A-HZ](?=:|$)|\{|\.\d(?!\d)|\d{1,3}|[,;:]? ?-?(?=\d)|[,;:]? ?\p{L}+(?: \p{L}+)*(?: -?(?=\d))?"
     r"|\"[a-z]+\": -?|[^\s\p{L}\p{N}]+|\s+"
@@ -29,7 +26,7 @@ TEMPLATE = (
 )
 
 
-def make_tokenizer(corpus: Iterable[str], size: int) -> PreTrainedTokenizerFast:
+def make_tokenizer(corpus: Iterable[str], size: int) -> Any:
     """Texts -> a tokenizer of at most ``size`` tokens, the same for the same texts.
 
     Every letter of an option, every whole number to 180 and every decimal is one token.
@@ -37,6 +34,7 @@ def make_tokenizer(corpus: Iterable[str], size: int) -> PreTrainedTokenizerFast:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
+    fast: Any = PreTrainedTokenizerFast  # which says nothing of its types
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(PIECES), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -54,7 +52,7 @@ def make_tokenizer(corpus: Iterable[str], size: int) -> PreTrainedTokenizerFast:
     # So often that every number is merged before the names of places, which take what is left.
     numbers = " ".join([*map(str, NUMBERS), *(f"0.{digit}" for digit in range(10))])
     tokenizer.train_from_iterator(texts + [numbers] * (len(texts) // 4 + 2), trainer)
-    return PreTrainedTokenizerFast(
+    return fast(
         tokenizer_object=tokenizer,
         bos_token=BEGIN,
         eos_token=END,
@@ -66,18 +64,19 @@ def make_tokenizer(corpus: Iterable[str], size: int) -> PreTrainedTokenizerFast:
     )
 
 
-def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
+def make_processor(tokenizer: Any) -> Any:
     """A tokenizer -> the processor of texts and pictures, as it is saved beside the weights."""
     from transformers import LlavaProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+    processor: Any = LlavaProcessor
     pictures = CLIPImageProcessorPil(
         size={"shortest_edge": PIXELS},
         crop_size={"height": PIXELS, "width": PIXELS},
         image_mean=[0.4, 0.4, 0.4],
         image_std=[0.25, 0.25, 0.25],
     )
-    return LlavaProcessor(
+    return processor(
         image_processor=pictures,
         tokenizer=tokenizer,
         patch_size=PATCH,
