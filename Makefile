@@ -67,6 +67,7 @@ weights: $(STAMP)
 	$(BIN)/rag-geotoken train tokens --out runs/weights
 	$(BIN)/rag-geotoken train reward --out runs/weights
 	$(BIN)/rag-geotoken train tuning --out runs/weights
+	$(BIN)/rag-geotoken train verifier --out runs/weights
 
 clean:
 	rm -rf $(VENV) $(VLLM) runs/demo

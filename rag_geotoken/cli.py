@@ -272,6 +272,15 @@ def train_tuning(recipe: Recipe = None, out: Out = Path("runs/weights")) -> None
     _train("tuning", recipe, out)
 
 
+@train_app.command("verifier")
+def train_verifier(recipe: Recipe = None, out: Out = Path("runs/weights")) -> None:
+    """Train the small multimodal model that verifies pools, for the models in OUT (about half an hour on 2 cores).
+
+    It is written into OUT-verifier, which transformers loads and vLLM serves.
+    """
+    _train("verifier", recipe, out)
+
+
 def _train(what: str, recipe: Path | None, out: Path) -> None:
     from rag_geotoken.recipes import training_recipe
     from rag_geotoken.training.run import train
