@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from conftest import OPTIONS, OneLine
 from tiny_training import quiet
 
-from rag_geotoken import stages
+from rag_geotoken import retrieval, stages
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.pipeline import Geolocator
@@ -34,11 +35,12 @@ class Stop(Exception):
 @pytest.fixture(scope="module")
 def examples(geolocator: Geolocator, tmp_path_factory: pytest.TempPathFactory) -> Examples:
     folder = tmp_path_factory.mktemp("verifier-photos")
-    stages.write_photos(folder, "blue-marble:train,n=40,seed=5")
-    stages.encode(folder, geolocator.alignment)
-    stages.search(folder, geolocator.index, OPTIONS.neighbors, geolocator.tuning.search_weights)
+    retrieval.write_photos(folder, "blue-marble:train,n=40,seed=5")
+    retrieval.encode(folder, geolocator.alignment)
+    retrieval.search(folder, geolocator.index, OPTIONS.neighbors, geolocator.tuning.search_weights)
+    stages.matches(folder, geolocator)
     for stage in (stages.propose, stages.places, stages.pool):
-        stage(folder, geolocator, OPTIONS)
+        stage(folder, geolocator, replace(OPTIONS, verify=("visual",)))
     stages.verify(folder, geolocator, "alignment")
     return read_examples(folder, geolocator.index, geolocator.tuning.search_weights)
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rag_geotoken import retrieval
+from rag_geotoken import retrieval, stages
 from rag_geotoken.alignment import G3, GeoAlignment
 from rag_geotoken.demo import make_index
 from rag_geotoken.encoders import load_backbone
@@ -188,10 +188,11 @@ def _train_verifier(settings: dict[str, Any], geolocator: Geolocator, out: Path,
 
     folder, photos = (out.with_name(f"{out.name}-{name}") for name in ("verifier", "verifier-photos"))
     check_writable(folder)
-    options, weights = Options(), geolocator.tuning.search_weights
-    stages.write_photos(photos, settings["source"])
-    stages.encode(photos, geolocator.alignment)
-    stages.search(photos, geolocator.index, options.neighbors, weights)
+    options, weights = Options(verify=("visual",)), geolocator.tuning.search_weights
+    retrieval.write_photos(photos, settings["source"])
+    retrieval.encode(photos, geolocator.alignment)
+    retrieval.search(photos, geolocator.index, options.neighbors, weights)
+    stages.matches(photos, geolocator)
     for stage in (stages.propose, stages.places, stages.pool):
         stage(photos, geolocator, options)
     verdicts = stages.verify(photos, geolocator, "alignment")

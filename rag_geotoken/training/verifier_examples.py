@@ -15,14 +15,16 @@ from rag_geotoken.index import GeoIndex
 from rag_geotoken.mllm.prompts import render
 from rag_geotoken.mllm.shortlist import COUNT, Evidence, Shortlist, candidates, evidence, nearby_rows, shortlist
 from rag_geotoken.places import place_text
-from rag_geotoken.run_tables import read_embeddings, read_neighbors, read_pool, read_verdicts
+from rag_geotoken.pool import without
+from rag_geotoken.run_tables import read_embeddings, read_matches, read_neighbors, read_pool, read_verdicts
 from rag_geotoken.tables import read_table
 from rag_geotoken.training.verifier_words import BEGIN, END, IMAGE, LETTERS, PATCH, PIXELS
+from rag_geotoken.types import VISUAL, Matches, Pool
 
 MOST = len(LETTERS) - 1  # candidates
 RIGHT_KM = 200.0
 # How often a photo is asked about in another way than the pipeline's usual one.
-FREE, ZERO_SHOT, UNPROVEN, ABSENT, FEWER, UNPLACED, PICTURES = 0.1, 0.03, 0.15, 0.12, 0.4, 0.1, 0.05
+SEEN, FREE, ZERO_SHOT, UNPROVEN, ABSENT, FEWER, UNPLACED, PICTURES = 0.4, 0.1, 0.03, 0.15, 0.12, 0.4, 0.1, 0.05
 PHOTO = b"photo"
 
 
@@ -44,7 +46,8 @@ class Examples:
     """N photos with what the pipeline knows of each.
 
     images: N references; truth (N, 2) degrees; chosen, found: M candidates a photo and their evidence; places: N x M
-    texts; near (N, M): the most alike neighbour's picture near each candidate, or None.
+    texts; near (N, M): the most alike neighbour's picture near each candidate, or None. seen: the same photos, compared
+    with their neighbours' pictures.
     """
 
     images: list[str]
@@ -53,9 +56,12 @@ class Examples:
     found: Evidence
     places: list[list[str | None]]
     near: list[list[str | None]]
+    seen: Examples | None = None
 
     def prompt(self, i: int, rng: np.random.Generator) -> Prompt:
         """One of the many ways to ask about photo ``i``, drawn from ``rng``."""
+        if self.seen and rng.random() < SEEN:
+            return self.seen.prompt(i, rng)
         if rng.random() < ZERO_SHOT:
             return self._say("diversify", i, [], self._json(i, []), [], similar=[])
         free, unproven, absent, unplaced, pictures = rng.random(5) < (FREE, UNPROVEN, ABSENT, UNPLACED, PICTURES)
@@ -111,14 +117,19 @@ def read_examples(folder: Path, index: GeoIndex, weights: tuple[float, ...]) -> 
     """
     photos = read_table(folder / "photos.parquet", ["image", "lat", "lon"])
     if photos["lat"].null_count or len(read_embeddings(folder)[0]) < len(photos):
-        raise GeoError(f"{folder.name}: the verifier is trained on pictures that can be read and whose places are known")
-    pool, neighbors = read_pool(folder), read_neighbors(folder)
-    chosen = shortlist(pool, MOST)
-    found = evidence(chosen, pool, neighbors, read_verdicts(folder, pool, "alignment"), weights)
-    names = iter(place_text(chosen.lat_lon[chosen.mask][:, 0], chosen.lat_lon[chosen.mask][:, 1]))
-    places = [[next(names) if there else None for there in row] for row in chosen.mask.tolist()]
-    rows = nearby_rows(chosen, neighbors)
-    shown = iter(index.rows["image"].take(rows[rows >= 0]).to_pylist())
-    near = [[next(shown) if there else None for there in row] for row in (rows >= 0).tolist()]
+        raise GeoError(f"{folder.name}: give pictures that can be read and whose places are known")
+    whole, aligned = read_pool(folder), read_verdicts(folder, read_pool(folder), "alignment")
     truth = np.column_stack([photos["lat"].to_numpy(), photos["lon"].to_numpy()])
-    return Examples(photos["image"].to_pylist(), truth, chosen, found, places, near)
+    images, neighbors = photos["image"].to_pylist(), read_neighbors(folder)
+
+    def known(pool: Pool, matches: Matches | None, seen: Examples | None) -> Examples:
+        chosen = shortlist(pool, MOST)
+        found = evidence(chosen, pool, neighbors, aligned, weights, matches)
+        names = iter(place_text(chosen.lat_lon[chosen.mask][:, 0], chosen.lat_lon[chosen.mask][:, 1]))
+        places = [[next(names) if there else None for there in row] for row in chosen.mask.tolist()]
+        rows = nearby_rows(chosen, neighbors)
+        shown = iter(index.rows["image"].take(rows[rows >= 0]).to_pylist())
+        near = [[next(shown) if there else None for there in row] for row in (rows >= 0).tolist()]
+        return Examples(images, truth, chosen, found, places, near, seen)
+
+    return known(without(whole, VISUAL), None, known(whole, read_matches(folder), None))
