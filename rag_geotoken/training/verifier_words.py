@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,9 +29,10 @@ TEMPLATE = (
 
 
 def make_tokenizer(corpus: Iterable[str], size: int) -> Any:
-    """Texts -> a tokenizer of at most ``size`` tokens, the same for the same texts.
+    """Texts -> a tokenizer of ``size`` tokens or less, the same for the same texts.
 
-    Every letter of an option, every whole number to 180 and every decimal is one token.
+    Every letter of an option, every whole number to 180 and every decimal is one token; that, the letters of all
+    scripts and the special tokens are 450, so many it has in any case.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -42,16 +45,13 @@ def make_tokenizer(corpus: Iterable[str], size: int) -> Any:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        min_frequency=2,
+        vocab_size=max(size - len(NUMBERS), 0),
         special_tokens=[PAD, BEGIN, END, IMAGE],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = list(corpus)
-    # So often that every number is merged before the names of places, which take what is left.
-    numbers = " ".join([*map(str, NUMBERS), *(f"0.{digit}" for digit in range(10))])
-    tokenizer.train_from_iterator(texts + [numbers] * (len(texts) // 4 + 2), trainer)
+    tokenizer.train_from_iterator((re.sub(r"\d+", "0", text) for text in corpus), trainer)
+    tokenizer = Tokenizer.from_str(_with_numbers(tokenizer.to_str()))
     return fast(
         tokenizer_object=tokenizer,
         bos_token=BEGIN,
@@ -62,6 +62,18 @@ def make_tokenizer(corpus: Iterable[str], size: int) -> Any:
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
+
+
+def _with_numbers(tokenizer: str) -> str:
+    """A tokenizer's JSON with the merges that make every number one token."""
+    state = json.loads(tokenizer)
+    vocab, merges = state["model"]["vocab"], state["model"]["merges"]
+    for text in [*map(str, NUMBERS), *(f".{digit}" for digit in range(10))]:
+        if text not in vocab:
+            vocab[text] = len(vocab)
+            # 110 may begin as 11 or as 10, whichever comes first.
+            merges += [[text[:i], text[i:]] for i in range(1, len(text)) if {text[:i], text[i:]} <= vocab.keys()]
+    return json.dumps(state)
 
 
 def make_processor(tokenizer: Any) -> Any:
