@@ -28,7 +28,7 @@ from rag_geotoken.pipeline import Geolocator, Options, check_verifier
 from rag_geotoken.pool import only
 from rag_geotoken.run_tables import read_embeddings, read_matches, read_pool, read_predictions, read_verdicts
 from rag_geotoken.tables import read_table, versions
-from rag_geotoken.types import BEAM, GPS, GREEDY, NEIGHBOUR, SAMPLE, VISUAL, Matches, Pool
+from rag_geotoken.types import BEAM, GPS, GREEDY, NEIGHBOUR, SAMPLE, VISUAL, Pool
 from rag_geotoken.weights import EARTH
 
 # What a pool is made of. The token model reads the neighbours either way; here they are no candidates.
@@ -106,24 +106,22 @@ def ablate(
     """
     gallery, photos, variants = _read(recipe)
     check_writable(out)
-    asked = any(variant.asked for variant in variants)
-    client = open_client(where, model) if asked else None
+    client = open_client(where, model) if any(variant.asked for variant in variants) else None
     clock = Clock(out / "seconds.json")
     alignment = GeoAlignment.from_pretrained(weights)
     clock(out / "index" / "manifest.json", partial(make_index, out / "index", gallery, alignment))
     geolocator = Geolocator.from_pretrained(out / "index", weights)
     run = out / "run"
-    _tables(run, photos, geolocator, variants, clock)
-    photo, whole, matches = read_embeddings(run)[1], read_pool(run), read_matches(run)
+    write_tables(run, photos, geolocator, variants, clock)
+    photo, whole = read_embeddings(run)[1], read_pool(run)
     km: dict[Variant, NDArray[np.float64]] = {}
     for variant in variants:
         pool, mask = variant.entries(whole), None
         scores = {name: read_verdicts(run, whole, name) for name in variant.plain}
         inputs = ["pool", *(f"verdicts-{name}" for name in variant.plain)]
         if client and variant.asked:
-            shown: Matches | None = matches if "visual" in variant.plain else None
-            settings = geolocator, Asked(client, variant.asking, resume), pool, shown
-            clock(run / f"verdicts-{variant.told}.json", partial(ask_model, run, variant.told, *settings))
+            asked = Asked(client, variant.asking, resume)
+            clock(run / f"verdicts-{variant.told}.json", partial(ask_variant, run, variant, geolocator, asked, pool))
             told = read_told(run, variant.told, pool)
             decided, mask = decide_told(geolocator, photo, pool, scores, told, variant.asking.mode), told.answered
             inputs.append(f"verdicts-{variant.told}")
@@ -180,7 +178,7 @@ def _read(recipe: dict[str, Any]) -> tuple[str, str, list[Variant]]:
     return recipe["gallery"], recipe["photos"], crossed
 
 
-def _tables(run: Path, photos: str, geolocator: Geolocator, variants: Sequence[Variant], clock: Clock) -> None:
+def write_tables(run: Path, photos: str, geolocator: Geolocator, variants: Sequence[Variant], clock: Clock) -> None:
     """All that verification reads, and the verdicts of all but the multimodal model."""
     options = Options(verify=("visual",))
     retrieval.write_photos(run, photos)
@@ -198,6 +196,11 @@ def _tables(run: Path, photos: str, geolocator: Geolocator, variants: Sequence[V
         steps[f"verdicts-{name}"] = partial(stages.verify, run, geolocator, name)
     for name, work in steps.items():
         clock(run / f"{name}.json", work)
+
+
+def ask_variant(run: Path, variant: Variant, geolocator: Geolocator, asked: Asked, pool: Pool) -> None:
+    """The multimodal model's verdicts on a variant's pool; it is told of matches where pictures are compared."""
+    ask_model(run, variant.told, geolocator, asked, pool, read_matches(run) if "visual" in variant.plain else None)
 
 
 def _metrics(
