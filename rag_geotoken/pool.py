@@ -66,22 +66,39 @@ def _shares(neighbors: bool, candidates: bool, places: bool, tuning: Tuning) -> 
 def extend(pool: Pool, matches: Matches, tuning: Tuning) -> Pool:
     """A pool with the places to which its neighbours' pictures move the photo, each an entry of its own, at the end.
 
-    They have ``visual_share`` of the weight, by a softmax of ``match_scale`` times their scores; the others keep the
-    rest in proportion, so that :func:`without` takes them out again.
+    They have ``visual_share`` of the weight, by a softmax of ``match_scale`` times their scores.
     """
-    moved = moved_pool(matches, tuning)
-    weights = pool.log_weight + np.log1p(-tuning.visual_share), moved.log_weight + np.log(tuning.visual_share)
+    weight = moved_pool(matches, tuning).log_weight.astype(np.float64)
+    return join(pool, matches.lat_lon, weight, tuning.visual_share, VISUAL)
+
+
+def join(pool: Pool, lat_lon: Floats, log_weight: Floats, share: float, source: int) -> Pool:
+    """A pool with places (B, N, 2), NaN for none, and their logarithmic weights (B, N) as entries at the end.
+
+    They have a share of the weight, the others the rest in proportion, so that :func:`without` takes them out again. A
+    pool that gets no place keeps all its weight.
+    """
+    there: NDArray[np.bool_] = np.logical_and.reduce(np.isfinite(lat_lon), axis=2)
+    some = there.any(axis=1, keepdims=True)
+    added = np.where(there, log_weight, -np.inf)
+    added = np.where(some, log_softmax(np.where(some, added, 0.0)) + np.log(share), -np.inf)
+    weight = np.concatenate([pool.log_weight + np.where(some, np.log1p(-share), 0.0), added], axis=1)
     return Pool(
-        np.concatenate([pool.lat_lon, moved.lat_lon], axis=1),
-        np.concatenate(weights, axis=1).astype(np.float32),
-        np.concatenate([pool.source, moved.source], axis=1),
-        np.concatenate([pool.mask, moved.mask], axis=1),
+        np.concatenate([pool.lat_lon, np.where(there[..., None], lat_lon, 0.0)], axis=1),
+        weight.astype(np.float32),
+        np.concatenate([pool.source, np.full(there.shape, source, np.int8)], axis=1),
+        np.concatenate([pool.mask, there], axis=1),
     )
 
 
 def without(pool: Pool, source: int) -> Pool:
     """A pool less the entries of one source; a cell that another source has too stays."""
     return _masked(pool, pool.mask & (pool.source != source))
+
+
+def only(pool: Pool, *sources: int) -> Pool:
+    """The entries of some sources alone, of which every photo must have one."""
+    return _masked(pool, pool.mask & np.isin(pool.source, sources))
 
 
 def neighbor_pool(neighbors: Neighbors, scale: float) -> Pool:

@@ -97,6 +97,17 @@ def read_verdicts(folder: Path, entries: Pool, verifier: str) -> NDArray[np.floa
     return scores
 
 
+def read_own_places(folder: Path, name: str) -> Floats:
+    """``verdicts-NAME`` of a multimodal model -> the places of its own (N, M, 2), NaN where there are no more."""
+    table = read_table(folder / f"verdicts-{name}.parquet", ["lat", "lon"])
+    lists = [table[axis].to_pylist() for axis in ("lat", "lon")]
+    places = np.full((len(table), max(1, *(len(row) for row in lists[0]), 1), 2), np.nan)
+    for axis, rows in enumerate(lists):
+        for i, row in enumerate(rows):
+            places[i, : len(row), axis] = row
+    return places
+
+
 def read_predictions(path: Path) -> tuple[Floats, Floats, Floats]:
     """A predictions table -> true places (N, 2), answers (N, 2), confidences (N, R); NaN where there is none."""
     table = read_table(path)

@@ -26,6 +26,7 @@ from rag_geotoken.run_tables import (
     read_embeddings,
     read_matches,
     read_neighbors,
+    read_own_places,
     read_places,
     read_pool,
 )
@@ -158,12 +159,14 @@ def pool(folder: Path, geolocator: Geolocator, options: Options) -> Path:
     neighbors, candidates = read_neighbors(folder), read_candidates(folder) if options.propose else None
     found = read_places(folder) if options.gps_places else None
     visual = read_matches(folder) if "visual" in options.verify else None
-    inputs += ["matches"] * (visual is not None)
+    inputs += ["matches"] * (visual is not None) + ["verdicts-mllm-diversify"] * options.diversify
+    own = read_own_places(folder, "mllm-diversify") if options.diversify else None
 
     def work(at: slice) -> pa.Table:
         made = geolocator.pool(
-            neighbors[at], candidates and candidates[at], found and found[at], options.within, visual and visual[at]
-        )
+            neighbors[at], candidates and candidates[at], found and found[at], options.within, visual and visual[at],
+            None if own is None else own[at],
+        )  # fmt: skip
         return pa.table(
             {
                 "id": pa.array(np.repeat(ids[at], made.mask.sum(axis=1)), pa.string()),
@@ -179,6 +182,8 @@ def pool(folder: Path, geolocator: Geolocator, options: Options) -> Path:
     recipe |= {name: getattr(tuning, name) for name in ("neighbor_share", "neighbor_scale", "gps_share")}
     if visual is not None:
         recipe |= {name: getattr(tuning, name) for name in ("visual_share", "match_scale")}
+    if own is not None:
+        recipe["mllm_share"] = tuning.mllm_share
     return run_stage(folder, "pool", recipe, inputs, ids, work)
 
 
@@ -223,12 +228,15 @@ def write_decision(
     decision: Predictions,
     area: Floats | None = None,
     max_area_km2: float | None = None,
+    least_confidence: float = 0.0,
+    verified: NDArray[np.bool_] | None = None,
 ) -> Path:
     """A decision on every readable photo -> ``predictions-VARIANT`` of all photos.
 
     Columns: id, true_lat, true_lon (where the source knows them), lat, lon, source, confidence_1 ... confidence_2500,
     area_km2 (the posterior's effective area (N,), where it was computed), verified, error. A photo whose area is above
-    ``max_area_km2`` gets no answer, and says so in error.
+    ``max_area_km2``, or that is less sure than ``least_confidence`` to be within 200 km, gets no answer, and says so in
+    error. verified (N,): whether a verifier that can fail answered.
     """
     import pyarrow as pa
 
@@ -241,6 +249,11 @@ def write_decision(
     wide = np.zeros(len(good), bool) if area is None or max_area_km2 is None else area > max_area_km2
     for i in good[wide].tolist():
         reasons[i] = f"abstained: the posterior is spread over more than {max_area_km2:g} km2"
+    for i in good[decision.confidence[:, RADII_KM.index(200)] < least_confidence].tolist():
+        reasons[i] = f"abstained: the chance to be within 200 km is below {least_confidence:g}"
+
+    anybody = any(name.startswith("verdicts") for name in inputs)
+    checked = np.full(len(good), anybody) if verified is None else verified
 
     def work(at: slice) -> pa.Table:
         rows = place[at]
@@ -256,10 +269,11 @@ def write_decision(
         columns |= {f"confidence_{r}": column(decision.confidence[:, i], pa.float64()) for i, r in enumerate(RADII_KM)}
         spread = np.full(len(good), np.nan) if area is None else area
         columns["area_km2"] = column(spread, pa.float64(), (rows >= 0) & (area is not None))
-        columns["verified"] = pa.array(known & any(name.startswith("verdicts") for name in inputs))
+        columns["verified"] = pa.array(known & checked[np.where(rows >= 0, rows, 0)])
         columns["error"] = pa.array(reasons[at], pa.string())
         return pa.table(columns)
 
     recipe = {"variant": variant, "tuning": asdict(geolocator.tuning), "max_area_km2": max_area_km2}
+    recipe |= {"least_confidence": least_confidence} if least_confidence else {}
     files = [folder / f"{name}.parquet" for name in ["photos", "embeddings", *inputs]]
     return stage(folder, f"predictions-{variant}", recipe, files, ids, work)

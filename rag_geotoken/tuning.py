@@ -23,6 +23,7 @@ class Tuning:
     visual_share: the weight of the places to which neighbours' pictures move the photo, in a pool that has them;
     match_scale: how sharply a match's score counts among them. view_km: the usual width of a picture from above.
     alignment_scale, reward_scale, look_scale, mllm_scale, visual_scale: the same for a verifier's scores in a decision.
+    mllm_share: the weight of places that a multimodal model names, in a pool that has them.
     visual_km: how near to a moved place an entry is supported by it. visual_spread_km, visual_confidence_scale,
     visual_confidence_km: in the place of the three below where pictures were compared, which tell places closer.
     look_beta, look_semantic, look_spatial: how RANGE estimates a look (see :meth:`.Look.of`).
@@ -42,6 +43,7 @@ class Tuning:
     reward_scale: float = 1.0
     look_scale: float = 160.0
     mllm_scale: float = 1.0
+    mllm_share: float = 0.1
     visual_scale: float = 2.0
     visual_share: float = 0.9
     match_scale: float = 20.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pytest
 import torch
 from tiny_clip import save_clip, save_geoclip_package
+from tiny_llava import save_llava
 from torch import Tensor
 from torchvision_cure import cure_torchvision
 
@@ -22,6 +24,7 @@ from rag_geotoken.demo import make_index, run_road
 from rag_geotoken.errors import GeoError
 from rag_geotoken.files import write_json
 from rag_geotoken.index import GeoIndex
+from rag_geotoken.mllm.start import VllmServer, vllm_server
 from rag_geotoken.pipeline import Geolocator, Options
 from rag_geotoken.pool import make_pool
 from rag_geotoken.reward import RewardConfig, RewardHead
@@ -32,6 +35,9 @@ from rag_geotoken.tuning import Tuning
 from rag_geotoken.types import BEAM, GREEDY, SAMPLE, Candidates, Neighbors, Pool
 
 cure_torchvision()  # before transformers meets it
+
+VLLM_PYTHON = os.environ.get("VLLM_PYTHON")  # of the server's own environment: `make test-vllm`
+collect_ignore = [] if VLLM_PYTHON else ["served"]
 
 ALIGNMENT = AlignmentConfig(dim=32, sigmas=(2.0, 12.0), frequencies=8, hidden=32, text_buckets=256, text_dim=16)
 TOKENS = TokenConfig(
@@ -215,3 +221,17 @@ def candidates(neighbors: Neighbors) -> Candidates:
 def pool(neighbors: Neighbors, candidates: Candidates) -> Pool:
     """Both together: several entries a photo, and several places of the arrays without one."""
     return make_pool(neighbors, candidates, TOKENIZER, TUNING)
+
+
+@pytest.fixture(scope="session")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny LLaVA with random weights."""
+    return save_llava(tmp_path_factory.mktemp("llava") / "tiny-llava")
+
+
+@pytest.fixture(scope="session")
+def server(llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
+    """A real server of that model, for tests/served alone. Starting takes half a minute."""
+    assert VLLM_PYTHON is not None
+    with vllm_server(llava, VLLM_PYTHON, tmp_path_factory.mktemp("server") / "server.log") as running:
+        yield running

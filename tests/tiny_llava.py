@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
+
+from rag_geotoken.mllm.pictures import encode_picture
+from rag_geotoken.mllm.request import Request
 
 LETTERS = "ABCDEFGHZ"
 TEXT = (
@@ -109,3 +115,33 @@ def _rename(path: Path) -> None:
             name = f"{prefix}{tower}vision_model.{rest}"
         renamed[name] = weight.contiguous()
     save_file(renamed, path, metadata={"format": "pt"})
+
+
+INSTRUCTIONS = "Where was this photo taken? Candidates follow the photo, each with a letter. Answer with one letter.\n"
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "latitude": {"type": "number"},
+        "longitude": {"type": "number"},
+        "confidence": {"type": "integer", "minimum": 0, "maximum": 100},
+    },
+    "required": ["latitude", "longitude", "confidence"],
+    "additionalProperties": False,
+}
+
+
+def sample_request(number: int, picture: bytes | None = None, **free: Any) -> Request:
+    """A pool of 2 to 8 places about a random picture, unless one is given; with `free`, no options but these fields."""
+    rng = np.random.default_rng(number)
+    letters = LETTERS[: int(rng.integers(2, 9))]
+    lines = [
+        f"{letter}: {rng.uniform(-90, 90):.1f}, {rng.uniform(-180, 180):.1f}, Vienna, Austria; alike {rng.integers(99)}"
+        for letter in letters
+    ]
+    squares = rng.integers(0, 255, (8, 8, 3)).repeat(6, 0).repeat(6, 1).astype(np.uint8)
+    parts = (
+        INSTRUCTIONS,
+        picture or encode_picture(Image.fromarray(squares)),
+        "\n".join(["", *lines, "Z: none", "Answer:"]),
+    )
+    return Request(parts, **free) if free else Request(parts, options=(*letters, "Z"))

@@ -9,9 +9,9 @@ import signal
 import socket
 import subprocess
 import time
-import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
 from rag_geotoken.errors import GeoError
@@ -32,10 +32,32 @@ STOP_S = 20.0
 
 
 class VllmServer:
-    """A running server: ``url`` for a client, ``process`` its main process."""
+    """A server that serves a model's folder on this machine alone, under the folder's name. ``url`` is for a client."""
 
-    def __init__(self, process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-        self.process, self.url, self.log = process, url, log
+    def __init__(self, command: list[str], port: int, log: Path) -> None:
+        self.command, self.port, self.log = command, port, log
+        self.url = f"http://127.0.0.1:{port}/v1"
+
+    def start(self) -> None:
+        """Starts it, again where it was killed, and waits until it is ready. Raises GeoError when it never is."""
+        environment = {**os.environ, **(ENVIRONMENT if on_cpu() else {})}
+        for variable in ("PYTHONPATH", "PYTHONHOME"):  # they are for our own environment
+            environment.pop(variable, None)
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                cwd=self.log.parent,
+                start_new_session=True,  # so that it and its children can be ended as one
+            )
+        try:
+            self._wait()
+        except BaseException:
+            self.kill()
+            raise
 
     def stop(self) -> None:
         """Ends the server and all that it started."""
@@ -46,17 +68,39 @@ class VllmServer:
         self.kill()
 
     def kill(self) -> None:
-        """Ends it at once, with SIGKILL, as a machine that runs out of memory would."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        """Ends it at once, as a machine that runs out of memory would."""
+        self.signal(signal.SIGKILL)
         self.process.wait()
+
+    def signal(self, number: signal.Signals) -> None:
+        """Sends a signal to the server and all that it started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+    def _wait(self) -> None:
+        begun = time.monotonic()
+        while time.monotonic() - begun < READY_S:
+            if self.process.poll() is not None:
+                raise GeoError(f"the vLLM server ended before it was ready ({_last_error(self.log)}): see {self.log}")
+            if self._healthy():
+                return
+            time.sleep(0.5)
+        raise GeoError(f"the vLLM server was not ready within {READY_S:g} s: see {self.log}")
+
+    def _healthy(self) -> bool:
+        with closing(HTTPConnection("127.0.0.1", self.port, timeout=5)) as connection:
+            try:
+                connection.request("GET", "/health")
+                return connection.getresponse().status == 200
+            except (OSError, HTTPException):
+                return False
 
 
 @contextmanager
 def vllm_server(
     folder: Path | str, python: Path | str, log: Path | str, port: int = 0, max_model_len: int | None = None
 ) -> Iterator[VllmServer]:
-    """Serves a model's folder on this machine alone, under the folder's name, until the block ends.
+    """A running server, until the block ends.
 
     Args:
         folder: The model.
@@ -68,23 +112,15 @@ def vllm_server(
     Raises:
         GeoError: the server ended, or was not ready within five minutes.
     """
-    if not Path(python).is_file():
+    python, log = Path(python).absolute(), Path(log).absolute()
+    if not python.is_file():
         raise GeoError(f"there is no {python}: make .venv-vllm sets up an environment with vLLM")
-    port, log = port or _free_port(), Path(log)
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, **(ENVIRONMENT if on_cpu() else {})}
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            _command(Path(folder).resolve(), python, port, max_model_len),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,  # so that it and its children can be ended as one
-        )
-    server = VllmServer(process, f"http://127.0.0.1:{port}/v1", log)
+    log.write_bytes(b"")
+    port = port or _free_port()
+    server = VllmServer(_command(Path(folder).resolve(), python, port, max_model_len), port, log)
+    server.start()
     try:
-        _wait(server, f"http://127.0.0.1:{port}/health")
         yield server
     finally:
         server.stop()
@@ -95,7 +131,7 @@ def on_cpu() -> bool:
     return shutil.which("nvidia-smi") is None
 
 
-def _command(folder: Path, python: Path | str, port: int, max_model_len: int | None) -> list[str]:
+def _command(folder: Path, python: Path, port: int, max_model_len: int | None) -> list[str]:
     # The package for CPUs has no `vllm serve`: that looks for a distribution of the other's name.
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--served-model-name", folder.name, "--host", "127.0.0.1", "--port", str(port), "--seed", "0"]
@@ -109,19 +145,6 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _wait(server: VllmServer, health: str) -> None:
-    begun = time.monotonic()
-    while time.monotonic() - begun < READY_S:
-        if server.process.poll() is not None:
-            raise GeoError(f"the vLLM server ended before it was ready: {_last_error(server.log)}; see {server.log}")
-        try:
-            with urllib.request.urlopen(health, timeout=5):
-                return
-        except OSError:
-            time.sleep(0.5)
-    raise GeoError(f"the vLLM server was not ready within {READY_S:g} s: see {server.log}")
 
 
 def _last_error(log: Path) -> str:

@@ -108,24 +108,24 @@ def tune(geolocator: Geolocator, source: str, log: Log) -> Tuning:
 
     def brier(tuning: Tuning, mode: tuple[str, ...], first: int = 1) -> float:
         decided = decide(tuning, mode)
-        right = _hits(decided, truth)
+        right = hits(decided, truth)
         sure = calibrated(decided.confidence, fit_calibration(decided.confidence, right))
         return -float(np.mean((sure - right)[:, first:] ** 2))
 
     best = Tuning(search_weights=geolocator.tuning.search_weights)
-    best = _search(best, DECISION, lambda tuning: _inside(decide(tuning, ("alignment",)), truth), log)
+    best = _search(best, DECISION, lambda tuning: inside(decide(tuning, ("alignment",)), truth), log)
     if geolocator.reward is not None:
-        best = _search(best, REWARD, lambda tuning: _inside(decide(tuning, ("alignment", "reward")), truth), log)
-    best = _search(best, LOOK, lambda tuning: _inside(decide(tuning, ("look",)), truth), log)
-    best = _search(best, VISUAL, lambda tuning: _inside(decide(tuning, ("alignment", "visual")), truth, 0), log)
+        best = _search(best, REWARD, lambda tuning: inside(decide(tuning, ("alignment", "reward")), truth), log)
+    best = _search(best, LOOK, lambda tuning: inside(decide(tuning, ("look",)), truth), log)
+    best = _search(best, VISUAL, lambda tuning: inside(decide(tuning, ("alignment", "visual")), truth, 0), log)
     best = _search(best, CONFIDENCE, lambda tuning: brier(tuning, ("alignment",)), log)
     best = _search(best, VISUAL_CONFIDENCE, lambda tuning: brier(tuning, ("alignment", "visual"), 0), log)
-    best = _search(best, DENSITY, lambda tuning: _inside(density(tuning), truth), log)
+    best = _search(best, DENSITY, lambda tuning: inside(density(tuning), truth), log)
     decided = {mode: decide(best, mode) for mode in modes}
     for mode, predictions in decided.items():
-        shares = " ".join(f"{share:.2f}" for share in 100 * _hits(predictions, truth).mean(axis=0))
+        shares = " ".join(f"{share:.2f}" for share in 100 * hits(predictions, truth).mean(axis=0))
         log(f"verified by {selection.verified_by(mode)}: {shares} % within 1, 25, 200, 750, 2500 km")
-    pairs = {mode: fit_calibration(found.confidence, _hits(found, truth)) for mode, found in decided.items()}
+    pairs = {mode: fit_calibration(found.confidence, hits(found, truth)) for mode, found in decided.items()}
     return replace(best, calibration={selection.verified_by(mode): each for mode, each in pairs.items()})
 
 
@@ -180,16 +180,16 @@ def _together(parts: list[Predictions]) -> Predictions:
     return Predictions(*(np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])))
 
 
-def _inside(decided: Predictions, truth: NDArray[np.float64], first: int = 1) -> float:
+def inside(decided: Predictions, truth: NDArray[np.float64], first: int = 1) -> float:
     """Minus the mean logarithm of the shares outside 25, 200, 750 and 2500 km; half a photo is always outside.
 
     first: 0 for 1 km too.
     """
-    outside = (~_hits(decided, truth)[:, first:]).sum(axis=0) + 0.5
+    outside = (~hits(decided, truth)[:, first:]).sum(axis=0) + 0.5
     return -float(np.log(outside / len(truth)).mean())
 
 
-def _hits(decided: Predictions, truth: NDArray[np.float64]) -> NDArray[np.bool_]:
+def hits(decided: Predictions, truth: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Which of the radii (B, R) each answer lies within."""
     km = haversine_km(*truth.T, *decided.lat_lon.T)
     hits: NDArray[np.bool_] = km[:, None] <= np.array(RADII_KM)
