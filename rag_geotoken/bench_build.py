@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rag_geotoken import approximate
-from rag_geotoken.index import BLOCK, PROJECTIONS, ROWS, GeoIndex
+from rag_geotoken.index import BLOCK, GeoIndex
+from rag_geotoken.index_files import PROJECTIONS, ROWS
 from rag_geotoken.indexing import K, Plan, build_approximate
 from rag_geotoken.tables import fixed_list, write_tables
 

@@ -21,6 +21,9 @@ def index_build(
     factory: Annotated[str | None, typer.Option(help="FAISS factory, such as IVF4096,SQfp16; else chosen.")] = None,
     memory_gib: Annotated[float, typer.Option(help="Memory that the index may take when searched.")] = 16.0,
     recall: Annotated[float, typer.Option(help="Share of the 20 true neighbours that a search should find.")] = 0.95,
+    thumbnails: Annotated[
+        int | None, typer.Option(min=16, max=2048, help="Keep the pictures too, their longer side so many pixels.")
+    ] = None,
     weights: Weights = None,
     backbone: Backbone = None,
 ) -> None:
@@ -40,7 +43,7 @@ def index_build(
     source = limited(index_source(source), limit)
     folder = weights or EARTH
     plan = Plan(factory, memory_gib, recall)
-    manifest = make_index(out, source, GeoAlignment.from_pretrained(folder, backbone), plan)
+    manifest = make_index(out, source, GeoAlignment.from_pretrained(folder, backbone), plan, thumbnails)
     typer.echo(f"{manifest['rows']} photos indexed in {out}, {manifest['left_out']} left out")
 
 

@@ -91,19 +91,22 @@ def run_demo(
     return metrics
 
 
-def make_index(folder: Path, source: str, alignment: GeoAlignment, plan: Plan | None = None) -> dict[str, Any]:
+def make_index(
+    folder: Path, source: str, alignment: GeoAlignment, plan: Plan | None = None, thumbnails: int | None = None
+) -> dict[str, Any]:
     """Read and encode a source and index it under ``folder`` -> the manifest. Its stage tables lie in stages/.
 
     Few photos are searched exactly, unless the plan says otherwise; of many, or with a factory, only the projections
-    are kept.
+    are kept. thumbnails: keep the pictures in the index too, their longer side so many pixels.
     """
     check_writable(folder)
     tables, encoder, plan = folder / "stages", alignment.identity, plan or Plan()
     photos = retrieval.write_photos(tables, source)
+    small = retrieval.thumbnails(tables, thumbnails) if thumbnails else None
     if plan.choose(len(read_table(photos, ["id"])), alignment.config.dim) == "Flat":
-        return build_index(folder, photos, retrieval.encode(tables, alignment), encoder)
+        return build_index(folder, photos, retrieval.encode(tables, alignment), encoder, small)
     projections = retrieval.encode(tables, alignment, projections=True)
-    return build_approximate(folder, photos, projections, encoder, alignment.heads, plan)
+    return build_approximate(folder, photos, projections, encoder, alignment.heads, plan, small)
 
 
 def run_road(folder: Path, geolocator: Geolocator, options: Options) -> None:

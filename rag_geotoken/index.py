@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,19 +15,17 @@ from rag_geotoken.approximate import EXACT_ROWS, effort, on_gpu, open_index
 from rag_geotoken.errors import GeoError
 from rag_geotoken.exact import scan
 from rag_geotoken.exclusion import Authors, own_rows
-from rag_geotoken.files import file_sha256, read_json
 from rag_geotoken.geo import haversine_km
+from rag_geotoken.index_files import FORMATS, PROJECTIONS, ROWS, VECTORS, check_manifest
 from rag_geotoken.look import BANK, Look
 from rag_geotoken.pictures import load_pictures
 from rag_geotoken.tables import read_table
+from rag_geotoken.thumbnails import Thumbnails
 from rag_geotoken.types import Neighbors
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-VECTORS, ROWS, MANIFEST, PROJECTIONS = "index.faiss", "rows.parquet", "manifest.json", "projections.npy"
-# The files of an index by its format: exact over all three parts, or approximate over the image part.
-FORMATS = {"rag-geotoken-index/1": (VECTORS, ROWS), "rag-geotoken-index/2": (VECTORS, ROWS, PROJECTIONS)}
 ROW_COLUMNS = ("id", "image", "lat", "lon", "place", "author", "digest")
 BLOCK = 16_384  # rows in memory at a time
 SPARE = 3  # times as many rows are looked at where those of the query's author are passed over
@@ -52,6 +50,7 @@ class GeoIndex:
     manifest: dict[str, Any]
     projections: NDArray[np.float16] | None = None
     heads: Heads | None = None
+    thumbnails: Thumbnails | None = None
 
     @cached_property
     def lat_lon(self) -> NDArray[np.float64]:
@@ -75,8 +74,14 @@ class GeoIndex:
     def pictures(self, rows: NDArray[np.int64], size: int) -> NDArray[np.uint8]:
         """The pictures behind rows of any shape -> rows.shape + (size, size, 3); zeros for one that cannot be read."""
         unique, back = np.unique(rows, return_inverse=True)
-        found, _ = load_pictures(self.rows["image"].take(unique).to_pylist(), size)
-        return found[back.reshape(rows.shape)]
+        return load_pictures(self.picture_files(unique), size)[0][back.reshape(rows.shape)]
+
+    def picture_files(self, rows: NDArray[np.int64]) -> Sequence[str | bytes]:
+        """What ``load_pictures`` reads for rows (N,): the index's own thumbnails, else references into the source."""
+        if self.thumbnails is not None:
+            return [self.thumbnails[row] for row in rows.tolist()]
+        references: list[str] = self.rows["image"].take(rows).to_pylist()
+        return references
 
     def search(
         self,
@@ -247,37 +252,16 @@ class GeoIndex:
         # 0 is FAISS' name for the inner product.
         if (index.d, index.ntotal, len(rows), index.metric_type) != (dim if kept else 3 * dim, count, count, 0):
             raise wrong
+        small = Thumbnails.load(folder, count) if manifest.get("thumbnails") else None
         if not kept:
-            return cls(index, rows, manifest)
+            return cls(index, rows, manifest, thumbnails=small)
         try:
             projections = np.load(folder / PROJECTIONS, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError):
             raise wrong from None
         if (projections.shape, projections.dtype) != ((count, dim), np.float16):
             raise wrong
-        return cls(index, rows, manifest, projections, heads)
-
-
-def check_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of an index folder, sizes and SHA-256s of its files verified. Raises GeoError."""
-    if not (folder / MANIFEST).is_file():
-        raise GeoError(f"no index in {folder}: build one with rag-geotoken index build")
-    manifest: dict[str, Any] = read_json(folder / MANIFEST)
-    try:
-        files = {name: (manifest["bytes"][name], manifest["sha256"][name]) for name in FORMATS[manifest["format"]]}
-        known = {"encoder", "dim", "rows", "made_from", "factory"} <= manifest.keys()
-        known = known and (len(files) == 2 or (int(manifest["refine"]) > 0 and int(manifest["effort"]) >= 0))
-    except (TypeError, KeyError, ValueError):
-        known = False
-    if not known:
-        raise GeoError(f"{MANIFEST} in {folder} is not that of a {' or '.join(FORMATS)} index: build it again")
-    for name, (size, sha256) in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise GeoError(f"{name} is missing in {folder}: build the index again")
-        if path.stat().st_size != size or file_sha256(path) != sha256:
-            raise GeoError(f"{name} in {folder} is truncated or changed: build the index again")
-    return manifest
+        return cls(index, rows, manifest, projections, heads, small)
 
 
 def unit(projections: NDArray[np.float16]) -> Vectors:

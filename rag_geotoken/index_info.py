@@ -19,6 +19,7 @@ def describe(manifest: dict[str, Any]) -> str:
         "recall@20": "1, every row is compared" if exact else _recall(manifest),
         "effort": "every row" if exact else _effort(manifest),
         "memory": f"{manifest.get('memory_bytes', manifest['bytes']['index.faiss']):,} bytes when searched",
+        "pictures": f"kept here, {manifest['thumbnails']} px" if manifest.get("thumbnails") else "in their source",
         "left out": _left_out(manifest),
         "built": _built(manifest),
     }

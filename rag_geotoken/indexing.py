@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,23 +16,21 @@ from numpy.typing import NDArray
 from rag_geotoken import approximate
 from rag_geotoken.errors import GeoError
 from rag_geotoken.exact import scan
-from rag_geotoken.files import file_sha256, write_json, write_whole
-from rag_geotoken.index import (
-    BLOCK,
+from rag_geotoken.files import file_sha256, read_json, write_whole
+from rag_geotoken.index import BLOCK, ROW_COLUMNS, Heads, Vectors, unit
+from rag_geotoken.index_files import (
     FORMATS,
-    MANIFEST,
     PROJECTIONS,
-    ROW_COLUMNS,
     ROWS,
     VECTORS,
-    Heads,
-    Vectors,
-    check_manifest,
-    unit,
+    built_from,
+    no_manifest,
+    write_manifest,
 )
 from rag_geotoken.progress import progress_bar
 from rag_geotoken.sources.photos import read_left_out
 from rag_geotoken.tables import read_table, to_numpy, write_table
+from rag_geotoken.thumbnails import write_thumbnails
 from rag_geotoken.tuning import Tuning
 
 if TYPE_CHECKING:
@@ -62,26 +59,30 @@ class Plan:
         return self.factory or approximate.choose_factory(rows, dim, self.memory_gib, self.recall)
 
 
-def build_index(folder: Path, photos_file: Path, embeddings_file: Path, encoder: str) -> dict[str, Any]:
+def build_index(
+    folder: Path, photos_file: Path, embeddings_file: Path, encoder: str, thumbnails_file: Path | None = None
+) -> dict[str, Any]:
     """Write an exact index of the photos that have an embedding and a place -> its manifest.
 
-    The files are stage tables, row for row. The manifest is written last, so a folder without one is no index; one
-    made from the same tables is left as it is. Raises GeoError when no photo can be used.
+    The files are stage tables, row for row; thumbnails are kept in the index where they were made. The manifest is
+    written last, so a folder without one is no index; one made from the same tables is left as it is. Raises GeoError
+    when no photo can be used.
     """
     import faiss
 
     made_from = {"photos": file_sha256(photos_file), "embeddings": file_sha256(embeddings_file), "encoder": encoder}
-    if manifest := _built(folder, made_from):
+    made_from |= _thumbnails_sha256(thumbnails_file)
+    if manifest := built_from(folder, made_from):
         return manifest
     rows, usable, left_out = _usable(photos_file, embeddings_file)
     kept = read_table(embeddings_file, ["image", "gps", "text"]).filter(usable)
     parts = [to_numpy(kept[name]) for name in ("image", "gps", "text")]
     index = faiss.IndexFlatIP(sum(part.shape[1] for part in parts))
     index.add(np.concatenate(parts, axis=1))
-    _no_manifest(folder)
+    no_manifest(folder)
     write_whole(folder / VECTORS, partial(_write_vectors, index))
     write_table(folder / ROWS, rows.filter(usable))
-    facts = {
+    facts = _keep_thumbnails(folder, thumbnails_file, [usable]) | {
         "format": EXACT,
         "encoder": encoder,
         "dim": parts[0].shape[1],
@@ -91,11 +92,17 @@ def build_index(folder: Path, photos_file: Path, embeddings_file: Path, encoder:
         "rows": int(usable.sum()),
         **left_out,
     }
-    return _write_manifest(folder, facts, made_from)
+    return write_manifest(folder, facts, made_from)
 
 
 def build_approximate(
-    folder: Path, photos_file: Path, projections_file: Path, encoder: str, heads: Heads, plan: Plan
+    folder: Path,
+    photos_file: Path,
+    projections_file: Path,
+    encoder: str,
+    heads: Heads,
+    plan: Plan,
+    thumbnails_file: Path | None = None,
 ) -> dict[str, Any]:
     """Write an index that searches the image parts approximately and compares the best exactly -> its manifest.
 
@@ -106,14 +113,15 @@ def build_approximate(
     begun = time.monotonic()
     made_from: dict[str, Any] = {"plan": asdict(plan), "encoder": encoder}
     made_from |= {"photos": file_sha256(photos_file), "embeddings": file_sha256(projections_file)}
-    if manifest := _built(folder, made_from):
+    made_from |= _thumbnails_sha256(thumbnails_file)
+    if manifest := built_from(folder, made_from):
         return manifest
     rows, usable, left_out = _usable(photos_file, projections_file)
     at = np.flatnonzero(usable)
     held = np.zeros(len(usable), bool)
     held[np.random.default_rng(0).choice(at, min(QUERIES, len(at) // 10), replace=False)] = True
     order = np.concatenate([np.flatnonzero(usable & ~held), np.flatnonzero(held)])
-    _no_manifest(folder)
+    no_manifest(folder)
     dim = _write_projections(folder / PROJECTIONS, projections_file, usable, held)
     write_table(folder / ROWS, rows.take(order))
     factory, first = plan.choose(len(order), dim), int((usable & ~held).sum())
@@ -121,7 +129,7 @@ def build_approximate(
         raise GeoError("an approximate index needs another factory than Flat: try HNSW32,SQfp16")
     index, measured = _fill(folder / PROJECTIONS, factory, first, heads, plan.recall)
     write_whole(folder / VECTORS, partial(_write_vectors, index))
-    facts = {
+    facts = _keep_thumbnails(folder, thumbnails_file, [usable & ~held, held]) | {
         "format": APPROXIMATE,
         "encoder": encoder,
         "dim": dim,
@@ -134,7 +142,7 @@ def build_approximate(
         "memory_bytes": (folder / VECTORS).stat().st_size,
         "build_seconds": round(time.monotonic() - begun, 1),
     }
-    return _write_manifest(folder, facts, made_from)
+    return write_manifest(folder, facts, made_from)
 
 
 def _fill(path: Path, factory: str, first: int, heads: Heads, recall: float) -> tuple[Any, dict[str, Any]]:
@@ -249,31 +257,16 @@ def _numbered(path: Path, last: int) -> Iterator[tuple[NDArray[np.int64], Vector
         yield np.arange(i * BLOCK, i * BLOCK + len(block)), block
 
 
-def _built(folder: Path, made_from: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest of a sound index made from the same things, or None."""
-    with suppress(GeoError):
-        manifest = check_manifest(folder)
-        if manifest["made_from"] == made_from:
-            return manifest
-    return None
+def _thumbnails_sha256(table: Path | None) -> dict[str, str]:
+    return {} if table is None else {"thumbnails": file_sha256(table)}
 
 
-def _no_manifest(folder: Path) -> None:
-    with suppress(OSError):  # where this cannot be done, the next file says why
-        (folder / MANIFEST).unlink(missing_ok=True)
-
-
-def _write_manifest(folder: Path, facts: dict[str, Any], made_from: dict[str, Any]) -> dict[str, Any]:
-    names = FORMATS[facts["format"]]
-    for stray in {PROJECTIONS} - set(names):
-        (folder / stray).unlink(missing_ok=True)
-    manifest = facts | {
-        "made_from": made_from,
-        "bytes": {name: (folder / name).stat().st_size for name in names},
-        "sha256": {name: file_sha256(folder / name) for name in names},
-    }
-    write_json(folder / MANIFEST, manifest)
-    return manifest
+def _keep_thumbnails(folder: Path, table: Path | None, orders: list[NDArray[np.bool_]]) -> dict[str, Any]:
+    """Write the thumbnails of a stage table, if any -> what the manifest says of them."""
+    if table is None:
+        return {}
+    write_thumbnails(folder, table, orders)
+    return {"thumbnails": read_json(table.with_suffix(".json"))["recipe"]["size"]}
 
 
 def _write_vectors(index: Any, path: Path) -> None:

@@ -50,12 +50,13 @@ Used = TypeVar("Used")
 
 
 def load_pictures(
-    references: Sequence[str], size: int, fit: Fit = "crop", interpolation: Interpolation = "bicubic"
+    references: Sequence[str | bytes], size: int, fit: Fit = "crop", interpolation: Interpolation = "bicubic"
 ) -> tuple[NDArray[np.uint8], list[str | None]]:
     """Loads pictures upright, in colour on white, as squares: the middle, resized (bicubic, antialiased) as CLIP's.
 
     Args:
-        references: N paths of picture files, `tar:` references to files in a tar, or `blue-marble:` references.
+        references: N paths of picture files, `tar:` references to files in a tar, `blue-marble:` references, or the
+            bytes of a file.
         size: Side of the square in pixels.
         fit: What becomes of a picture that is no square. A `blue-marble:` reference always is one.
         interpolation: Of picture files.
@@ -69,13 +70,13 @@ def load_pictures(
     """
     pixels = np.zeros((len(references), size, size, 3), np.uint8)
     errors: list[str | None] = [None] * len(references)
-    cuts = [i for i, reference in enumerate(references) if reference.startswith(BLUE_MARBLE)]
+    cuts = {i: ref for i, ref in enumerate(references) if isinstance(ref, str) and ref.startswith(BLUE_MARBLE)}
     if cuts:
         from rag_geotoken.sources.blue_marble import cut_references
 
-        pixels[cuts] = cut_references([references[i] for i in cuts], size)
+        pixels[list(cuts)] = cut_references(list(cuts.values()), size)
 
-    files = [i for i, reference in enumerate(references) if not reference.startswith(BLUE_MARBLE)]
+    files = [i for i in range(len(references)) if i not in cuts]
     resampling = Image.Resampling[interpolation.upper()]
     squares = read_pictures([references[i] for i in files], lambda image: _square(image, size, fit, resampling))
     for i, square in zip(files, squares, strict=True):
@@ -86,7 +87,7 @@ def load_pictures(
     return pixels, errors
 
 
-def read_pictures(references: Sequence[str], use: Callable[[Image.Image], Used]) -> Iterator[Used | str]:
+def read_pictures(references: Sequence[str | bytes], use: Callable[[Image.Image], Used]) -> Iterator[Used | str]:
     """Opens picture files and files in tars, several at a time, and yields in turn what `use` makes of each.
 
     In the place of one that could not be read stands one line that says why. `use` runs while others are decoded.
@@ -167,7 +168,7 @@ class _BadPictureError(Exception):
     """Its message is the reason, for the row of this photo."""
 
 
-def _load(reference: str, use: Callable[[Image.Image], Used]) -> Used | str:
+def _load(reference: str | bytes, use: Callable[[Image.Image], Used]) -> Used | str:
     """What `use` makes of the picture, or one line that says what is wrong."""
     try:
         with _open(reference) as image:
@@ -176,16 +177,20 @@ def _load(reference: str, use: Callable[[Image.Image], Used]) -> Used | str:
         reason = str(error)
     except Exception:  # a decoder given broken bytes raises nearly anything: struct.error, IndexError, MemoryError
         reason = "the picture is broken or cut short"
-    return f"{UNPRINTABLE.sub(' ', reference)}: {reason}"
+    name = "bytes" if isinstance(reference, bytes) else UNPRINTABLE.sub(" ", reference)
+    return f"{name}: {reason}"
 
 
-def _open(path: Path | str) -> Image.Image:
+def _open(path: Path | str | bytes) -> Image.Image:
     """Opens a picture, of a file or of a file in a tar, without decoding it; the caps are checked first."""
     cap = min(PIXEL_CAP, Image.MAX_IMAGE_PIXELS or PIXEL_CAP)
     too_large = f"more than {cap // 1_000_000} megapixels"
     try:
-        if str(path).startswith(TAR):
-            file: Path | str | BytesIO = BytesIO(_read_member(str(path)))
+        file: Path | str | BytesIO
+        if isinstance(path, bytes):
+            file = BytesIO(path)
+        elif str(path).startswith(TAR):
+            file = BytesIO(_read_member(str(path)))
         else:
             _check_file(path)
             file = path

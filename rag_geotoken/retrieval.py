@@ -18,6 +18,7 @@ from rag_geotoken.index import COPIES
 from rag_geotoken.progress import progress_bar
 from rag_geotoken.run_tables import read_embeddings
 from rag_geotoken.tables import fixed_list, read_table, stage, table_sha256
+from rag_geotoken.thumbnails import QUALITY, make_thumbnails
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -82,6 +83,21 @@ def encode(folder: Path, alignment: GeoAlignment, projections: bool = False) -> 
     block = LARGE_BLOCK if len(ids) > MANY else BLOCK
     encoder = alignment.encoder_identity if projections else alignment.identity
     return run_stage(folder, name, {"encoder": encoder}, ["photos"], ids, work, block)
+
+
+def thumbnails(folder: Path, size: int) -> Path:
+    """Photos -> thumbnails: id and the picture as WebP, its longer side at most ``size`` px; empty where unreadable."""
+    import pyarrow as pa
+
+    photos = read_table(folder / "photos.parquet", ["id", "image"])
+    ids, images = photos["id"].to_pylist(), photos["image"]
+
+    def work(at: slice) -> pa.Table:
+        made = make_thumbnails(images[at.start : at.stop].to_pylist(), size)
+        return pa.table({"id": pa.array(ids[at], pa.string()), "picture": pa.array(made, pa.binary())})
+
+    block = LARGE_BLOCK if len(ids) > MANY else BLOCK
+    return run_stage(folder, "thumbnails", {"size": size, "quality": QUALITY}, ["photos"], ids, work, block)
 
 
 def search(

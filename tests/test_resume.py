@@ -187,7 +187,8 @@ def other_tokens() -> torch.nn.Module:
 POOLED = {"pool", "verdicts-alignment", "verdicts-reward", "verdicts-visual"}
 DECIDED = {f"predictions-{variant}" for variant in VARIANTS}
 REWARDED = {f"predictions-{variant}" for variant, (inputs, _) in VARIANTS.items() if "verdicts-reward" in inputs}
-WITHOUT_CELLS = {f"predictions-{variant}" for variant in ("nearest", "density", "gps", "tokens-frontier")}
+NO_CELLS = ("nearest", "density", "gps", "tokens-frontier", "visual-best", "visual-consensus")
+WITHOUT_CELLS = {f"predictions-{variant}" for variant in NO_CELLS}
 SAMPLED: dict[str, dict[str, Any]] = {
     "samples": {"samples": 7},
     "seed": {"seed": 1},

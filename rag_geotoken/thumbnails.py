@@ -1,0 +1,113 @@
+"""Small copies of a gallery's pictures, kept in its index: neighbours can be looked at when the gallery is gone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rag_geotoken.errors import GeoError
+from rag_geotoken.files import write_whole
+from rag_geotoken.pictures import BLUE_MARBLE, read_pictures, upright
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+BYTES, OFFSETS = "thumbnails.bin", "thumbnails.npy"
+QUALITY = 90  # of WebP
+BLOCK = 4_096  # rows in memory at a time
+
+
+@dataclass(frozen=True)
+class Thumbnails:
+    """Pictures of an index's rows as WebP: the bytes of row i are data[offsets[i]:offsets[i + 1]], none where empty."""
+
+    data: NDArray[np.uint8]
+    offsets: NDArray[np.int64]
+
+    def __getitem__(self, row: int) -> bytes:
+        """The bytes of a row's picture."""
+        return self.data[self.offsets[row] : self.offsets[row + 1]].tobytes()
+
+    @classmethod
+    def load(cls, folder: Path, rows: int) -> Thumbnails:
+        """Memory-map the two files of an index. Raises GeoError when they do not fit each other or the index."""
+        wrong = GeoError(f"the thumbnails in {folder} do not fit the index: build it again")
+        try:
+            offsets = np.load(folder / OFFSETS, mmap_mode="r", allow_pickle=False)
+            size = (folder / BYTES).stat().st_size
+            data = np.memmap(folder / BYTES, np.uint8, "r") if size else np.zeros(0, np.uint8)
+        except (OSError, ValueError):
+            raise wrong from None
+        if (offsets.shape, offsets.dtype) != ((rows + 1,), np.int64) or offsets[0] != 0 or offsets[-1] != size:
+            raise wrong
+        if (np.diff(offsets) < 0).any():
+            raise wrong
+        return cls(data, offsets)
+
+
+def make_thumbnails(references: Sequence[str], size: int) -> list[bytes]:
+    """Pictures behind references, whole and upright, their longer side at most ``size`` px, as WebP without metadata.
+
+    Empty for one that cannot be read. Raises GeoError when the Blue Marble pictures are not there.
+    """
+    from PIL import Image
+
+    made = [b""] * len(references)
+    cuts = [i for i, reference in enumerate(references) if reference.startswith(BLUE_MARBLE)]
+    if cuts:
+        from rag_geotoken.sources.blue_marble import CROP_PIXELS, cut_references
+
+        for i, pixels in zip(cuts, cut_references([references[i] for i in cuts], min(size, CROP_PIXELS)), strict=True):
+            made[i] = _encode(Image.fromarray(pixels), size)
+    files = [i for i, reference in enumerate(references) if not reference.startswith(BLUE_MARBLE)]
+    encoded = read_pictures([references[i] for i in files], lambda image: _encode(upright(image), size))
+    for i, picture in zip(files, encoded, strict=True):
+        made[i] = b"" if isinstance(picture, str) else picture
+    return made
+
+
+def write_thumbnails(folder: Path, table: Path, orders: Sequence[NDArray[np.bool_]]) -> None:
+    """The pictures of a stage table that each mask (N,) lets through, mask after mask, as the index's files."""
+    import pyarrow.parquet as pq
+
+    lengths: list[NDArray[np.int64]] = [np.zeros(1, np.int64)]
+
+    def write(beside: Path) -> None:
+        lengths[1:] = []
+        with beside.open("wb") as out, pq.ParquetFile(table) as file:
+            for keep in (mask for mask in orders if mask.any()):
+                done = 0
+                for batch in file.iter_batches(BLOCK, columns=["picture"]):
+                    pictures = batch["picture"].filter(_mask(keep[done : done + len(batch)])).to_pylist()
+                    out.writelines(pictures)
+                    lengths.append(np.array([len(picture) for picture in pictures], np.int64))
+                    done += len(batch)
+
+    write_whole(folder / BYTES, write)
+    offsets = np.cumsum(np.concatenate(lengths))
+    write_whole(folder / OFFSETS, lambda beside: _save(beside, offsets))
+
+
+def _mask(keep: NDArray[np.bool_]) -> Any:
+    import pyarrow as pa
+
+    return pa.array(keep)
+
+
+def _save(path: Path, offsets: NDArray[np.int64]) -> None:
+    with path.open("wb") as file:
+        np.save(file, offsets, allow_pickle=False)
+
+
+def _encode(picture: Image.Image, size: int) -> bytes:
+    rgb = picture.convert("RGB")
+    rgb.thumbnail((size, size))
+    file = BytesIO()
+    rgb.save(file, "WEBP", quality=QUALITY, exif=b"", icc_profile=b"", xmp=b"")  # else what the file had goes along
+    return file.getvalue()
