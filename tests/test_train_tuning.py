@@ -39,7 +39,7 @@ def tuned(geolocator: Geolocator, lines: list[str]) -> Tuning:
 def test_every_number_is_chosen_from_its_grid_as_the_best(tuned: Tuning, lines: list[str]) -> None:
     grids = training.DECISION | training.REWARD | training.LOOK | training.VISUAL
     grids |= training.CONFIDENCE | training.VISUAL_CONFIDENCE | training.DENSITY
-    given = {"search_weights", "calibration", "view_km", "mllm_scale", "router"}
+    given = {"search_weights", "calibration", "view_km", "mllm_scale", "mllm_share", "router"}
     assert set(grids) | given == set(asdict(tuned)) == set(asdict(Tuning()))
     tried = [line.split(": ") for line in lines if line.split()[0] in grids]
     others = training.LOOK, training.VISUAL, training.CONFIDENCE, training.VISUAL_CONFIDENCE, training.DENSITY
