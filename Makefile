@@ -35,8 +35,9 @@ $(DEV): $(STAMP)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,dev]'
 	@touch $@
 
-demo: $(STAMP)
-	$(BIN)/rag-geotoken demo --out runs/demo
+# make demo MLLM=vllm serves the embedded multimodal model by a real vLLM server and asks that.
+demo: $(STAMP) $(if $(filter vllm,$(MLLM)),$(VLLM_STAMP))
+	$(BIN)/rag-geotoken demo --out runs/demo $(if $(filter vllm,$(MLLM)),--vllm-python $(VLLM)/bin/python)
 
 test: lint
 	$(BIN)/python -m pytest
@@ -67,6 +68,9 @@ weights: $(STAMP)
 	$(BIN)/rag-geotoken train tokens --out runs/weights
 	$(BIN)/rag-geotoken train reward --out runs/weights
 	$(BIN)/rag-geotoken train tuning --out runs/weights
+	$(BIN)/rag-geotoken train verifier --out runs/weights
+	$(BIN)/rag-geotoken train mllm --out runs/weights
+	$(BIN)/rag-geotoken train verifier --out runs/weights
 
 clean:
 	rm -rf $(VENV) $(VLLM) runs/demo

@@ -10,12 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rag_geotoken import selection, stages
+from rag_geotoken.agreement import support
 from rag_geotoken.geo import haversine_km
+from rag_geotoken.mllm.stage import Asked, ask_model, decide_told, read_told
 from rag_geotoken.pipeline import VERIFIERS, Geolocator
-from rag_geotoken.pool import neighbor_pool, posterior_pool, without
+from rag_geotoken.pool import moved_pool, neighbor_pool, posterior_pool, without
 from rag_geotoken.posterior import Posterior, effective_area_km2
 from rag_geotoken.run_tables import (
     read_candidates,
+    read_embeddings,
+    read_matches,
     read_neighbors,
     read_places,
     read_pool,
@@ -24,11 +28,24 @@ from rag_geotoken.run_tables import (
     read_verdicts,
 )
 from rag_geotoken.tables import read_table
-from rag_geotoken.types import BEAM, GPS, GREEDY, SAMPLE, Candidates, Neighbors, Places, Pool, Predictions
+from rag_geotoken.types import (
+    BEAM,
+    GPS,
+    GREEDY,
+    SAMPLE,
+    VISUAL,
+    Candidates,
+    Matches,
+    Neighbors,
+    Places,
+    Pool,
+    Predictions,
+)
 
 NEIGHBORS, CELLS, POSTERIOR, POOL = ["neighbours"], ["candidates"], ["posterior"], ["pool"]
 ALIGNED, REWARDED = [*POOL, "verdicts-alignment"], [*POOL, "verdicts-reward"]
 BOTH = [*ALIGNED, "verdicts-reward"]
+SEEN = [*POOL, "verdicts-visual"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +58,8 @@ class Run:
     posterior: Posterior
     pool: Pool  # neighbours and generated cells
     everything: Pool  # and the places found by GPS embedding
+    extended: Pool  # and those to which neighbours' pictures move the photo
+    matches: Matches
     scores: dict[str, NDArray[np.float32]]
 
 
@@ -60,6 +79,19 @@ def _verified(*names: str) -> Decision:
 
 def _everything(*names: str) -> Decision:
     return lambda run, locator: selection.decide(run.everything, {n: run.scores[n] for n in names}, locator.tuning)
+
+
+def _extended(*names: str) -> Decision:
+    return lambda run, locator: selection.decide(run.extended, {n: run.scores[n] for n in names}, locator.tuning)
+
+
+def _best_match(run: Run, locator: Geolocator) -> Predictions:
+    return selection.highest(moved_pool(run.matches, locator.tuning), run.matches.scores, locator.tuning)
+
+
+def _consensus(run: Run, locator: Geolocator) -> Predictions:
+    moved, tuning = moved_pool(run.matches, locator.tuning), locator.tuning
+    return selection.decide(moved, {"visual": support(moved, run.matches, tuning.visual_km)}, tuning)
 
 
 def _by_gps(run: Run, locator: Geolocator) -> Predictions:
@@ -103,7 +135,31 @@ VARIANTS: dict[str, tuple[list[str], Decision]] = {
     "pool+alignment+snap": ([*ALIGNED, "neighbours"], _snapped),
     "pool+gps+alignment": (ALIGNED, _everything("alignment")),
     "pool+gps+alignment+reward": (BOTH, _everything("alignment", "reward")),
+    "visual-best": (["matches"], _best_match),
+    "visual-consensus": (["matches"], _consensus),
+    "pool+gps+visual": (SEEN, _extended("visual")),
+    "pool+gps+visual+alignment": ([*SEEN, "verdicts-alignment"], _extended("visual", "alignment")),
 }
+
+
+# Variant -> how a multimodal model was asked in it, and who verifies beside it.
+ASKED: dict[str, tuple[str, tuple[str, ...]]] = {
+    "pool+gps+mllm": ("mllm", ()),
+    "pool+gps+visual+mllm": ("mllm-visual", ("visual",)),
+    "pool+gps+visual+alignment+mllm": ("mllm-visual", ("visual", "alignment")),
+}
+
+
+def ask_all(folder: Path, geolocator: Geolocator, asked: Asked) -> None:
+    """A multimodal model's verdicts that ``ASKED`` needs, without and with compared pictures."""
+    pool = read_pool(folder)
+    ask_model(folder, "mllm", geolocator, asked, without(pool, VISUAL))
+    ask_model(folder, "mllm-visual", geolocator, asked, pool, read_matches(folder))
+
+
+def variants_of(folder: Path) -> list[str]:
+    """The variants that are decided for a run: those that ask a multimodal model where it was asked."""
+    return [*VARIANTS, *(name for name, (told, _) in ASKED.items() if (folder / f"verdicts-{told}.parquet").is_file())]
 
 
 def decide_all(folder: Path, geolocator: Geolocator) -> None:
@@ -111,10 +167,20 @@ def decide_all(folder: Path, geolocator: Geolocator) -> None:
     pool, posterior = read_pool(folder), read_posterior(folder)
     scores = {verifier: read_verdicts(folder, pool, verifier) for verifier in VERIFIERS}
     places = read_places(folder)
-    run = Run(read_neighbors(folder), read_candidates(folder), places, posterior, without(pool, GPS), pool, scores)
+    everything = without(pool, VISUAL)
+    pools = without(everything, GPS), everything, pool
+    run = Run(read_neighbors(folder), read_candidates(folder), places, posterior, *pools, read_matches(folder), scores)
     area = effective_area_km2(posterior)
     for name, (inputs, decision) in VARIANTS.items():
         stages.write_decision(folder, name, geolocator, [*inputs, "posterior"], decision(run, geolocator), area)
+    photo = read_embeddings(folder)[1]
+    for name in variants_of(folder)[len(VARIANTS) :]:
+        verdicts, others = ASKED[name]
+        pool = run.extended if "visual" in others else run.everything
+        told = read_told(folder, verdicts, pool)
+        decided = decide_told(geolocator, photo, pool, {other: scores[other] for other in others}, told, "pool")
+        inputs = [*POOL, *(f"verdicts-{other}" for other in (*others, verdicts)), "posterior"]
+        stages.write_decision(folder, name, geolocator, inputs, decided, area, verified=told.answered)
 
 
 def oracle(folder: Path) -> NDArray[np.float64]:

@@ -12,7 +12,7 @@ import typer
 
 from rag_geotoken.cli_convert import convert_app
 from rag_geotoken.cli_index import index_app
-from rag_geotoken.cli_options import Backbone, Json, Limit, Weights
+from rag_geotoken.cli_options import Backbone, Json, Limit, Mllm, MllmModel, Resume, Weights
 from rag_geotoken.errors import GeoError
 
 app = typer.Typer(
@@ -38,15 +38,28 @@ def demo(
     test_n: Annotated[int, typer.Option(min=1, max=1_000_000, help="Test photos to draw.")] = 2000,
     seed: Annotated[int, typer.Option(min=0, help="Another seed draws fresh test photos.")] = 0,
     weights: Weights = None,
+    mllm: Annotated[str, typer.Option(help="Multimodal model that verifies too: embedded, none, or as in locate.")] = (
+        "embedded"
+    ),
+    vllm_python: Annotated[
+        Path | None, typer.Option(help="Serve the embedded one by vLLM with this interpreter, and ask the server.")
+    ] = None,
 ) -> None:
-    """Run the main job on satellite views of the Earth: index, locate, ablate, report.
+    """Run the main job on satellite views of the Earth: index, locate, verify, ablate, report.
 
     Writes predictions.parquet, metrics.json and report.html. Run again, it goes on where it was stopped.
     """
+    from contextlib import nullcontext
+
     from rag_geotoken.demo import ablation_text, run_demo
+    from rag_geotoken.mllm import EMBEDDED_FOLDER
+    from rag_geotoken.mllm.start import vllm_server
     from rag_geotoken.weights import EARTH
 
-    metrics = run_demo(out, test_n, seed, weights or EARTH)
+    serving = vllm_server(EMBEDDED_FOLDER, vllm_python, out / "vllm.log") if vllm_python else nullcontext()
+    with serving as server:
+        where = server.url if server else None if mllm == "none" else mllm
+        metrics = run_demo(out, test_n, seed, weights or EARTH, mllm=where)
     typer.echo(ablation_text(metrics))
     typer.echo(f"{metrics['seconds']:.0f} s in all; look at {out / 'report.html'}")
 
@@ -72,11 +85,24 @@ def locate(
     exact: Annotated[bool, typer.Option("--exact", help="Compare all gallery photos, whatever the index.")] = False,
     gps_places: Annotated[int, typer.Option(min=0, max=1000, help="Places found by GPS embedding a photo.")] = 32,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    verify: Annotated[str, typer.Option(help="Who verifies: some of alignment,reward,look, or none.")] = "alignment",
+    verify: Annotated[str, typer.Option(help="Who verifies: some of alignment,visual,reward,look,mllm, or none.")] = (
+        "alignment"
+    ),
+    mllm: Mllm = None,
+    mllm_model: MllmModel = None,
+    mllm_mode: Annotated[str, typer.Option(help="What it is asked: pool, free, zero-shot or diversify.")] = "pool",
+    evidence: Annotated[bool, typer.Option(help="Tell it what is known of each candidate.")] = True,
+    near_pictures: Annotated[
+        bool, typer.Option("--near-pictures", help="Show it a neighbour's picture beside each candidate.")
+    ] = False,
+    resume: Resume = False,
     within: Annotated[str | None, typer.Option(help="LAT,LON,KM: only places within so many km of there.")] = None,
     max_area: Annotated[
         float | None, typer.Option(min=0.0, help="Abstain where the posterior is spread over more km2.")
     ] = None,
+    abstain_below: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Abstain where the chance to be within 200 km is lower.")
+    ] = 0.0,
     limit: Limit = None,
     run: Annotated[Path | None, typer.Option(help="Folder of the stage tables; else OUT with ending .run.")] = None,
     weights: Weights = None,
@@ -97,6 +123,7 @@ def locate(
         _say_located(out, *locate_by_gallery(photos, out, folder, backbone, top_k, run, limit))
         return
     from rag_geotoken.locate import locate_photos, parse_within
+    from rag_geotoken.mllm.stage import Asked
     from rag_geotoken.pipeline import Options
 
     for value in (temperature, top_p, epsilon, max_area or 0.0):
@@ -118,8 +145,11 @@ def locate(
         within=parse_within(within),
         verify=verifiers,
         max_area_km2=max_area,
+        least_confidence=abstain_below,
+        diversify=mllm is not None and mllm_mode == "diversify",
     )
-    _say_located(out, *locate_photos(photos, index, out, options, folder, run, limit, backbone))
+    asked = Asked.open(mllm, mllm_model, mllm_mode, evidence, near_pictures, resume, "mllm" in verifiers)
+    _say_located(out, *locate_photos(photos, index, out, options, folder, run, limit, backbone, asked))
 
 
 def _weights_folder(context: typer.Context, preset: str | None, index: Path | None, weights: Path | None) -> Path:
@@ -168,6 +198,27 @@ def where(
         typer.echo(answer["text"])
         for place in answer["places"]:
             typer.echo(f"  {place['probability']:.5f}  {place['lat']:9.4f} {place['lon']:10.4f}")
+
+
+@app.command(epilog="Example: rag-geotoken ablate eval/verification.toml --out runs/verification --mllm embedded")
+def ablate(
+    recipe: Annotated[Path, typer.Argument(help="TOML: gallery, photos, pools, verify; see eval/verification.toml.")],
+    out: Annotated[Path, typer.Option(help="Folder of the tables, metrics.json and report.html.")],
+    mllm: Mllm = "embedded",
+    mllm_model: MllmModel = None,
+    resume: Resume = False,
+    weights: Weights = None,
+) -> None:
+    """Cross candidates, retrieved or generated, with who verifies them: gains with intervals, and what they cost.
+
+    Nothing before the verification is computed twice; run again, it goes on where it was stopped.
+    """
+    from rag_geotoken.recipes import read_recipe
+    from rag_geotoken.verification import ablate, verification_text
+    from rag_geotoken.weights import EARTH
+
+    metrics = ablate(read_recipe(recipe), out, mllm or "embedded", mllm_model, resume, typer.echo, weights or EARTH)
+    typer.echo(verification_text(metrics))
 
 
 @app.command()
@@ -232,6 +283,29 @@ def train_reward(recipe: Recipe = None, out: Out = Path("runs/weights")) -> None
 def train_tuning(recipe: Recipe = None, out: Out = Path("runs/weights")) -> None:
     """Choose the pool's weights and scales on validation photos, for the models in OUT."""
     _train("tuning", recipe, out)
+
+
+@train_app.command("verifier")
+def train_verifier(recipe: Recipe = None, out: Out = Path("runs/weights")) -> None:
+    """Train the small multimodal model that verifies pools, for the models in OUT (about half an hour on 2 cores).
+
+    It is written into OUT-verifier, which transformers loads and vLLM serves.
+    """
+    _train("verifier", recipe, out)
+
+
+@train_app.command("mllm")
+def train_mllm(
+    recipe: Recipe = None, out: Out = Path("runs/weights"), mllm: Mllm = None, mllm_model: MllmModel = None
+) -> None:
+    """Choose on validation photos what a multimodal model's verdicts are worth, for the models in OUT.
+
+    Without --mllm: the verifier that was trained beside OUT.
+    """
+    from rag_geotoken.recipes import training_recipe
+    from rag_geotoken.training.run import train_mllm
+
+    train_mllm(training_recipe(recipe), out, mllm, mllm_model)
 
 
 def _train(what: str, recipe: Path | None, out: Path) -> None:

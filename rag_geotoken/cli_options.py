@@ -14,3 +14,9 @@ Backbone = Annotated[
     typer.Option(help="CLIP below the weights: a folder, a hub name or open_clip:NAME; else what they name."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Mllm = Annotated[
+    str | None,
+    typer.Option(help="Multimodal model: http://HOST:PORT/v1, vllm:DIR, a folder, a hub name, or embedded."),
+]
+MllmModel = Annotated[str | None, typer.Option(help="The model's name on a server that has several.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Ask the multimodal model again where it failed before.")]

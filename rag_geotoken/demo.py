@@ -5,18 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rag_geotoken import ablation, stages
+from rag_geotoken import ablation, retrieval, stages
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.files import check_writable, write_json
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.indexing import Plan, build_approximate, build_index
 from rag_geotoken.metrics import RADII_KM, abstention, bootstrap, calibration, summary
+from rag_geotoken.mllm import open_client
+from rag_geotoken.mllm.stage import Asked, Asking
 from rag_geotoken.pictures import load_pictures
 from rag_geotoken.pipeline import VERIFIERS, Geolocator, Options
 from rag_geotoken.posterior import heat_map
@@ -28,7 +31,7 @@ from rag_geotoken.weights import EARTH
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-BEST = "pool+gps+alignment"
+BEST = "pool+gps+visual+alignment"
 NOTES = [
     "The photos are satellite views cut from NASA's Blue Marble picture (public domain): real, free and small. They "
     "are not street photos; the same road serves those with another encoder and gallery.",
@@ -47,9 +50,17 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 def run_demo(
-    out: Path, test_n: int = 2000, seed: int = 0, weights: Path = EARTH, gallery: int = 24_000
+    out: Path,
+    test_n: int = 2000,
+    seed: int = 0,
+    weights: Path = EARTH,
+    gallery: int = 24_000,
+    mllm: str | None = None,
+    model: str | None = None,
 ) -> dict[str, Any]:
     """Run everything into ``out`` -> what ``metrics.json`` holds. What is already there is not done again.
+
+    mllm, model: a multimodal model, as :func:`.open_client` takes it, that verifies the split ``test`` too.
 
     Writes predictions.parquet (of the best variant on ``test``), metrics.json and report.html, and under index/ and a
     folder a split every stage's table. Raises GeoError for a folder that cannot be written or broken weights.
@@ -61,15 +72,20 @@ def run_demo(
     with _timed(seconds, "gallery: read, encode, index"):
         make_index(out / "index", f"blue-marble:gallery,n={gallery}", alignment)
     geolocator = Geolocator.from_pretrained(out / "index", weights)
+    asked = Asked(open_client(mllm, model), Asking(), resume=True) if mllm else None
     few = max(1, min(1000, test_n // 2))
     options = Options()
     variants: list[dict[str, Any]] = []
     sizes = {"test": test_n, "unseen": few, "relief": few}
     for split, n in sizes.items():
         with _timed(seconds, f"{split}: read"):
-            stages.write_photos(out / split, f"blue-marble:{split},n={n},seed={seed}")
+            retrieval.write_photos(out / split, f"blue-marble:{split},n={n},seed={seed}")
         with _timed(seconds, f"{split}: crop to prediction"):
             run_road(out / split, geolocator, options)
+        if asked and split == "test":
+            with _timed(seconds, f"{split}: multimodal model"):
+                ablation.ask_all(out / split, geolocator, asked)
+                ablation.decide_all(out / split, geolocator)
         variants += score(out / split, split, seed)
     write_table(out / "predictions.parquet", read_table(out / "test" / f"predictions-{BEST}.parquet"))
     truth, answers, confidence = read_predictions(out / "predictions.parquet")
@@ -98,21 +114,22 @@ def make_index(folder: Path, source: str, alignment: GeoAlignment, plan: Plan | 
     """
     check_writable(folder)
     tables, encoder, plan = folder / "stages", alignment.identity, plan or Plan()
-    photos = stages.write_photos(tables, source)
+    photos = retrieval.write_photos(tables, source)
     if plan.choose(len(read_table(photos, ["id"])), alignment.config.dim) == "Flat":
-        return build_index(folder, photos, stages.encode(tables, alignment), encoder)
-    projections = stages.encode(tables, alignment, projections=True)
+        return build_index(folder, photos, retrieval.encode(tables, alignment), encoder)
+    projections = retrieval.encode(tables, alignment, projections=True)
     return build_approximate(folder, photos, projections, encoder, alignment.heads, plan)
 
 
 def run_road(folder: Path, geolocator: Geolocator, options: Options) -> None:
     """The stages from a written photos table to the predictions of every variant of the ablation."""
-    stages.encode(folder, geolocator.alignment)
-    stages.search(folder, geolocator.index, options.neighbors, geolocator.tuning.search_weights)
+    retrieval.encode(folder, geolocator.alignment)
+    retrieval.search(folder, geolocator.index, options.neighbors, geolocator.tuning.search_weights)
     stages.propose(folder, geolocator, options)
     stages.places(folder, geolocator, options)
     stages.posterior(folder, geolocator, options)
-    stages.pool(folder, geolocator, options)
+    stages.matches(folder, geolocator)
+    stages.pool(folder, geolocator, replace(options, verify=VERIFIERS))
     for verifier in VERIFIERS:
         stages.verify(folder, geolocator, verifier)
     ablation.decide_all(folder, geolocator)
@@ -120,7 +137,9 @@ def run_road(folder: Path, geolocator: Geolocator, options: Options) -> None:
 
 def score(folder: Path, split: str, seed: int) -> list[dict[str, Any]]:
     """Distances of every variant's answers -> rows of ``metrics.json``, intervals by paired bootstrap."""
-    km = {name: ablation.distances(folder, name) for name in ablation.VARIANTS} | {"oracle-20": ablation.oracle(folder)}
+    km = {name: ablation.distances(folder, name) for name in ablation.variants_of(folder)} | {
+        "oracle-20": ablation.oracle(folder)
+    }
     intervals = bootstrap(np.stack(list(km.values())), seed).accuracy
     return [summary(name, split, away, interval=intervals[i]) for i, (name, away) in enumerate(km.items())]
 
@@ -147,15 +166,15 @@ def _report(
         out / "report.html",
         metrics=metrics,
         errors={"lat": truth[:, 0], "lon": truth[:, 1], "km": km, "name": BEST},
-        examples=[_example(out / "test", row, index) for row in shown.tolist()],
+        examples=[example(out / "test", row, index, BEST, "test") for row in shown.tolist()],
         notes=NOTES,
     )
 
 
-def _example(folder: Path, row: int, index: GeoIndex) -> dict[str, Any]:
-    """One photo with its neighbours, candidates and answer, as the report wants it."""
+def example(folder: Path, row: int, index: GeoIndex, variant: str, split: str) -> dict[str, Any]:
+    """One readable photo with its neighbours, candidates and a variant's answer, as the report wants it."""
     photo = read_table(folder / "photos.parquet").slice(row, 1).to_pylist()[0]
-    answer = read_table(folder / f"predictions-{BEST}.parquet").slice(row, 1).to_pylist()[0]
+    answer = read_table(folder / f"predictions-{variant}.parquet").slice(row, 1).to_pylist()[0]
     truth = photo["lat"], photo["lon"]
     neighbors, entries = read_neighbors(folder), read_pool(folder)
     rows = neighbors.rows[row, :8]
@@ -164,10 +183,10 @@ def _example(folder: Path, row: int, index: GeoIndex) -> dict[str, Any]:
         {"crop": crop, "lat": lat, "lon": lon, "score": float(s), "km": float(haversine_km(*truth, lat, lon))}
         for crop, (lat, lon), s in zip(crops[1:], neighbors.lat_lon[row].tolist(), neighbors.scores[row], strict=False)
     ]
-    kept = np.flatnonzero(entries.mask[row])
+    kept, posterior = np.flatnonzero(entries.mask[row]), folder / "posterior.parquet"
     return {
         "id": photo["id"],
-        "split": "test",
+        "split": split,
         "crop": crops[0],
         "true": truth,
         "neighbours": near,
@@ -180,7 +199,7 @@ def _example(folder: Path, row: int, index: GeoIndex) -> dict[str, Any]:
             }
             for c in kept
         ],
-        "heat": heat_map(read_posterior(folder), row, height=360, detail=9),
+        **({"heat": heat_map(read_posterior(folder), row, height=360, detail=9)} if posterior.is_file() else {}),
         "area_km2": answer["area_km2"],
         "answer": (answer["lat"], answer["lon"]),
         "km": float(haversine_km(*truth, answer["lat"], answer["lon"])),

@@ -18,6 +18,7 @@ from rag_geotoken.exclusion import Authors, own_rows
 from rag_geotoken.files import file_sha256, read_json
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.look import BANK, Look
+from rag_geotoken.pictures import load_pictures
 from rag_geotoken.tables import read_table
 from rag_geotoken.types import Neighbors
 
@@ -70,6 +71,12 @@ class GeoIndex:
             unique, back = np.unique(rows, return_inverse=True)
             result = self.heads(self.projections[unique].astype(np.float32))[back.ravel()]
         return result.reshape(*rows.shape, 3, -1)
+
+    def pictures(self, rows: NDArray[np.int64], size: int) -> NDArray[np.uint8]:
+        """The pictures behind rows of any shape -> rows.shape + (size, size, 3); zeros for one that cannot be read."""
+        unique, back = np.unique(rows, return_inverse=True)
+        found, _ = load_pictures(self.rows["image"].take(unique).to_pylist(), size)
+        return found[back.reshape(rows.shape)]
 
     def search(
         self,

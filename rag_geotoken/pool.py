@@ -9,7 +9,7 @@ from rag_geotoken.cells import S2Tokenizer, cell_centers
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.posterior import Posterior
 from rag_geotoken.tuning import Tuning
-from rag_geotoken.types import FRONTIER, GPS, NEIGHBOUR, Candidates, Neighbors, Places, Pool
+from rag_geotoken.types import FRONTIER, GPS, NEIGHBOUR, VISUAL, Candidates, Matches, Neighbors, Places, Pool
 
 Floats = NDArray[np.float64]
 
@@ -63,17 +63,54 @@ def _shares(neighbors: bool, candidates: bool, places: bool, tuning: Tuning) -> 
     return first, second, third
 
 
+def extend(pool: Pool, matches: Matches, tuning: Tuning) -> Pool:
+    """A pool with the places to which its neighbours' pictures move the photo, each an entry of its own, at the end.
+
+    They have ``visual_share`` of the weight, by a softmax of ``match_scale`` times their scores.
+    """
+    weight = moved_pool(matches, tuning).log_weight.astype(np.float64)
+    return join(pool, matches.lat_lon, weight, tuning.visual_share, VISUAL)
+
+
+def join(pool: Pool, lat_lon: Floats, log_weight: Floats, share: float, source: int) -> Pool:
+    """A pool with places (B, N, 2), NaN for none, and their logarithmic weights (B, N) as entries at the end.
+
+    They have a share of the weight, the others the rest in proportion, so that :func:`without` takes them out again. A
+    pool that gets no place keeps all its weight.
+    """
+    there: NDArray[np.bool_] = np.logical_and.reduce(np.isfinite(lat_lon), axis=2)
+    some = there.any(axis=1, keepdims=True)
+    added = np.where(there, log_weight, -np.inf)
+    added = np.where(some, log_softmax(np.where(some, added, 0.0)) + np.log(share), -np.inf)
+    weight = np.concatenate([pool.log_weight + np.where(some, np.log1p(-share), 0.0), added], axis=1)
+    return Pool(
+        np.concatenate([pool.lat_lon, np.where(there[..., None], lat_lon, 0.0)], axis=1),
+        weight.astype(np.float32),
+        np.concatenate([pool.source, np.full(there.shape, source, np.int8)], axis=1),
+        np.concatenate([pool.mask, there], axis=1),
+    )
+
+
 def without(pool: Pool, source: int) -> Pool:
     """A pool less the entries of one source; a cell that another source has too stays."""
-    mask = pool.mask & (pool.source != source)
-    weight = log_softmax(np.where(mask, pool.log_weight.astype(np.float64), -np.inf))
-    return Pool(pool.lat_lon, weight.astype(np.float32), pool.source, mask)
+    return _masked(pool, pool.mask & (pool.source != source))
+
+
+def only(pool: Pool, *sources: int) -> Pool:
+    """The entries of some sources alone, of which every photo must have one."""
+    return _masked(pool, pool.mask & np.isin(pool.source, sources))
 
 
 def neighbor_pool(neighbors: Neighbors, scale: float) -> Pool:
     """The neighbours alone, each an entry of its own, weighted by a softmax of their scores."""
     weight = log_softmax(scale * neighbors.scores.astype(np.float64)).astype(np.float32)
     return Pool(neighbors.lat_lon, weight, np.full(weight.shape, NEIGHBOUR, np.int8), np.ones(weight.shape, bool))
+
+
+def moved_pool(matches: Matches, tuning: Tuning) -> Pool:
+    """The places to which neighbours' pictures move the photos alone, weighted by a softmax of the matches' scores."""
+    weight = log_softmax(tuning.match_scale * matches.scores.astype(np.float64)).astype(np.float32)
+    return Pool(matches.lat_lon, weight, np.full(weight.shape, VISUAL, np.int8), np.ones(weight.shape, bool))
 
 
 def posterior_pool(posterior: Posterior, most: int = 64) -> Pool:
@@ -90,9 +127,7 @@ def keep_within(pool: Pool, within: tuple[float, float, float]) -> Pool:
     """The entries no further than (lat, lon, km) from that place; where none is, the nearest alone stays."""
     lat, lon, km = within
     away = np.where(pool.mask, haversine_km(pool.lat_lon[..., 0], pool.lat_lon[..., 1], lat, lon), np.inf)
-    mask = pool.mask & (away <= np.maximum(km, away.min(axis=1, keepdims=True)))
-    weight = log_softmax(np.where(mask, pool.log_weight.astype(np.float64), -np.inf))
-    return Pool(pool.lat_lon, weight.astype(np.float32), pool.source, mask)
+    return _masked(pool, pool.mask & (away <= np.maximum(km, away.min(axis=1, keepdims=True))))
 
 
 def reweigh(pool: Pool, scores: NDArray[np.float32], scale: float) -> Pool:
@@ -114,6 +149,11 @@ def log_softmax(values: Floats) -> Floats:
     shifted = values - values.max(axis=-1, keepdims=True)
     result: Floats = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return result
+
+
+def _masked(pool: Pool, mask: NDArray[np.bool_]) -> Pool:
+    weight = log_softmax(np.where(mask, pool.log_weight.astype(np.float64), -np.inf))
+    return Pool(pool.lat_lon, weight.astype(np.float32), pool.source, mask)
 
 
 def _merge(lat_lon: Floats, log_weight: Floats, source: NDArray[np.int8], cells: NDArray[np.uint64]) -> Pool:

@@ -12,7 +12,7 @@ from rag_geotoken.errors import GeoError
 from rag_geotoken.metrics import RADII_KM
 from rag_geotoken.posterior import Posterior
 from rag_geotoken.tables import read_table, to_numpy
-from rag_geotoken.types import SOURCES, Candidates, Neighbors, Places, Pool
+from rag_geotoken.types import SOURCES, Candidates, Matches, Neighbors, Places, Pool
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -44,6 +44,14 @@ def read_places(folder: Path) -> Places:
     k = int(table["rank"].to_numpy().max())
     lat, lon, score = (table[name].to_numpy().reshape(-1, k) for name in ("lat", "lon", "score"))
     return Places(np.stack([lat, lon], axis=-1), score)
+
+
+def read_matches(folder: Path) -> Matches:
+    """Where the neighbours' pictures put the photos of a run, as arrays (N, K)."""
+    table = read_table(folder / "matches.parquet", ["rank", "lat", "lon", "score"])
+    k = int(table["rank"].to_numpy().max())
+    lat, lon, score = (table[name].to_numpy().reshape(-1, k) for name in ("lat", "lon", "score"))
+    return Matches(np.stack([lat, lon], axis=-1), score)
 
 
 def read_candidates(folder: Path) -> Candidates:
@@ -87,6 +95,17 @@ def read_verdicts(folder: Path, entries: Pool, verifier: str) -> NDArray[np.floa
     scores = np.zeros(entries.mask.shape, np.float32)
     scores[entries.mask] = table["scores"].combine_chunks().flatten().to_numpy()
     return scores
+
+
+def read_own_places(folder: Path, name: str) -> Floats:
+    """``verdicts-NAME`` of a multimodal model -> the places of its own (N, M, 2), NaN where there are no more."""
+    table = read_table(folder / f"verdicts-{name}.parquet", ["lat", "lon"])
+    lists = [table[axis].to_pylist() for axis in ("lat", "lon")]
+    places = np.full((len(table), max(1, *(len(row) for row in lists[0]), 1), 2), np.nan)
+    for axis, rows in enumerate(lists):
+        for i, row in enumerate(rows):
+            places[i, : len(row), axis] = row
+    return places
 
 
 def read_predictions(path: Path) -> tuple[Floats, Floats, Floats]:

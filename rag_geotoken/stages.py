@@ -1,7 +1,8 @@
-"""The road on disk: each stage a function from tables to a table in a run folder, resumable, done once.
+"""The road on disk from the neighbours on: each stage a function from tables to a table, resumable, done once.
 
     photos -> embeddings -> neighbours -> candidates -> pool -> verdicts -> predictions
                          -> places     -> posterior
+                                       -> matches
 
 A photo that cannot be read has an error in ``embeddings``; it is missing from the tables between and stands again, with
 its error and without coordinates, in ``predictions``.
@@ -9,9 +10,7 @@ its error and without coordinates, in ``predictions``.
 
 from __future__ import annotations
 
-import sys
 import zlib
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,122 +18,29 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rag_geotoken.files import write_json
-from rag_geotoken.index import COPIES
 from rag_geotoken.metrics import RADII_KM
-from rag_geotoken.progress import progress_bar
-from rag_geotoken.run_tables import read_candidates, read_embeddings, read_neighbors, read_places, read_pool
-from rag_geotoken.tables import fixed_list, read_table, stage, table_sha256
+from rag_geotoken.pictures import load_pictures
+from rag_geotoken.retrieval import run_stage
+from rag_geotoken.run_tables import (
+    read_candidates,
+    read_embeddings,
+    read_matches,
+    read_neighbors,
+    read_own_places,
+    read_places,
+    read_pool,
+)
+from rag_geotoken.tables import fixed_list, read_table, stage
 from rag_geotoken.types import SOURCES, Predictions
+from rag_geotoken.visual import PIXELS
 from rag_geotoken.weights import fingerprint
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from rag_geotoken.alignment import GeoAlignment
-    from rag_geotoken.index import GeoIndex
     from rag_geotoken.pipeline import Geolocator, Options
 
-BLOCK, LARGE_BLOCK, MANY = 256, 2048, 65_536  # photos a file while a stage runs, and of how many it has large ones
 Floats = NDArray[np.float64]
-
-
-def write_photos(folder: Path, source: str) -> Path:
-    """The photos table of a source: id, image, lat, lon, place, author.
-
-    The source is read each time and known by what it holds, since a folder can change under the same name. What it left
-    out stands by reason in ``left_out.json``, and in one line on standard error.
-    """
-    from rag_geotoken.sources import read_source
-    from rag_geotoken.sources.photos import read_left_out
-
-    table = read_source(source)
-    left_out = read_left_out(table)
-    if line := left_out.line():
-        print(f"{source}: {line}", file=sys.stderr)
-    recipe = {"source": source, "content": table_sha256(table)}
-
-    def work(_: slice) -> pa.Table:
-        write_json(folder / "left_out.json", {"photos": len(table), **vars(left_out)})
-        return table
-
-    return stage(folder, "photos", recipe, [], ["all"], work)
-
-
-def encode(folder: Path, alignment: GeoAlignment, projections: bool = False) -> Path:
-    """Photos -> embeddings: id, image, gps and text (dim), digest of the pixels, error.
-
-    projections: instead of the three parts the one projection that they follow from, in half precision: a sixth of the
-    bytes, as ``projections``.
-    """
-    import pyarrow as pa
-
-    from rag_geotoken.pipeline import digests
-
-    photos = read_table(folder / "photos.parquet", ["id", "image"])
-    ids, images = photos["id"].to_pylist(), photos["image"]
-
-    def work(at: slice) -> pa.Table:
-        pixels, errors = alignment.load(images[at.start : at.stop].to_pylist())
-        if projections:
-            vectors: dict[str, NDArray[Any]] = {"projection": alignment.project(pixels).astype(np.float16)}
-        else:
-            parts = alignment.embed(pixels)
-            vectors = {name: parts[:, i] for i, name in enumerate(("image", "gps", "text"))}
-        bad = [error is not None for error in errors]
-        columns = {"id": pa.array(ids[at], pa.string())}
-        for name, values in vectors.items():
-            values[bad] = 0.0
-            columns[name] = fixed_list(values)
-        columns |= {"digest": pa.array(digests(pixels)), "error": pa.array(errors, pa.string())}
-        return pa.table(columns)
-
-    name = "projections" if projections else "embeddings"
-    block = LARGE_BLOCK if len(ids) > MANY else BLOCK
-    encoder = alignment.encoder_identity if projections else alignment.identity
-    return _run(folder, name, {"encoder": encoder}, ["photos"], ids, work, block)
-
-
-def search(
-    folder: Path,
-    index: GeoIndex,
-    k: int,
-    weights: tuple[float, ...],
-    within: tuple[float, float, float] | None = None,
-    other_authors: bool = False,
-    exact: bool = False,
-) -> Path:
-    """Embeddings -> neighbours: id, rank, row, lat, lon, score; a photo never finds itself.
-
-    within: only photos no further than (lat, lon, km) from a place; where fewer are, the nearest to it. other_authors:
-    none by the photo's own author. exact: every row is compared, whatever the index.
-    """
-    import pyarrow as pa
-
-    ids, photo, digest = read_embeddings(folder)
-    recipe = {"k": k, "weights": list(weights), "index": index.manifest["sha256"]}
-    chosen = {"within": within, "other_authors": other_authors, "exact": exact}
-    recipe |= {name: value for name, value in chosen.items() if value}
-    keep = index.mask(within, at_least=k + COPIES)
-    names = read_table(folder / "photos.parquet", ["id", "author"])
-    author_of = dict(zip(names["id"].to_pylist(), names["author"].to_pylist(), strict=True)) if other_authors else {}
-    authors = [author_of.get(name) for name in ids]
-
-    def work(at: slice) -> pa.Table:
-        theirs = authors[at] if other_authors else None
-        found = index.search(photo[at], k, weights, digest[at], keep, exact=exact, authors=theirs)
-        return pa.table(
-            {
-                "id": pa.array(np.repeat(ids[at], k), pa.string()),
-                "rank": np.tile(np.arange(1, k + 1, dtype=np.int32), len(found.rows)),
-                "row": found.rows.ravel(),
-                "lat": found.lat_lon[..., 0].ravel(),
-                "lon": found.lat_lon[..., 1].ravel(),
-                "score": found.scores.ravel(),
-            }
-        )
-
-    return _run(folder, "neighbours", recipe, ["embeddings"], ids, work)
 
 
 def propose(folder: Path, geolocator: Geolocator, options: Options) -> Path:
@@ -164,7 +70,7 @@ def propose(folder: Path, geolocator: Geolocator, options: Options) -> Path:
             }
         )
 
-    return _run(folder, "candidates", recipe, ["embeddings", "neighbours"], ids, work)
+    return run_stage(folder, "candidates", recipe, ["embeddings", "neighbours"], ids, work)
 
 
 def places(folder: Path, geolocator: Geolocator, options: Options) -> Path:
@@ -187,7 +93,7 @@ def places(folder: Path, geolocator: Geolocator, options: Options) -> Path:
         )
 
     recipe = {"encoder": geolocator.alignment.identity, "gps_places": options.gps_places}
-    return _run(folder, "places", recipe, ["embeddings"], ids, work)
+    return run_stage(folder, "places", recipe, ["embeddings"], ids, work)
 
 
 def posterior(folder: Path, geolocator: Geolocator, options: Options) -> Path:
@@ -209,20 +115,58 @@ def posterior(folder: Path, geolocator: Geolocator, options: Options) -> Path:
         )
 
     recipe = {"weights": fingerprint(geolocator.tokens), "openings": options.openings}
-    return _run(folder, "posterior", recipe, ["embeddings", "neighbours"], ids, work)
+    return run_stage(folder, "posterior", recipe, ["embeddings", "neighbours"], ids, work)
+
+
+def matches(folder: Path, geolocator: Geolocator) -> Path:
+    """Photos' and neighbours' pictures -> matches: id, rank, row, lat, lon, score, in the neighbours' order."""
+    import pyarrow as pa
+
+    ids, _, _ = read_embeddings(folder)
+    neighbors = read_neighbors(folder)
+    photos = read_table(folder / "photos.parquet", ["id", "image"])
+    reference = dict(zip(photos["id"].to_pylist(), photos["image"].to_pylist(), strict=True))
+
+    def work(at: slice) -> pa.Table:
+        pixels, _ = load_pictures([reference[name] for name in ids[at]], PIXELS)
+        near = neighbors[at]
+        found = geolocator.match(pixels, near)
+        k = found.scores.shape[1]
+        return pa.table(
+            {
+                "id": pa.array(np.repeat(ids[at], k), pa.string()),
+                "rank": np.tile(np.arange(1, k + 1, dtype=np.int32), len(found.scores)),
+                "row": near.rows.ravel(),
+                "lat": found.lat_lon[..., 0].ravel(),
+                "lon": found.lat_lon[..., 1].ravel(),
+                "score": found.scores.ravel(),
+            }
+        )
+
+    recipe = {"index": geolocator.index.manifest["sha256"], "view_km": geolocator.tuning.view_km}
+    return run_stage(folder, "matches", recipe, ["photos", "embeddings", "neighbours"], ids, work)
 
 
 def pool(folder: Path, geolocator: Geolocator, options: Options) -> Path:
-    """Neighbours, candidates and places -> pool: id, lat, lon, log_weight, source, one entry a cell."""
+    """Neighbours, candidates and places -> pool: id, lat, lon, log_weight, source, one entry a cell.
+
+    Where pictures are compared, the places that the matches move each photo to come last, each an entry of its own.
+    """
     import pyarrow as pa
 
     ids, _, _ = read_embeddings(folder)
     inputs = ["neighbours"] + ["candidates"] * bool(options.propose) + ["places"] * bool(options.gps_places)
     neighbors, candidates = read_neighbors(folder), read_candidates(folder) if options.propose else None
     found = read_places(folder) if options.gps_places else None
+    visual = read_matches(folder) if "visual" in options.verify else None
+    inputs += ["matches"] * (visual is not None) + ["verdicts-mllm-diversify"] * options.diversify
+    own = read_own_places(folder, "mllm-diversify") if options.diversify else None
 
     def work(at: slice) -> pa.Table:
-        made = geolocator.pool(neighbors[at], candidates and candidates[at], found and found[at], options.within)
+        made = geolocator.pool(
+            neighbors[at], candidates and candidates[at], found and found[at], options.within, visual and visual[at],
+            None if own is None else own[at],
+        )  # fmt: skip
         return pa.table(
             {
                 "id": pa.array(np.repeat(ids[at], made.mask.sum(axis=1)), pa.string()),
@@ -236,7 +180,11 @@ def pool(folder: Path, geolocator: Geolocator, options: Options) -> Path:
     tuning = geolocator.tuning
     recipe: dict[str, Any] = {"level": geolocator.tokenizer.level, "within": options.within}
     recipe |= {name: getattr(tuning, name) for name in ("neighbor_share", "neighbor_scale", "gps_share")}
-    return _run(folder, "pool", recipe, inputs, ids, work)
+    if visual is not None:
+        recipe |= {name: getattr(tuning, name) for name in ("visual_share", "match_scale")}
+    if own is not None:
+        recipe["mllm_share"] = tuning.mllm_share
+    return run_stage(folder, "pool", recipe, inputs, ids, work)
 
 
 def verify(folder: Path, geolocator: Geolocator, verifier: str) -> Path:
@@ -245,10 +193,11 @@ def verify(folder: Path, geolocator: Geolocator, verifier: str) -> Path:
 
     ids, photo, _ = read_embeddings(folder)
     neighbors, entries = read_neighbors(folder), read_pool(folder)
+    found = read_matches(folder) if verifier == "visual" else None
 
     def work(at: slice) -> pa.Table:
         part = entries[at]
-        scores = geolocator.verify(verifier, photo[at], neighbors[at], part)
+        scores = geolocator.verify(verifier, photo[at], neighbors[at], part, found and found[at])
         lists = [row[kept] for row, kept in zip(scores, part.mask, strict=True)]
         count = len(lists)
         return pa.table(
@@ -261,7 +210,14 @@ def verify(folder: Path, geolocator: Geolocator, verifier: str) -> Path:
         )
 
     recipe = {"verifier": verifier, "weights": geolocator.verifier_id(verifier)}
-    return _run(folder, f"verdicts-{verifier}", recipe, ["embeddings", "neighbours", "pool"], ids, work)
+    return run_stage(
+        folder,
+        f"verdicts-{verifier}",
+        recipe,
+        ["embeddings", "neighbours", "pool"] + ["matches"] * (found is not None),
+        ids,
+        work,
+    )
 
 
 def write_decision(
@@ -272,12 +228,15 @@ def write_decision(
     decision: Predictions,
     area: Floats | None = None,
     max_area_km2: float | None = None,
+    least_confidence: float = 0.0,
+    verified: NDArray[np.bool_] | None = None,
 ) -> Path:
     """A decision on every readable photo -> ``predictions-VARIANT`` of all photos.
 
     Columns: id, true_lat, true_lon (where the source knows them), lat, lon, source, confidence_1 ... confidence_2500,
     area_km2 (the posterior's effective area (N,), where it was computed), verified, error. A photo whose area is above
-    ``max_area_km2`` gets no answer, and says so in error.
+    ``max_area_km2``, or that is less sure than ``least_confidence`` to be within 200 km, gets no answer, and says so in
+    error. verified (N,): whether a verifier that can fail answered.
     """
     import pyarrow as pa
 
@@ -290,6 +249,11 @@ def write_decision(
     wide = np.zeros(len(good), bool) if area is None or max_area_km2 is None else area > max_area_km2
     for i in good[wide].tolist():
         reasons[i] = f"abstained: the posterior is spread over more than {max_area_km2:g} km2"
+    for i in good[decision.confidence[:, RADII_KM.index(200)] < least_confidence].tolist():
+        reasons[i] = f"abstained: the chance to be within 200 km is below {least_confidence:g}"
+
+    anybody = any(name.startswith("verdicts") for name in inputs)
+    checked = np.full(len(good), anybody) if verified is None else verified
 
     def work(at: slice) -> pa.Table:
         rows = place[at]
@@ -305,24 +269,11 @@ def write_decision(
         columns |= {f"confidence_{r}": column(decision.confidence[:, i], pa.float64()) for i, r in enumerate(RADII_KM)}
         spread = np.full(len(good), np.nan) if area is None else area
         columns["area_km2"] = column(spread, pa.float64(), (rows >= 0) & (area is not None))
-        columns["verified"] = pa.array(known & any(name.startswith("verdicts") for name in inputs))
+        columns["verified"] = pa.array(known & checked[np.where(rows >= 0, rows, 0)])
         columns["error"] = pa.array(reasons[at], pa.string())
         return pa.table(columns)
 
     recipe = {"variant": variant, "tuning": asdict(geolocator.tuning), "max_area_km2": max_area_km2}
+    recipe |= {"least_confidence": least_confidence} if least_confidence else {}
     files = [folder / f"{name}.parquet" for name in ["photos", "embeddings", *inputs]]
     return stage(folder, f"predictions-{variant}", recipe, files, ids, work)
-
-
-def _run(
-    folder: Path,
-    name: str,
-    recipe: dict[str, Any],
-    inputs: list[str],
-    ids: list[str],
-    work: Callable[[slice], pa.Table],
-    block: int | None = None,
-) -> Path:
-    files = [folder / f"{file}.parquet" for file in inputs]
-    with progress_bar(len(ids), f"{folder.name}: {name}") as advance:
-        return stage(folder, name, recipe, files, ids, work, block=block or BLOCK, progress=advance)

@@ -12,7 +12,7 @@ import pytest
 from conftest import OneLine
 from miniatures import COLUMNS, WHOLE, flickr_id, jpeg, mp16_pro, pixels_of, write_csv, write_tar
 
-from rag_geotoken import stages
+from rag_geotoken import retrieval
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.cli import main
 from rag_geotoken.demo import make_index
@@ -159,7 +159,7 @@ def test_a_tar_cut_off_in_the_middle_gives_what_is_whole(folder: Path, capsys: p
     with tarfile.open(tar) as file:
         member = [member for member in file if member.isreg()][10]
     tar.write_bytes(tar.read_bytes()[: member.offset_data + 3000])
-    stages.write_photos(folder / "run", f"mp16-pro:{folder}")
+    retrieval.write_photos(folder / "run", f"mp16-pro:{folder}")
     table = read_table(folder / "run" / "photos.parquet")
     assert table["id"].to_pylist() == ids[:10]
     assert load_pictures(table["image"].to_pylist(), 8)[1] == [None] * 10

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from conftest import OPTIONS, OneLine, write_test_photos
 
-from rag_geotoken import stages
+from rag_geotoken import retrieval, stages
 from rag_geotoken.cells import cell_level, parent_ids
 from rag_geotoken.files import read_json
 from rag_geotoken.metrics import RADII_KM
@@ -21,6 +21,7 @@ from rag_geotoken.posterior import effective_area_km2
 from rag_geotoken.run_tables import (
     read_candidates,
     read_embeddings,
+    read_matches,
     read_neighbors,
     read_places,
     read_pool,
@@ -86,10 +87,10 @@ def test_neighbours_and_candidates_come_back_as_arrays(run_folder: Path, geoloca
 def test_a_photos_candidates_do_not_depend_on_the_photos_around_it(
     run_folder: Path, geolocator: Geolocator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "BLOCK", 4)
+    monkeypatch.setattr(retrieval, "BLOCK", 4)
     write_table(tmp_path / "photos.parquet", read_table(run_folder / "photos.parquet").slice(5, 11))
-    stages.encode(tmp_path, geolocator.alignment)
-    stages.search(tmp_path, geolocator.index, OPTIONS.neighbors, geolocator.tuning.search_weights)
+    retrieval.encode(tmp_path, geolocator.alignment)
+    retrieval.search(tmp_path, geolocator.index, OPTIONS.neighbors, geolocator.tuning.search_weights)
     stages.propose(tmp_path, geolocator, OPTIONS)
     few, many = read_candidates(tmp_path), read_candidates(run_folder)
     np.testing.assert_array_equal(few.tokens, many[4:15].tokens)
@@ -139,13 +140,14 @@ def test_photos_of_different_numbers_of_cells_and_entries_come_back(tmp_path: Pa
 def test_the_pool_and_its_verdicts_come_back_as_arrays(run_folder: Path, geolocator: Geolocator) -> None:
     _, photo, _ = read_embeddings(run_folder)
     neighbors, pool = read_neighbors(run_folder), read_pool(run_folder)
-    made = geolocator.pool(neighbors, read_candidates(run_folder), read_places(run_folder))
+    matches = read_matches(run_folder)
+    made = geolocator.pool(neighbors, read_candidates(run_folder), read_places(run_folder), matches=matches)
     for b in range(PHOTOS - 1):
         for name in ("lat_lon", "log_weight", "source"):
             np.testing.assert_array_equal(getattr(pool, name)[b][pool.mask[b]], getattr(made, name)[b][made.mask[b]])
     for verifier in VERIFIERS:
         scores = read_verdicts(run_folder, pool, verifier)
-        np.testing.assert_allclose(scores, geolocator.verify(verifier, photo, neighbors, pool), atol=1e-5)
+        np.testing.assert_allclose(scores, geolocator.verify(verifier, photo, neighbors, pool, matches), atol=1e-5)
         for b, rows in enumerate(by_photo(run_folder, f"verdicts-{verifier}")):
             assert [(row["verifier"], row["status"]) for row in rows] == [(verifier, "ok")]
             assert rows[0]["scores"] == scores[b][pool.mask[b]].tolist()
@@ -221,9 +223,9 @@ def test_a_run_without_a_readable_picture(tmp_path: Path, geolocator: Geolocator
     write_test_photos(tmp_path, 3)
     table = read_table(tmp_path / "photos.parquet").slice(BROKEN)
     write_table(tmp_path / "photos.parquet", table)
-    stages.encode(tmp_path, geolocator.alignment)
+    retrieval.encode(tmp_path, geolocator.alignment)
     with one_line("none of the 1 pictures can be read; the first: .*missing.png"):
-        stages.search(tmp_path, geolocator.index, 6, geolocator.tuning.search_weights)
+        retrieval.search(tmp_path, geolocator.index, 6, geolocator.tuning.search_weights)
 
 
 @pytest.mark.parametrize("verifier", ["nobody", "reward"])

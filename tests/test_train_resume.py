@@ -18,7 +18,7 @@ from conftest import TOKENS, OneLine
 from safetensors.torch import load_file
 from tiny_training import SETTINGS, quiet, save_alignment, start, tiny, toml
 
-from rag_geotoken import stages
+from rag_geotoken import retrieval
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.token_model import TokenModel
 from rag_geotoken.training import loop, run, tokens
@@ -39,7 +39,7 @@ class Stop(Exception):
 def both(index_folder: Path, gallery: GeoIndex, tmp_path_factory: pytest.TempPathFactory) -> tuple[Photos, Photos]:
     folder = tmp_path_factory.mktemp("photos") / "stages"
     shutil.copytree(index_folder / "stages", folder)
-    stages.search(folder, gallery, TOKENS.neighbors, Tuning().search_weights)
+    retrieval.search(folder, gallery, TOKENS.neighbors, Tuning().search_weights)
     return read_photos(folder, gallery, TOKENS, held_out=20, seed=1)
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tiny_training import quiet
 from torch import Tensor
 
-from rag_geotoken import stages
+from rag_geotoken import retrieval
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.cells import S2Tokenizer
 from rag_geotoken.index import GeoIndex
@@ -37,13 +37,13 @@ TWICE = 5  # photos that the gallery holds a second time
 def folder(tmp_path_factory: pytest.TempPathFactory, alignment: GeoAlignment, weights: Path) -> Path:
     """A gallery of 120 photos and its index; five photos stand there twice, under another name."""
     folder = tmp_path_factory.mktemp("twice")
-    stages.write_photos(folder, "blue-marble:gallery,n=115")
+    retrieval.write_photos(folder, "blue-marble:gallery,n=115")
     table = read_table(folder / "photos.parquet")
     again = table.slice(0, TWICE).set_column(0, "id", [[f"again-{i}" for i in range(TWICE)]])
     write_table(folder / "photos.parquet", pa.concat_tables([table, again]))
-    stages.encode(folder, alignment)
+    retrieval.encode(folder, alignment)
     build_index(folder, folder / "photos.parquet", folder / "embeddings.parquet", alignment.identity)
-    stages.search(folder, GeoIndex.load(folder), TOKENS.neighbors, Tuning().search_weights)
+    retrieval.search(folder, GeoIndex.load(folder), TOKENS.neighbors, Tuning().search_weights)
     return folder
 
 

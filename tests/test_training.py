@@ -37,6 +37,16 @@ RECIPE: dict[str, dict[str, Any]] = {
     },
     "reward": {"photos": 40, "epochs": 2, "batch": 8, "rate": 1e-3, "seed": 2},
     "tuning": {"source": "blue-marble:validation,n=12"},
+    "verifier": {
+        "source": "blue-marble:train,n=24,seed=5",
+        "held_out": 8,
+        "vocabulary": 600,
+        "steps": 1,
+        "batch": 8,
+        "views": 4,
+        "rate": 1e-3,
+        "seed": 3,
+    },
 }
 
 
@@ -100,7 +110,8 @@ def test_a_recipe_makes_a_folder_that_locates(made: tuple[Path, dict[str, Seen]]
     names = {f"{name}.{kind}" for name in ("alignment", "tokens", "reward") for kind in ("json", "safetensors")}
     assert {path.name for path in out.iterdir()} == names | {"tuning.json"}
     kept = {f"weights-{name}checkpoint.safetensors" for name in ("alignment-", "")}
-    beside = {"weights", "weights-index", "weights-photos"} | kept
+    kept |= {"weights-verifier-checkpoint.safetensors"}
+    beside = {f"weights{name}" for name in ("", "-index", "-photos", "-verifier", "-verifier-photos")} | kept
     assert {path.name for path in out.parent.iterdir()} == beside
     geolocator = Geolocator.from_pretrained(out.with_name("weights-index"), out)
     modes = {"none", "alignment", "reward", "alignment+reward", "look", "alignment+look"}
@@ -118,9 +129,10 @@ def test_no_training_sees_a_test_photo(made: tuple[Path, dict[str, Seen]]) -> No
         "tokens": {"gallery", "train"},
         "reward": {"gallery"},
         "tuning": {"gallery", "validation"},
+        "verifier": {"gallery", "train"},
     }
     assert {what: one.kept() for what, one in seen.items()} == {what: [] for what in RECIPE}
-    counts = {what: sum(map(len, one.views)) for what, one in seen.items()}
+    counts = {what: sum(map(len, one.views)) for what, one in seen.items() if what != "verifier"}
     assert counts == {"alignment": 12, "tokens": 60 + 48, "reward": 0, "tuning": 12}
     validation = places([draw_views("validation", 2000, 0)])
     assert len(seen["tuning"].places()) == 12 and seen["tuning"].places() <= validation
@@ -136,7 +148,7 @@ def test_a_test_photo_would_be_seen(split: str) -> None:
 
 @pytest.mark.parametrize(
     ("what", "split"),
-    [("tokens", split) for split in (*KEPT, "validation")]
+    [(what, split) for what in ("tokens", "verifier") for split in (*KEPT, "validation")]
     + [("tuning", split) for split in (*KEPT, "train", "gallery")],
 )
 def test_sources_that_are_kept_for_other_uses_are_refused(
@@ -182,6 +194,8 @@ def test_the_recipe_that_ships_fits() -> None:
         ("tokens", {"source": "gallery", "held_out": 60}, "hold out fewer"),
         ("reward", {"photos": 0}, "photos"),
         ("reward", {"source": "gallery"}, "source"),
+        ("verifier", {"batch": 17}, "24 photos, 8 of them held out, do not fill a batch of 17"),
+        ("verifier", {"vocabulary": 0}, "vocabulary"),
         ("tuning", {"source": "blue-marble:validation,n=x"}, "n=x"),
         ("tuning", {"source": "gallery"}, "gallery"),
         ("tuning", {"source": 3}, "source"),
@@ -212,6 +226,7 @@ def test_a_recipe_without_a_section_is_named(recipe: dict[str, Any], tmp_path: P
         ("reward", "tokens"),
         ("tuning", "tokens"),
         ("tuning", "reward"),
+        ("verifier", "tuning"),
     ],
 )
 def test_a_model_that_should_be_there_first_is_named(

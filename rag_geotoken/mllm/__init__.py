@@ -6,23 +6,29 @@ from pathlib import Path
 
 from rag_geotoken.errors import GeoError
 from rag_geotoken.mllm.request import Client, Reply, Request
+from rag_geotoken.weights import EARTH
 
 __all__ = ["Client", "Reply", "Request", "open_client"]
 
 IN_PROCESS = "vllm:"
+EMBEDDED = "embedded"  # the small model that ships, of the demo's satellite views
+EMBEDDED_FOLDER = EARTH.with_name("earth-verifier")
 
 
 def open_client(where: str, model: str | None = None) -> Client:
     """The model at an address or in a folder, checked to be there.
 
     Args:
-        where: ``http://HOST:PORT/v1`` is an OpenAI-compatible server, ``vllm:DIR`` runs vLLM in this process, anything
-            else is a folder or a hub's name for transformers in this process.
+        where: ``embedded`` is the small model that ships, ``http://HOST:PORT/v1`` an OpenAI-compatible server,
+            ``vllm:DIR`` runs vLLM in this process, anything else is a folder or a hub's name for transformers in this
+            process.
         model: Its name on a server; None where the server has only one.
 
     Raises:
         GeoError: in one line, when the server is down or has no such model, or the model cannot be had or used.
     """
+    if where == EMBEDDED:
+        where = str(EMBEDDED_FOLDER)
     if where.startswith(("http://", "https://")):
         from rag_geotoken.mllm.server import ServerClient
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from rag_geotoken import stages
+from rag_geotoken import retrieval
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.errors import GeoError
 from rag_geotoken.progress import progress_bar
@@ -50,8 +50,8 @@ class Examples:
 
 def write_examples(folder: Path, source: str, alignment: GeoAlignment) -> None:
     """A source -> the stage tables photos, projections and texts; the first two are what an index is made from."""
-    photos = stages.write_photos(folder, source)
-    stages.encode(folder, alignment, projections=True)
+    photos = retrieval.write_photos(folder, source)
+    retrieval.encode(folder, alignment, projections=True)
     names = read_table(photos, ["place"])["place"].unique().drop_null().to_pylist() or [""]
 
     def work(at: slice) -> pa.Table:

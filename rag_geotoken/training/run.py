@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rag_geotoken import stages
+from rag_geotoken import retrieval, stages
 from rag_geotoken.alignment import G3, GeoAlignment
 from rag_geotoken.demo import make_index
 from rag_geotoken.encoders import load_backbone
@@ -20,12 +20,12 @@ from rag_geotoken.errors import GeoError
 from rag_geotoken.files import check_writable, file_sha256, write_json
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.location import LocationEncoder
-from rag_geotoken.pipeline import Geolocator
+from rag_geotoken.pipeline import Geolocator, Options
 from rag_geotoken.reward import RewardHead
 from rag_geotoken.sources import blue_marble
 from rag_geotoken.token_model import TokenConfig, TokenModel
 from rag_geotoken.training.processes import world_size
-from rag_geotoken.tuning import Tuning
+from rag_geotoken.tuning import Tuning, load_tuning
 from rag_geotoken.weights import fingerprint
 
 Log = Callable[[str], None]
@@ -55,30 +55,41 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "reward": {"photos": int, "epochs": int, "batch": int, "rate": float, "seed": int},
     "tuning": {"source": str},
+    "verifier": {
+        "source": str,
+        "held_out": int,
+        "vocabulary": int,
+        "steps": int,
+        "batch": int,
+        "views": int,
+        "rate": float,
+        "seed": int,
+    },
 }
 LEAST = {"seed": 0, "rate": 1e-9, "decay": 0.0}  # every other number at least 1
 # What may be drawn from the Earth: photos that results are measured on are never trained on or chosen by, and photos
 # that tuning chooses by are not trained on.
-SPLITS = {"tokens": ("train", "gallery"), "heads": ("train", "gallery"), "tuning": ("validation",)}
+SPLITS = {
+    "tokens": ("train", "gallery"),
+    "heads": ("train", "gallery"),
+    "tuning": ("validation",),
+    "verifier": ("train", "gallery"),
+}
 
 
 def train(what: str, recipe: dict[str, Any], out: Path) -> None:
-    """Train ``alignment``, ``heads``, ``tokens``, ``reward`` or ``tuning`` with the recipe's section of that name.
+    """Train ``alignment``, ``heads``, ``tokens``, ``reward``, ``tuning`` or ``verifier`` with the recipe's section.
 
     ``alignment`` (of satellite views) or ``heads`` (on a frozen backbone) is the first, the others follow in this order
-    in one folder; the gallery's index is kept beside it in ``OUT-index``. Raises GeoError when an earlier one is
-    missing, the recipe does not fit or its source is kept for something else.
+    in one folder; the gallery's index is kept beside it in ``OUT-index``, the multimodal verifier in ``OUT-verifier``.
+    Raises GeoError when an earlier one is missing, the recipe does not fit or its source is kept for something else.
     """
     settings, out = _settings(recipe, what), out.resolve()  # so that "." has a name
     if what not in ("tokens", "heads") and world_size() > 1:
         raise GeoError(
             f"{world_size()} processes were started to train {what}: start one, tokens and heads take several"
         )
-    begun = time.monotonic()
-
-    def log(line: str) -> None:
-        print(f"{time.monotonic() - begun:7.0f} s  {line}", file=sys.stderr, flush=True)
-
+    log = _log()
     if what == "alignment":
         from rag_geotoken.training.alignment import train_alignment
 
@@ -91,6 +102,9 @@ def train(what: str, recipe: dict[str, Any], out: Path) -> None:
     alignment = GeoAlignment.from_pretrained(out)
     index = _gallery(alignment, out)
     tokens = TokenModel.from_pretrained(out)
+    if what == "verifier":
+        _train_verifier(settings, Geolocator(alignment, tokens, index, load_tuning(out)), out, log)
+        return
     if what == "reward":
         from rag_geotoken.training.reward import train_reward
 
@@ -101,6 +115,12 @@ def train(what: str, recipe: dict[str, Any], out: Path) -> None:
 
     geolocator = Geolocator(alignment, tokens, index, Tuning(), RewardHead.from_pretrained(out))
     write_json(out / "tuning.json", asdict(tune(geolocator, **settings, log=log)))
+
+
+def _log() -> Log:
+    """Lines on standard error, with the seconds since now."""
+    begun = time.monotonic()
+    return lambda line: print(f"{time.monotonic() - begun:7.0f} s  {line}", file=sys.stderr, flush=True)
 
 
 def _gallery(alignment: GeoAlignment, out: Path) -> GeoIndex:
@@ -126,9 +146,9 @@ def _train_tokens(settings: dict[str, Any], out: Path, log: Log) -> None:
     with accelerator.main_process_first():  # the others find every table made
         index = _gallery(alignment, out)
         if not own:
-            stages.write_photos(photos, settings["source"])
-            stages.encode(photos, alignment)
-        stages.search(photos, index, config.neighbors, Tuning().search_weights)
+            retrieval.write_photos(photos, settings["source"])
+            retrieval.encode(photos, alignment)
+        retrieval.search(photos, index, config.neighbors, Tuning().search_weights)
     tables = [file_sha256(photos / f"{name}.parquet") for name in ("photos", "embeddings", "neighbours")]
     facts = {"settings": settings, "config": asdict(config), "tables": tables, "index": index.manifest["sha256"]}
     train_on, validation = read_photos(photos, index, config, settings["held_out"], settings["seed"])
@@ -161,6 +181,44 @@ def _train_heads(settings: dict[str, Any], out: Path, log: Log) -> None:
     numbers = {name: settings[name] for name in ("epochs", "batch", "rate", "decay", "seed")}
     train_heads(config, train_on, validation, out, _identity(facts), **numbers, start=begin, log=log)
     accelerator.end_training()
+
+
+def train_mllm(settings: dict[str, Any], out: Path, where: str | None, model: str | None) -> None:
+    """Choose what a multimodal model's verdicts are worth on photos with places, for the models in ``out``.
+
+    where: as :func:`.open_client` takes it, or None for the verifier trained beside ``out``. Replaces tuning.json;
+    the photos' tables and the model's answers are kept in ``OUT-mllm``.
+    """
+    from rag_geotoken.mllm import open_client
+    from rag_geotoken.training.mllm import tune_mllm
+
+    settings, out = _settings(settings, "tuning"), out.resolve()
+    client = open_client(where or str(out.with_name(f"{out.name}-verifier")), model)
+    _gallery(GeoAlignment.from_pretrained(out), out)
+    geolocator = Geolocator.from_pretrained(out.with_name(f"{out.name}-index"), out)
+    tuned = tune_mllm(out.with_name(f"{out.name}-mllm"), settings["source"], geolocator, client, _log())
+    write_json(out / "tuning.json", asdict(tuned))
+
+
+def _train_verifier(settings: dict[str, Any], geolocator: Geolocator, out: Path, log: Log) -> None:
+    """Photos through the stages up to the alignment's verdicts, then the training itself."""
+    from rag_geotoken.training.verifier import train_verifier
+    from rag_geotoken.training.verifier_examples import read_examples
+
+    folder, photos = (out.with_name(f"{out.name}-{name}") for name in ("verifier", "verifier-photos"))
+    check_writable(folder)
+    options, weights = Options(verify=("visual",)), geolocator.tuning.search_weights
+    retrieval.write_photos(photos, settings["source"])
+    retrieval.encode(photos, geolocator.alignment)
+    retrieval.search(photos, geolocator.index, options.neighbors, weights)
+    stages.matches(photos, geolocator)
+    for stage in (stages.propose, stages.places, stages.pool):
+        stage(photos, geolocator, options)
+    verdicts = stages.verify(photos, geolocator, "alignment")
+    examples = read_examples(photos, geolocator.index, weights)
+    identity = _identity({"settings": settings, "photos": file_sha256(verdicts)})
+    numbers = {name: value for name, value in settings.items() if name != "source"}
+    train_verifier(examples, geolocator.alignment, folder, identity, **numbers, log=log)
 
 
 def _identity(facts: dict[str, Any]) -> str:

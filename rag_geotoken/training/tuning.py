@@ -10,16 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rag_geotoken import selection
-from rag_geotoken.confidence import fit_calibration
+from rag_geotoken.agreement import support
+from rag_geotoken.confidence import calibrated, fit_calibration
 from rag_geotoken.errors import GeoError
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.look import likeness
 from rag_geotoken.metrics import RADII_KM
 from rag_geotoken.pipeline import Geolocator, Options, digests
-from rag_geotoken.pool import make_pool, neighbor_pool
+from rag_geotoken.pool import extend, make_pool, neighbor_pool
 from rag_geotoken.sources import read_source
 from rag_geotoken.tuning import Tuning
-from rag_geotoken.types import Candidates, Neighbors, Places, Pool, Predictions
+from rag_geotoken.types import Candidates, Matches, Neighbors, Places, Pool, Predictions
 
 # One setting after the other, twice around: what leaves the fewest photos outside 25, 200, 750 and 2500 km, the radii
 # that views can reach. The mean of the shares' logarithms is compared, or 25 km would decide alone.
@@ -44,6 +45,18 @@ CONFIDENCE = {
     "confidence_scale": [0.06, 0.1, 0.15, 0.25, 0.4, 0.6, 1.0],
     "confidence_km": [6.0, 10.0, 14.0, 18.0, 25.0, 35.0, 50.0],
 }
+VISUAL_CONFIDENCE = {
+    "visual_confidence_scale": [0.06, 0.1, 0.15, 0.25, 0.4, 0.6, 1.0],
+    "visual_confidence_km": [0.5, 1.0, 2.0, 5.0, 10.0, 20.0],
+}
+# Verified by the pictures and the alignment; 1 km counts too.
+VISUAL = {
+    "visual_scale": [0.5, 1.0, 2.0, 4.0, 8.0, 16.0],
+    "visual_share": [0.1, 0.3, 0.5, 0.7, 0.9],
+    "match_scale": [0.0, 2.0, 5.0, 10.0, 20.0, 40.0],
+    "visual_km": [0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0],
+    "visual_spread_km": [0.5, 1.0, 2.0, 5.0, 15.0, 50.0],
+}
 DENSITY = {"density_scale": [5.0, 10.0, 20.0, 40.0], "density_km": [10.0, 25.0, 50.0, 100.0, 200.0, 300.0]}
 MODES: tuple[tuple[str, ...], ...] = (
     (),
@@ -52,6 +65,8 @@ MODES: tuple[tuple[str, ...], ...] = (
     ("alignment", "reward"),
     ("look",),
     ("alignment", "look"),
+    ("visual",),
+    ("alignment", "visual"),
 )
 Log = Callable[[str], None]
 Mix = tuple[float, float, float]  # beta, semantic, spatial
@@ -62,9 +77,9 @@ def tune(geolocator: Geolocator, source: str, log: Log) -> Tuning:
     """Coordinate search on a source of validation photos -> the tuning that did best on them.
 
     The decision is tuned as verified by alignment, then the reward head's scale beside it, then the look as the only
-    verifier, then the confidence, with a calibration for every set of verifiers. The density baseline gets its best
-    kernel too, to be an honest opponent. Photos without a place are left out. Raises GeoError when none has one or a
-    picture cannot be read.
+    verifier, then the comparison of pictures beside the alignment, then the confidence, with a calibration for every
+    set of verifiers. The density baseline gets its best kernel too, to be an honest opponent. Photos without a place
+    are left out. Raises GeoError when none has one or a picture cannot be read.
     """
     photos = read_source(source)
     photos = photos.filter(photos["lat"].is_valid())
@@ -76,10 +91,14 @@ def tune(geolocator: Geolocator, source: str, log: Log) -> Tuning:
 
     def decide(tuning: Tuning, mode: tuple[str, ...]) -> Predictions:
         found = []
-        for near, cells, places, scores in parts:
+        mix = tuning.look_beta, tuning.look_semantic, tuning.look_spatial
+        for near, cells, places, matches, scores in parts:
             pool = make_pool(near, cells, geolocator.tokenizer, tuning, places)
-            mix = tuning.look_beta, tuning.look_semantic, tuning.look_spatial
-            chosen = {name: scores[mix if name == "look" else name] for name in mode}
+            pool = extend(pool, matches, tuning) if "visual" in mode else pool
+            given = {name: scores[mix if name == "look" else name] for name in mode if name != "visual"}
+            chosen = {name: values[:, : pool.mask.shape[1]] for name, values in given.items()}
+            if "visual" in mode:
+                chosen["visual"] = support(pool, matches, tuning.visual_km)
             found.append(selection.decide(pool, chosen, tuning))
         return _together(found)
 
@@ -87,31 +106,33 @@ def tune(geolocator: Geolocator, source: str, log: Log) -> Tuning:
         pools = (neighbor_pool(near, tuning.density_scale) for near, *_ in parts)
         return _together([selection.density(pool, tuning) for pool in pools])
 
-    def brier(tuning: Tuning) -> float:
-        decided = decide(tuning, ("alignment",))
-        right = _hits(decided, truth)
-        sure = replace(tuning, calibration={"alignment": fit_calibration(decided.confidence, right)})
-        return -float(np.mean((decide(sure, ("alignment",)).confidence - right)[:, 1:] ** 2))
+    def brier(tuning: Tuning, mode: tuple[str, ...], first: int = 1) -> float:
+        decided = decide(tuning, mode)
+        right = hits(decided, truth)
+        sure = calibrated(decided.confidence, fit_calibration(decided.confidence, right))
+        return -float(np.mean((sure - right)[:, first:] ** 2))
 
     best = Tuning(search_weights=geolocator.tuning.search_weights)
-    best = _search(best, DECISION, lambda tuning: _inside(decide(tuning, ("alignment",)), truth), log)
+    best = _search(best, DECISION, lambda tuning: inside(decide(tuning, ("alignment",)), truth), log)
     if geolocator.reward is not None:
-        best = _search(best, REWARD, lambda tuning: _inside(decide(tuning, ("alignment", "reward")), truth), log)
-    best = _search(best, LOOK, lambda tuning: _inside(decide(tuning, ("look",)), truth), log)
-    best = _search(best, CONFIDENCE, brier, log)
-    best = _search(best, DENSITY, lambda tuning: _inside(density(tuning), truth), log)
+        best = _search(best, REWARD, lambda tuning: inside(decide(tuning, ("alignment", "reward")), truth), log)
+    best = _search(best, LOOK, lambda tuning: inside(decide(tuning, ("look",)), truth), log)
+    best = _search(best, VISUAL, lambda tuning: inside(decide(tuning, ("alignment", "visual")), truth, 0), log)
+    best = _search(best, CONFIDENCE, lambda tuning: brier(tuning, ("alignment",)), log)
+    best = _search(best, VISUAL_CONFIDENCE, lambda tuning: brier(tuning, ("alignment", "visual"), 0), log)
+    best = _search(best, DENSITY, lambda tuning: inside(density(tuning), truth), log)
     decided = {mode: decide(best, mode) for mode in modes}
     for mode, predictions in decided.items():
-        shares = " ".join(f"{share:.2f}" for share in 100 * _hits(predictions, truth).mean(axis=0))
+        shares = " ".join(f"{share:.2f}" for share in 100 * hits(predictions, truth).mean(axis=0))
         log(f"verified by {selection.verified_by(mode)}: {shares} % within 1, 25, 200, 750, 2500 km")
-    pairs = {mode: fit_calibration(found.confidence, _hits(found, truth)) for mode, found in decided.items()}
+    pairs = {mode: fit_calibration(found.confidence, hits(found, truth)) for mode, found in decided.items()}
     return replace(best, calibration={selection.verified_by(mode): each for mode, each in pairs.items()})
 
 
 def _propose(
     geolocator: Geolocator, references: list[str], log: Log
-) -> list[tuple[Neighbors, Candidates, Places, Scores]]:
-    """Neighbours, candidates and every verifier's scores of photos, in blocks: what no setting changes."""
+) -> list[tuple[Neighbors, Candidates, Places, Matches, Scores]]:
+    """Neighbours, candidates, matches and verifiers' scores of photos, in blocks: what no setting changes."""
     options, parts = Options(), []
     for start in range(0, len(references), 256):
         pixels, errors = geolocator.alignment.load(references[start : start + 256])
@@ -122,10 +143,11 @@ def _propose(
         keys = list(range(start, start + len(photo)))
         cells = geolocator.propose(photo, near, options, keys)
         places = geolocator.places(photo, options.gps_places)
-        pool = geolocator.pool(near, cells, places)
+        matches = geolocator.match(pixels, near)
+        pool = geolocator.pool(near, cells, places, matches=matches)
         names = ["alignment"] if geolocator.reward is None else ["alignment", "reward"]
         scores: Scores = {name: geolocator.verify(name, photo, near, pool) for name in names}
-        parts.append((near, cells, places, scores | _looks(geolocator, photo, pool)))
+        parts.append((near, cells, places, matches, scores | _looks(geolocator, photo, pool)))
     log(f"pools of {len(references)} validation photos")
     return parts
 
@@ -158,13 +180,16 @@ def _together(parts: list[Predictions]) -> Predictions:
     return Predictions(*(np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])))
 
 
-def _inside(decided: Predictions, truth: NDArray[np.float64]) -> float:
-    """Minus the mean logarithm of the shares outside 25, 200, 750 and 2500 km; half a photo is always outside."""
-    outside = (~_hits(decided, truth)[:, 1:]).sum(axis=0) + 0.5
+def inside(decided: Predictions, truth: NDArray[np.float64], first: int = 1) -> float:
+    """Minus the mean logarithm of the shares outside 25, 200, 750 and 2500 km; half a photo is always outside.
+
+    first: 0 for 1 km too.
+    """
+    outside = (~hits(decided, truth)[:, first:]).sum(axis=0) + 0.5
     return -float(np.log(outside / len(truth)).mean())
 
 
-def _hits(decided: Predictions, truth: NDArray[np.float64]) -> NDArray[np.bool_]:
+def hits(decided: Predictions, truth: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Which of the radii (B, R) each answer lies within."""
     km = haversine_km(*truth.T, *decided.lat_lon.T)
     hits: NDArray[np.bool_] = km[:, None] <= np.array(RADII_KM)

@@ -1,0 +1,223 @@
+"""Train the embedded verifier: to choose among a pool's places by their evidence, and to know the Earth by sight."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, linear, normalize
+from torch.nn.utils.rnn import pad_sequence
+from transformers import LlavaForConditionalGeneration
+
+from rag_geotoken.alignment import GeoAlignment
+from rag_geotoken.errors import GeoError
+from rag_geotoken.pictures import load_pictures
+from rag_geotoken.sources import blue_marble
+from rag_geotoken.training.loop import Kept, Log, run_steps
+from rag_geotoken.training.processes import make_accelerator
+from rag_geotoken.training.schedule import one_cycle
+from rag_geotoken.training.verifier_examples import Examples, Prompt
+from rag_geotoken.training.verifier_model import make_model, save_folder, save_weights
+from rag_geotoken.training.verifier_words import PIXELS, make_processor, make_tokenizer
+
+CHECKS = 12  # looks at the held-out photos in a training, each with a checkpoint
+TOGETHER = 8  # batches drawn at once and sorted by length, so that little is filled up
+CORPUS = 3000  # prompts that the tokenizer is made from
+SIGHT_WEIGHT, LINE_WEIGHT = 0.3, 0.5
+LINE_KM = (50.0, 100.0, 200.0, 750.0)
+HALFWAY = 2  # layers, after which a line's end has read its line
+
+
+def train_verifier(
+    examples: Examples,
+    alignment: GeoAlignment,
+    out: Path,
+    identity: str,
+    *,
+    held_out: int,
+    vocabulary: int,
+    steps: int,
+    batch: int,
+    views: int,
+    rate: float,
+    seed: int,
+    log: Log,
+) -> None:
+    """Train from nothing, write the folder ``out`` that transformers and vLLM load.
+
+    Each step has ``batch`` prompts, with the cross-entropy of the answer alone, and ``views`` fresh views of the Earth,
+    whose picture tokens are to tell their places apart: the contrast with the alignment's embeddings of places, which
+    stand still. AdamW, one cosine cycle, bf16. ``OUT-checkpoint.safetensors`` lets a stopped training with the same
+    identity go on, to the same weights. Raises GeoError when there are too few photos.
+    """
+    photos = len(examples.images) - held_out
+    if photos < batch:
+        raise GeoError(f"{len(examples.images)} photos, {held_out} of them held out, do not fill a batch of {batch}")
+    accelerator = make_accelerator()
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    corpus = [examples.prompt(i, rng) for i in rng.integers(photos, size=min(CORPUS, 8 * photos))]
+    processor = make_processor(make_tokenizer((said for p in corpus for said in (p.text, p.answer)), vocabulary))
+    model = make_model(processor.tokenizer)
+    model.set_attn_implementation("eager")  # the fast one of torch is slow for heads so narrow, on a CPU
+    save_folder(model, processor, out)
+    losses = Losses(model, alignment.config.dim)
+    decayed = [p for p in losses.parameters() if p.requires_grad and p.ndim > 1]
+    others = [p for p in losses.parameters() if p.requires_grad and p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+    adam = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
+    seen = blue_marble.draw_views("train", steps * views, seed)
+    batches = Batches(processor, examples, photos, batch, seed)
+    parts = np.array_split(np.arange(photos, photos + held_out), math.ceil(held_out / batch))
+    looked = [batches.pack([examples.plain(i, np.random.default_rng(i)) for i in part]) for part in parts]
+
+    def loss(model: nn.Module, step: int) -> Tensor:
+        drawn = seen[step * views : (step + 1) * views]
+        pixels = np.concatenate([batches.of(step).pixels, blue_marble.cut(drawn)])
+        places = alignment.embed_places(drawn[:, :2])
+        asked, lines, sight = model(batches.of(step), batches.pictures(pixels), torch.from_numpy(places))
+        total: Tensor = asked + LINE_WEIGHT * lines + SIGHT_WEIGHT * sight
+        return total
+
+    @torch.no_grad()
+    def look() -> tuple[float, str]:
+        losses.eval()
+        found = [losses.answers(part, batches.pictures(part.pixels)) for part in looked]
+        value = float(torch.cat([each for each, _ in found]).mean())
+        right = float(torch.cat([each for _, each in found]).float().mean())
+        return value, f"held-out loss {value:.4f}, {100 * right:.1f} % right"
+
+    run_steps(
+        accelerator,
+        losses,
+        adam,
+        lambda done: one_cycle(adam, rate, steps, done),
+        steps,
+        {round(steps * (i + 1) / CHECKS) for i in range(CHECKS)},
+        loss,
+        look,
+        lambda: save_weights(model, out / "model.safetensors"),
+        Kept(out / "model.safetensors", out.with_name(f"{out.name}-checkpoint.safetensors"), identity),
+        log,
+    )
+
+
+class Batch:
+    """B prompts as tensors.
+
+    tokens (B, S) int64, filled up on the right; rows, at, targets (A,) int64: the answers' tokens, each with its prompt
+    and the position before it; weights (A,), which add up to one for a prompt; ends (L, 2): the prompt and position of
+    each candidate's end of line, near (L, 4) whether it is within each of ``LINE_KM`` of the truth; pixels
+    (P, 64, 64, 3) uint8, in order.
+    """
+
+    def __init__(self, prompts: list[Prompt], processor: Any) -> None:
+        words = processor.tokenizer
+        before = words([prompt.text for prompt in prompts])["input_ids"]
+        after = words([prompt.answer for prompt in prompts])["input_ids"]
+        whole = [torch.tensor(said + answer[:-1]) for said, answer in zip(before, after, strict=True)]
+        self.tokens = pad_sequence(whole, batch_first=True, padding_value=words.pad_token_id)
+        counts = [len(answer) for answer in after]
+        self.rows = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(counts))
+        self.at = torch.cat([torch.arange(count) + len(said) - 1 for said, count in zip(before, counts, strict=True)])
+        self.targets = torch.tensor([token for answer in after for token in answer])
+        self.weights = torch.cat([torch.full((count,), 1 / count) for count in counts])
+        # The first two lines end before the candidates.
+        newline = words.encode("\n")[0]
+        ends = [
+            (row, end)
+            for row, (said, prompt) in enumerate(zip(before, prompts, strict=True))
+            for end in np.flatnonzero(np.array(said) == newline)[2 : 2 + len(prompt.away)].tolist()
+        ]
+        self.ends = torch.tensor(ends).view(-1, 2)
+        away = torch.tensor([km for prompt in prompts for km in prompt.away])
+        self.near = (away[:, None] <= torch.tensor(LINE_KM)).float()
+        self.pixels, errors = load_pictures([name for prompt in prompts for name in prompt.pictures], PIXELS)
+        if any(errors):
+            raise GeoError(f"training needs pictures that can be read: {next(filter(None, errors))}")
+
+
+class Batches:
+    """The prompts of every step: they follow from its number."""
+
+    def __init__(self, processor: Any, examples: Examples, photos: int, batch: int, seed: int) -> None:
+        self.processor, self.examples, self.photos, self.batch, self.seed = processor, examples, photos, batch, seed
+        self.of = lru_cache(maxsize=1)(self._of)
+        self._group = lru_cache(maxsize=1)(self._together)
+
+    def _of(self, step: int) -> Batch:
+        group, at = divmod(step, TOGETHER)
+        return self.pack(self._group(group)[at])
+
+    def _together(self, group: int) -> list[list[Prompt]]:
+        rng = np.random.default_rng([self.seed, group])
+        drawn = rng.integers(self.photos, size=TOGETHER * self.batch)
+        prompts = sorted((self.examples.prompt(i, rng) for i in drawn), key=lambda prompt: len(prompt.text))
+        parts = [prompts[i * self.batch : (i + 1) * self.batch] for i in range(TOGETHER)]
+        return [parts[i] for i in rng.permutation(TOGETHER)]
+
+    def pack(self, prompts: list[Prompt]) -> Batch:
+        """Prompts -> tensors."""
+        return Batch(prompts, self.processor)
+
+    def pictures(self, pixels: NDArray[np.uint8]) -> Tensor:
+        """Pixels (P, 64, 64, 3) -> (P, 3, 64, 64) float32 as the processor makes them."""
+        how = self.processor.image_processor
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (how.image_mean, how.image_std))
+        return (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255.0 - mean) / std
+
+
+class Losses(nn.Module):
+    """The loss of the answers, and two that a small model learns from faster: of its lines and of its sight."""
+
+    def __init__(self, llava: LlavaForConditionalGeneration, dim: int) -> None:
+        super().__init__()
+        self.llava = llava.model  # its head is its embeddings: a checkpoint keeps each tensor once
+        hidden: Any = llava.get_input_embeddings().embedding_dim
+        self.place, self.near = nn.Linear(hidden, dim), nn.Linear(hidden, len(LINE_KM))
+        self.sharpness = nn.Parameter(torch.tensor(math.log(15.0)))
+
+    def forward(self, batch: Batch, pixels: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A batch, pixels (P + V, 3, 64, 64) of its pictures and of views, places (V, dim) -> three losses.
+
+        Of the answers; of how near each candidate is, as told where its line ends; and of telling the views' places
+        apart by their picture tokens.
+        """
+        tokens = self._see(pixels)
+        shown, views = tokens[: len(tokens) - len(places)], tokens[len(tokens) - len(places) :]
+        logits, lines = self._read(batch, shown)
+        asked = (cross_entropy(logits, batch.targets, reduction="none") * batch.weights).sum() / len(batch.tokens)
+        near = binary_cross_entropy_with_logits(self.near(lines).float(), batch.near)
+        seen = self.place(views.mean(dim=1))
+        with torch.autocast(pixels.device.type, enabled=False):
+            alike = self.sharpness.exp() * normalize(seen.float(), dim=1) @ places.T
+            own = torch.arange(len(places), device=alike.device)
+            return asked, near, (cross_entropy(alike, own) + cross_entropy(alike.T, own)) / 2
+
+    def answers(self, batch: Batch, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """One-token answers -> their losses (B,), and whether each is the likeliest token (B,)."""
+        logits, _ = self._read(batch, self._see(pixels))
+        return cross_entropy(logits, batch.targets, reduction="none"), logits.argmax(dim=1) == batch.targets
+
+    def _see(self, pixels: Tensor) -> Tensor:
+        """(P, 3, 64, 64) -> (P, 16, hidden), what the language model reads of each picture."""
+        return torch.stack(list(self.llava.get_image_features(pixels).pooler_output))
+
+    def _read(self, batch: Batch, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits where answers are due (A, vocabulary) float32, and halfway states at the lines' ends (L, hidden).
+
+        The filling on the right is behind everything that is read.
+        """
+        embedding = self.llava.get_input_embeddings()
+        words = embedding(batch.tokens)
+        shown = batch.tokens == self.llava.config.image_token_index
+        words = words.masked_scatter(shown[..., None], tokens.to(words.dtype))
+        states = self.llava.language_model(inputs_embeds=words, use_cache=False, output_hidden_states=True)
+        logits = linear(states.last_hidden_state[batch.rows, batch.at], embedding.weight).float()
+        return logits, states.hidden_states[HALFWAY][batch.ends[:, 0], batch.ends[:, 1]]

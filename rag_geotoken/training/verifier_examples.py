@@ -1,0 +1,135 @@
+"""What the embedded verifier is trained on: prompts about photos whose places are known, with the right answers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rag_geotoken.errors import GeoError
+from rag_geotoken.geo import haversine_km
+from rag_geotoken.index import GeoIndex
+from rag_geotoken.mllm.prompts import render
+from rag_geotoken.mllm.shortlist import COUNT, Evidence, Shortlist, candidates, evidence, nearby_rows, shortlist
+from rag_geotoken.places import place_text
+from rag_geotoken.pool import without
+from rag_geotoken.run_tables import read_embeddings, read_matches, read_neighbors, read_pool, read_verdicts
+from rag_geotoken.tables import read_table
+from rag_geotoken.training.verifier_words import BEGIN, END, IMAGE, LETTERS, PATCH, PIXELS
+from rag_geotoken.types import VISUAL, Matches, Pool
+
+MOST = len(LETTERS) - 1  # candidates
+RIGHT_KM = 200.0
+# How often a photo is asked about in another way than the pipeline's usual one.
+SEEN, FREE, ZERO_SHOT, UNPROVEN, ABSENT, FEWER, UNPLACED, PICTURES = 0.4, 0.1, 0.03, 0.15, 0.12, 0.4, 0.1, 0.05
+PHOTO = b"photo"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is said, with a run of image tokens for each picture, its pictures' references, and the right answer.
+
+    away: how far from the truth each of the candidates is, in km, in the order of their lines.
+    """
+
+    text: str
+    pictures: tuple[str, ...]
+    answer: str
+    away: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """N photos with what the pipeline knows of each.
+
+    images: N references; truth (N, 2) degrees; chosen, found: M candidates a photo and their evidence; places: N x M
+    texts; near (N, M): the most alike neighbour's picture near each candidate, or None. seen: the same photos, compared
+    with their neighbours' pictures.
+    """
+
+    images: list[str]
+    truth: NDArray[np.float64]
+    chosen: Shortlist
+    found: Evidence
+    places: list[list[str | None]]
+    near: list[list[str | None]]
+    seen: Examples | None = None
+
+    def prompt(self, i: int, rng: np.random.Generator) -> Prompt:
+        """One of the many ways to ask about photo ``i``, drawn from ``rng``."""
+        if self.seen and rng.random() < SEEN:
+            return self.seen.prompt(i, rng)
+        if rng.random() < ZERO_SHOT:
+            return self._say("diversify", i, [], self._json(i, []), [], similar=[])
+        free, unproven, absent, unplaced, pictures = rng.random(5) < (FREE, UNPROVEN, ABSENT, UNPLACED, PICTURES)
+        known = candidates(self.chosen, i, None if unplaced else self.places[i], None if unproven else self.found)
+        if pictures:
+            for place, near in zip(known, self.near[i], strict=False):
+                if near is not None:
+                    place["picture"] = near
+        away = haversine_km(*self.truth[i], *self.chosen.lat_lon[i, : len(known)].T)
+        order = np.arange(len(known))
+        if absent:
+            order = order[away > RIGHT_KM]
+        listed_at_most = rng.integers(2, MOST + 1) if rng.random() < FEWER else COUNT
+        order = rng.permutation(order[:listed_at_most])
+        listed = [known[at] | {"letter": letter} for at, letter in zip(order, LETTERS, strict=False)]
+        there = away[order].tolist()
+        if free:
+            return self._say("free", i, listed, self._json(i, there), there)
+        return self._say("pool", i, listed, _letter(there), there)
+
+    def plain(self, i: int, rng: np.random.Generator, proven: bool = True) -> Prompt:
+        """The usual question about photo ``i``, its candidates in an order drawn from ``rng``."""
+        known = candidates(self.chosen, i, self.places[i], self.found if proven else None)[:COUNT]
+        order = rng.permutation(len(known))
+        away = haversine_km(*self.truth[i], *self.chosen.lat_lon[i, order].T).tolist()
+        listed = [known[at] | {"letter": letter} for at, letter in zip(order, LETTERS, strict=False)]
+        return self._say("pool", i, listed, _letter(away), away)
+
+    def _json(self, i: int, away: list[float]) -> str:
+        lat, lon = (round(float(value), 1) for value in self.truth[i])
+        sure = 95 if away and min(away) <= RIGHT_KM else 20
+        return json.dumps({"latitude": lat, "longitude": lon, "confidence": sure}) + END
+
+    def _say(
+        self, name: str, i: int, listed: list[dict[str, object]], answer: str, away: list[float], **more: object
+    ) -> Prompt:
+        pictures = {"photo": PHOTO} | {str(p["picture"]): str(p["picture"]).encode() for p in listed if "picture" in p}
+        parts = render(name, pictures, candidates=listed, **more)
+        said = "".join(part if isinstance(part, str) else IMAGE * (PIXELS // PATCH) ** 2 for part in parts)
+        shown = [self.images[i] if part == PHOTO else part.decode() for part in parts if isinstance(part, bytes)]
+        return Prompt(BEGIN + said, tuple(shown), answer, tuple(away))
+
+
+def _letter(away: list[float]) -> str:
+    """The letter of the nearest candidate, or of none where that is too far."""
+    return LETTERS[int(np.argmin(away))] if away and min(away) <= RIGHT_KM else LETTERS[-1]
+
+
+def read_examples(folder: Path, index: GeoIndex, weights: tuple[float, ...]) -> Examples:
+    """A run's tables up to the alignment's verdicts -> examples. ``weights``: those of the search.
+
+    Raises GeoError when a picture cannot be read or its place is not known.
+    """
+    photos = read_table(folder / "photos.parquet", ["image", "lat", "lon"])
+    if photos["lat"].null_count or len(read_embeddings(folder)[0]) < len(photos):
+        raise GeoError(f"{folder.name}: give pictures that can be read and whose places are known")
+    whole, aligned = read_pool(folder), read_verdicts(folder, read_pool(folder), "alignment")
+    truth = np.column_stack([photos["lat"].to_numpy(), photos["lon"].to_numpy()])
+    images, neighbors = photos["image"].to_pylist(), read_neighbors(folder)
+
+    def known(pool: Pool, matches: Matches | None, seen: Examples | None) -> Examples:
+        chosen = shortlist(pool, MOST)
+        found = evidence(chosen, pool, neighbors, aligned, weights, matches)
+        names = iter(place_text(chosen.lat_lon[chosen.mask][:, 0], chosen.lat_lon[chosen.mask][:, 1]))
+        places = [[next(names) if there else None for there in row] for row in chosen.mask.tolist()]
+        rows = nearby_rows(chosen, neighbors)
+        shown = iter(index.rows["image"].take(rows[rows >= 0]).to_pylist())
+        near = [[next(shown) if there else None for there in row] for row in (rows >= 0).tolist()]
+        return Examples(images, truth, chosen, found, places, near, seen)
+
+    return known(without(whole, VISUAL), None, known(whole, read_matches(folder), None))

@@ -1,0 +1,137 @@
+"""The embedded verifier: a LLaVA small enough to travel with the package, made, saved and read as any other is."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rag_geotoken.files import write_text, write_whole
+from rag_geotoken.training.verifier_words import IMAGE, NUMBERS, PATCH, PIXELS
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration
+
+POSITIONS = 1024
+# transformers' names in memory -> those of LLaVA checkpoints on the hub, which both transformers and vLLM read.
+NAMES = {
+    "model.language_model.": "language_model.model.",
+    "model.vision_tower.": "vision_tower.vision_model.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+}
+PERIODS = (400.0, 200.0, 100.0, 50.0, 20.0, 10.0)
+
+
+def make_model(
+    tokenizer: Any, hidden: int = 128, layers: int = 4, sight: int = 192, sight_layers: int = 3
+) -> LlavaForConditionalGeneration:
+    """Random weights from torch's seed: a CLIP tower of 64 x 64 pixels, 16 tokens a picture, and a Llama with it.
+
+    hidden, sight: the widths of the two, multiples of 32, which is the width of a head. Numbers begin with embeddings
+    that say how large they are.
+    """
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    vision = CLIPVisionConfig(
+        hidden_size=sight,
+        intermediate_size=3 * sight,
+        num_hidden_layers=sight_layers,
+        num_attention_heads=sight // 32,
+        image_size=PIXELS,
+        patch_size=PATCH,
+        projection_dim=sight,
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=round(2.75 * hidden / 32) * 32,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 32,
+        head_dim=32,
+        max_position_embeddings=POSITIONS,
+        initializer_range=0.05,
+        tie_word_embeddings=True,
+        **special,
+    )
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=vision,
+            text_config=text,
+            image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+            image_seq_length=(PIXELS // PATCH) ** 2,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="default",
+            tie_word_embeddings=True,
+            **special,
+        )
+    )
+    _write_magnitudes(model, tokenizer)
+    unused = model.model.vision_tower.post_layernorm  # LLaVA reads the last layer before it
+    unused.requires_grad_(False)
+    return model
+
+
+def _write_magnitudes(model: LlavaForConditionalGeneration, tokenizer: Any) -> None:
+    """Embeddings of whole numbers and of decimals: random directions times the number and its waves.
+
+    With tokens as unlike one another as words are, a small model would have to learn each number by itself.
+    """
+    weight: Any = model.get_input_embeddings().weight
+    for names, values in (
+        ([str(n) for n in NUMBERS], torch.arange(len(NUMBERS)).float()),
+        ([f".{n}" for n in range(10)], torch.arange(10) * 10.0),
+    ):
+        turns = values[:, None] * 2 * math.pi / torch.tensor(PERIODS)
+        waves = torch.cat([turns.cos(), turns.sin()], dim=1)
+        features = torch.cat([values[:, None] / 50 - 1, waves], dim=1)
+        directions = torch.randn(features.shape[1], weight.shape[1]) * 0.05 / math.sqrt(len(PERIODS))
+        with torch.no_grad():
+            weight[tokenizer.convert_tokens_to_ids(names)] += features @ directions
+
+
+def save_weights(model: LlavaForConditionalGeneration, path: Path) -> None:
+    """The parameters in half precision, under the names that checkpoints on the hub have."""
+    from safetensors.torch import save
+
+    tensors = {}
+    for name, value in model.state_dict().items():
+        if name == "lm_head.weight":  # the embeddings once more
+            continue
+        before = next(prefix for prefix in NAMES if name.startswith(prefix))
+        tensors[NAMES[before] + name.removeprefix(before)] = value.detach().cpu().half().contiguous()
+    packed = save(tensors, {"format": "pt"})
+    write_whole(path, lambda beside: _fill(beside, packed))
+
+
+def _fill(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def save_folder(model: LlavaForConditionalGeneration, processor: Any, folder: Path) -> None:
+    """Everything but the weights: configuration, tokenizer, processor and chat template."""
+    config: dict[str, Any] = model.config.to_dict() | {"architectures": ["LlavaForConditionalGeneration"]}
+    special = {name: config["text_config"][name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    # Stored as half, computed in float32: then transformers and a server of any kind start from the same numbers.
+    config["dtype"] = config["text_config"]["dtype"] = config["vision_config"]["dtype"] = "float32"
+    for name, content in (("config", config), ("generation_config", special | {"do_sample": False})):
+        write_text(folder / f"{name}.json", json.dumps(content, indent=2, sort_keys=True) + "\n")
+    with TemporaryDirectory(dir=folder) as beside:
+        processor.save_pretrained(beside)
+        for file in Path(beside).iterdir():
+            os.replace(file, folder / file.name)
+
+
+def load_model(folder: Path) -> tuple[LlavaForConditionalGeneration, Any]:
+    """A saved folder -> model in float32, in evaluation mode, and processor."""
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    processors: Any = AutoProcessor
+    model: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return model.eval(), processors.from_pretrained(folder, local_files_only=True)

@@ -1,0 +1,99 @@
+"""The words of the embedded verifier: a byte-level BPE tokenizer made on the spot, and a LLaVA processor around it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from typing import Any
+
+LETTERS = "ABCDEFGHZ"
+BEGIN, END, PAD, IMAGE = "<s>", "</s>", "<pad>", "<image>"
+PIXELS, PATCH = 64, 16
+NUMBERS = range(181)  # whole numbers that are one token each; a sign stands in the token before
+# In this order: the letter before its colon; one decimal; up to three digits; punctuation and space before a number,
+# with its sign; a name or phrase with what stands before it, and with the space and sign before a number.
+PIECES = (
+    r"[A-HZ](?=:|$)|\{|\.\d(?!\d)|\d{1,3}|[,;:]? ?-?(?=\d)|[,;:]? ?\p{L}+(?: \p{L}+)*(?: -?(?=\d))?"
+    r"|\"[a-z]+\": -?|[^\s\p{L}\p{N}]+|\s+"
+)
+# One user message: texts and pictures in the order they were given. Nothing but the words of the message is said, so
+# that the tokens of instructions and picture are the same in front of every list of candidates.
+TEMPLATE = (
+    "{{ '<s>' }}{% for message in messages %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% elif part['type'] == 'image' or part['type'] == 'image_url' %}"
+    "{{ '<image>' }}{% endif %}{% endfor %}{% endif %}{% endfor %}"
+)
+
+
+def make_tokenizer(corpus: Iterable[str], size: int) -> Any:
+    """Texts -> a tokenizer of ``size`` tokens or less, the same for the same texts.
+
+    Every letter of an option, every whole number to 180 and every decimal is one token; that, the letters of all
+    scripts and the special tokens are 450, so many it has in any case.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    fast: Any = PreTrainedTokenizerFast  # which says nothing of its types
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(PIECES), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=max(size - len(NUMBERS), 0),
+        special_tokens=[PAD, BEGIN, END, IMAGE],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((re.sub(r"\d+", "0", text) for text in corpus), trainer)
+    tokenizer = Tokenizer.from_str(_with_numbers(tokenizer.to_str()))
+    return fast(
+        tokenizer_object=tokenizer,
+        bos_token=BEGIN,
+        eos_token=END,
+        pad_token=PAD,
+        additional_special_tokens=[IMAGE],
+        model_max_length=1024,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _with_numbers(tokenizer: str) -> str:
+    """A tokenizer's JSON with the merges that make every number one token."""
+    state = json.loads(tokenizer)
+    vocab, merges = state["model"]["vocab"], state["model"]["merges"]
+    for text in [*map(str, NUMBERS), *(f".{digit}" for digit in range(10))]:
+        if text not in vocab:
+            vocab[text] = len(vocab)
+            # 110 may begin as 11 or as 10, whichever comes first.
+            merges += [[text[:i], text[i:]] for i in range(1, len(text)) if {text[:i], text[i:]} <= vocab.keys()]
+    return json.dumps(state)
+
+
+def make_processor(tokenizer: Any) -> Any:
+    """A tokenizer -> the processor of texts and pictures, as it is saved beside the weights."""
+    from transformers import LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    processor: Any = LlavaProcessor
+    pictures = CLIPImageProcessorPil(
+        size={"shortest_edge": PIXELS},
+        crop_size={"height": PIXELS, "width": PIXELS},
+        image_mean=[0.4, 0.4, 0.4],
+        image_std=[0.25, 0.25, 0.25],
+    )
+    return processor(
+        image_processor=pictures,
+        tokenizer=tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token=IMAGE,
+        chat_template=TEMPLATE,
+    )

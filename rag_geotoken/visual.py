@@ -1,0 +1,231 @@
+"""Registration of pictures seen from straight above: how a photo lies in the picture of each of its neighbours.
+
+First every turn and scale of a grid at a quarter of the resolution, by masked normalised cross-correlation through the
+Fourier transform (Padfield, IEEE Transactions on Image Processing 21, 2012); then the best of them refined to a small
+part of a pixel by Gauss-Newton steps in the inverse compositional manner (Baker and Matthews, IJCV 56, 2004), at a
+quarter, then at half the resolution. No learning, nothing but pixels: neither width nor turn of a view is known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, grid_sample, pad
+
+PIXELS = 64  # of a picture's side, as stages read it: half of them show all that these views hold
+SIDE = PIXELS // 2
+TURNS = range(-55, 56, 11)  # degrees, of the photo against a neighbour: up to twice a view's own, and a little less
+SCALES = tuple(math.exp(0.15 * step) for step in range(-3, 4))  # the photo's width by the neighbour's
+RADIUS, REACH = 5, 8  # of the disc that is sought and of where its middle is sought, in quarter pixels
+KEPT, STEPS = 2, (4, 4)  # turns and scales that are refined, Gauss-Newton steps at either resolution
+NOISE = 2e-5  # variance that a pixel (0..1) has without showing anything
+LEAST_COVER, ENOUGH_COVER = 0.2, 0.4  # of the photo by the neighbour's picture
+WIDEST = 2.0  # of the ratios that a refined match may have
+SHARP = (
+    12.0  # power of the correlation in a score: of right matches it is 0.96 and more, of wrong ones mostly below 0.85
+)
+CHUNK = 16  # photos at a time: their planes stay in the processor's cache
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Registration:
+    """Where each neighbour's picture lies in the photo (B, K).
+
+    middle (B, K, 2): the middle of the neighbour's picture as seen from the photo's, right and down, in photo widths.
+    ratio (B, K): log of the photo's width over the neighbour's, in kilometres. turn (B, K) radians: the photo's less
+    the neighbour's, clockwise from north. alike (B, K) 0..1: how far the two show the same ground.
+    """
+
+    middle: Floats
+    ratio: Floats
+    turn: Floats
+    alike: NDArray[np.float32]
+
+
+@torch.inference_mode()
+def register(photos: NDArray[np.uint8], near: NDArray[np.uint8]) -> Registration:
+    """Photos (B, S, S, 3) against their neighbours' pictures (B, K, S', S', 3), red-green-blue, rows from the top.
+
+    A picture of one colour, such as the zeros of one that could not be read, is like nothing.
+    """
+    parts = []
+    for start in range(0, len(photos), CHUNK):
+        photo, other = _planes(photos[start : start + CHUNK]), _planes(near[start : start + CHUNK])
+        parts.append(_measure(_refine(photo, other, _search(photo, other))))
+    return Registration(*(np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])))
+
+
+@dataclass(frozen=True)
+class _Warp:
+    """Photo pixels x -> neighbour pixels [a -b, b a] x + (x, y), from the middles: (B, N) each; likeness and cover."""
+
+    a: Tensor
+    b: Tensor
+    x: Tensor
+    y: Tensor
+    correlation: Tensor
+    cover: Tensor
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> _Warp:
+        return _Warp(*(change(values) for values in vars(self).values()))
+
+
+def _planes(pictures: NDArray[np.uint8]) -> Tensor:
+    """(..., size, size, 3) uint8 -> (..., 3, 32, 32) of 0..1."""
+    values = torch.from_numpy(np.ascontiguousarray(pictures)).flatten(0, -4).permute(0, 3, 1, 2).float().div_(255)
+    half = adaptive_avg_pool2d(values, SIDE)
+    return half.view(*pictures.shape[:-3], *half.shape[1:])
+
+
+def _measure(warp: _Warp) -> Registration:
+    square = warp.a**2 + warp.b**2
+    right = -(warp.a * warp.x + warp.b * warp.y) / square
+    down = -(warp.a * warp.y - warp.b * warp.x) / square
+    known = (warp.cover > LEAST_COVER) & (square > WIDEST**-2) & (square < WIDEST**2)
+    alike = warp.correlation.clamp(0, 1) ** SHARP * (warp.cover / ENOUGH_COVER).clamp_max(1) * known
+    middle = torch.stack([right, down], -1) / SIDE
+    values = middle, square.sqrt().log(), torch.atan2(warp.b, warp.a)
+    found, ratio, turn = (value.double().numpy() for value in values)
+    return Registration(found, ratio, turn, alike.numpy())
+
+
+def _refine(photo: Tensor, near: Tensor, found: _Warp) -> _Warp:
+    """The first guesses (B, K * KEPT) refined at a quarter of the resolution, the best (B, K) of each at half."""
+    count, k = near.shape[:2]
+    small = avg_pool2d(near.flatten(0, 1), 2).view(count, k, 1, 3, SIDE // 2, SIDE // 2)
+    small = small.expand(-1, -1, KEPT, -1, -1, -1).flatten(1, 2)
+    tried = _gauss_newton(avg_pool2d(photo, 2), small, found, STEPS[0])
+    worth = torch.where(tried.cover > LEAST_COVER, tried.correlation * tried.cover.clamp_max(0.5), -1.0)
+    best = worth.view(count, k, KEPT).argmax(-1, keepdim=True)
+    chosen = tried.each(lambda values: values.view(count, k, KEPT).gather(2, best)[..., 0])
+    twice = _Warp(chosen.a, chosen.b, 2 * chosen.x, 2 * chosen.y, chosen.correlation, chosen.cover)
+    return _gauss_newton(photo, near, twice, STEPS[1])
+
+
+def _search(photo: Tensor, near: Tensor) -> _Warp:
+    """Photos (B, 3, 32, 32) and pictures (B, K, 3, 32, 32) -> the best turns and scales (B, K * KEPT), quarter pixels.
+
+    A disc of the photo, turned and scaled (M ways), is sought in the picture. The sums under the disc that a masked
+    correlation needs depend on either the photo or the neighbour, so only the products are K * M planes.
+    """
+    count, k = near.shape[:2]
+    photo, near = avg_pool2d(photo, 2), avg_pool2d(near.flatten(0, 1), 2).view(count, k, 3, SIDE // 2, SIDE // 2)
+    side, edge = photo.shape[-1], (photo.shape[-1] - 1) / 2
+    scale, turn = (values.flatten() for values in torch.meshgrid(torch.tensor(SCALES), _turns(), indexing="ij"))
+    down, right = torch.meshgrid(*[torch.arange(-RADIUS, RADIUS + 1.0)] * 2, indexing="ij")
+    disc = (right**2 + down**2 <= (RADIUS + 0.5) ** 2).float()
+    cos, sin = (turn.cos() / scale)[:, None, None], (turn.sin() / scale)[:, None, None]
+    spots = torch.stack([cos * right + sin * down, cos * down - sin * right], -1)
+    discs = _sample(photo - photo.mean((-1, -2), keepdim=True), spots.view(1, -1, 2).expand(count, -1, -1))
+    discs = discs.view(count, 3, len(turn), *disc.shape).transpose(1, 2) * disc
+    near = near - near.mean((-1, -2), keepdim=True)
+
+    size = side + RADIUS  # what wraps around meets only zeros
+    first = math.floor(edge) - RADIUS
+    places = torch.arange(first - REACH, first + REACH + 1)
+
+    def forward(values: Tensor) -> Tensor:
+        result: Tensor = torch.fft.rfft2(values, s=(size, size))
+        return result
+
+    def back(values: Tensor) -> Tensor:
+        planes: Tensor = torch.fft.irfft2(values, s=(size, size))
+        return planes[..., places % size, :][..., places % size]
+
+    everywhere, under, shapes = forward(torch.ones(side, side)), forward(disc).conj(), forward(discs).conj()
+    seen = back(everywhere * under).clamp_min(1.0)  # pixels of the disc inside the picture
+    sums = back(forward(near) * under)
+    spread = back(forward(near.square().sum(2)) * under) - sums.square().sum(2) / seen + NOISE * disc.sum()
+    disc_sums = back(everywhere * shapes)
+    disc_spread = back(everywhere * forward(discs.square().sum(2)).conj()) - disc_sums.square().sum(2) / seen
+    product = back(torch.einsum("bkcuv,bmcuv->bkmuv", forward(near), shapes))
+    product -= torch.einsum("bkcuv,bmcuv->bkmuv", sums, disc_sums / seen)
+    product *= spread.rsqrt()[:, :, None]
+    product *= (disc_spread + NOISE * disc.sum()).rsqrt()[:, None]
+    peaks, at = product.masked_fill_(seen < 0.45 * disc.sum(), -1.0).flatten(-2).max(-1)
+    _, ways = peaks.topk(KEPT, -1)
+    at, ways = at.gather(2, ways).flatten(1), ways.flatten(1)
+    shift = places + RADIUS - edge
+    a, b = scale[ways] * turn[ways].cos(), scale[ways] * turn[ways].sin()
+    return _Warp(a, b, shift[at % len(places)], shift[at // len(places)], a, a)
+
+
+def _turns() -> Tensor:
+    return torch.deg2rad(torch.tensor(TURNS, dtype=torch.float32))
+
+
+def _sample(planes: Tensor, spots: Tensor) -> Tensor:
+    """Planes (N, C, side, side) at spots (N, S, 2), pixels right and down of the middle -> (N, C, S), bilinear."""
+    grid = (spots * (2 / planes.shape[-1]))[:, None]
+    return grid_sample(planes, grid, mode="bilinear", padding_mode="zeros", align_corners=False)[:, :, 0]
+
+
+def _gauss_newton(photo: Tensor, near: Tensor, start: _Warp, steps: int) -> _Warp:
+    """Photos (B, 3, side, side) to pictures (B, N, 3, side, side), from a warp in pixels of that size.
+
+    Of the squared differences over what both show, gain and a bias a colour taken out. The derivatives are the photo's
+    and stay as they are, so every sum a step needs is a product of matrices.
+    """
+    count, n, _, side, _ = near.shape
+    right, down = (axis.flatten() for axis in _axes(side))
+    edge, flat = (side - 1) / 2, near.flatten(0, 1)
+    slope_x = pad((photo[..., 2:] - photo[..., :-2]) / 2, (1, 1)).flatten(2)
+    slope_y = pad((photo[..., 2:, :] - photo[..., :-2, :]) / 2, (0, 0, 1, 1)).flatten(2)
+    # By scale, turn and shift, (B, 3, S, 4); then laid out for the sums over pixels.
+    slopes = torch.stack([slope_x * right + slope_y * down, slope_y * right - slope_x * down, slope_x, slope_y], -1)
+    curvature = torch.einsum("bcsi,bcsj->bsij", slopes, slopes).flatten(2)
+    by_pixel, by_value = slopes.transpose(1, 2).flatten(2), slopes.flatten(1, 2)
+    values = photo.flatten(2)
+    powers = torch.cat([values, values.square().sum(1, keepdim=True)], 1).transpose(1, 2)
+    inner = ((right.abs() < edge - 0.4) & (down.abs() < edge - 0.4)).float()  # the slope at the rim is not known
+    damping, limit = 1e-5 * torch.eye(4), torch.tensor([0.2, 0.2, side / 12, side / 12])
+    a, b, x, y = start.a, start.b, start.x, start.y
+    for step in range(steps + 1):
+        across = a[..., None] * right - b[..., None] * down + x[..., None]
+        along = b[..., None] * right + a[..., None] * down + y[..., None]
+        spots = torch.stack([across, along], -1)
+        both = (spots.abs().amax(-1) <= edge) * inner
+        seen = both.sum(-1).clamp_min(1.0)
+        other = _sample(flat, spots.flatten(0, 1)).view(count, n, 3, -1) * both[:, :, None]
+        sums, other_sums, other_flat = both @ powers, other.sum(-1), other.flatten(2)
+        spread = sums[..., 3] - sums[..., :3].square().sum(-1) / seen
+        other_spread = other_flat.square().sum(-1) - other_sums.square().sum(-1) / seen
+        shared = (other_flat @ values.flatten(1)[..., None])[..., 0] - (other_sums * sums[..., :3]).sum(-1) / seen
+        if step == steps:
+            floor = NOISE * seen
+            correlation = shared / ((spread.clamp_min(0) + floor) * (other_spread.clamp_min(0) + floor)).sqrt()
+            return _Warp(a, b, x, y, correlation, seen / inner.sum())
+        gain = (shared / other_spread.clamp_min(1e-4)).clamp(0.4, 2.5)[..., None]
+        bias = (sums[..., :3] - gain * other_sums) / seen[..., None]
+        error = both[:, :, None] * (values[:, None] - bias[..., None]) - gain[..., None] * other
+        means = (both @ by_pixel).view(count, n, 3, 4)
+        hessian = (both @ curvature).view(count, n, 4, 4) - means.mT @ means / seen[..., None, None]
+        hessian = hessian + 1e-2 * torch.diag_embed(hessian.diagonal(dim1=-2, dim2=-1)) + damping
+        change = torch.linalg.solve(hessian, error.flatten(2) @ by_value).clamp(-limit, limit)
+        a, b, x, y = _compose(a, b, x, y, change)
+    raise AssertionError("the last step returns")
+
+
+def _axes(side: int) -> tuple[Tensor, Tensor]:
+    """Pixels right and down of the middle, (side, side) each."""
+    axis = torch.arange(side) - (side - 1) / 2
+    down, right = torch.meshgrid(axis, axis, indexing="ij")
+    return right, down
+
+
+def _compose(a: Tensor, b: Tensor, x: Tensor, y: Tensor, change: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A warp after the inverse of a change (B, N, 4) of the photo's pixels, of which the opposite is given."""
+    scale, turn, right, down = change.unbind(-1)
+    scale, turn, right, down = 1 - scale, -turn, -right, -down
+    square = scale**2 + turn**2
+    scale, turn = scale / square, -turn / square
+    right, down = turn * down - scale * right, -turn * right - scale * down
+    return a * scale - b * turn, a * turn + b * scale, a * right - b * down + x, b * right + a * down + y
