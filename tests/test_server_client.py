@@ -48,6 +48,7 @@ class Handler(BaseHTTPRequestHandler):
     def reply(self, status: int, body: dict[str, Any]) -> None:
         encoded = json.dumps(body).encode()
         self.send_response(status)
+        self.send_header("Location", "/v1/elsewhere")
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(encoded)))
         self.end_headers()
@@ -90,7 +91,7 @@ def test_worth_another_try(handler: type[Handler], status: int) -> None:
     assert reply.seconds > 0.2  # it waited
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
+@pytest.mark.parametrize("status", [307, 400, 401, 403, 404, 422])
 def test_not_worth_another_try(handler: type[Handler], status: int) -> None:
     handler.statuses = [status]
     reply = ask(handler)
@@ -136,6 +137,10 @@ def test_only_tokens_that_spell_an_option_count(handler: type[Handler]) -> None:
 def test_nothing_but_pixels_and_words_is_sent(handler: type[Handler], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret-of-openai")
     monkeypatch.setenv(KEY, "key-of-this-server")
+    for variable in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):  # where nothing answers
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    for variable in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(variable, raising=False)
     ask(handler)
     (body,), (headers,) = handler.seen, handler.headers_seen
     assert headers["authorization"] == "Bearer key-of-this-server"
