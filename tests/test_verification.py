@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import OPTIONS, OneLine
-from tiny_llava import save_llava
 
 from rag_geotoken import stages
 from rag_geotoken.cli import main
@@ -47,11 +46,6 @@ RECIPE: dict[str, Any] = {
     "pools": ["retrieved+generated", "generated"],
     "verify": ["none", "alignment", "mllm-pool", "mllm-pool:plain", "mllm-free", "visual+mllm-pool:pictures"],
 }
-
-
-@pytest.fixture(scope="session")
-def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llava(tmp_path_factory.mktemp("llava"))
 
 
 @pytest.fixture(scope="session")
