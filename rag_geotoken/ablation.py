@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rag_geotoken import selection, stages
+from rag_geotoken.agreement import support
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.pipeline import VERIFIERS, Geolocator
-from rag_geotoken.pool import neighbor_pool, only, posterior_pool, without
+from rag_geotoken.pool import moved_pool, neighbor_pool, posterior_pool, without
 from rag_geotoken.posterior import Posterior, effective_area_km2
 from rag_geotoken.run_tables import (
     read_candidates,
@@ -83,14 +84,12 @@ def _extended(*names: str) -> Decision:
 
 
 def _best_match(run: Run, locator: Geolocator) -> Predictions:
-    alone = only(run.extended, VISUAL)
-    scores = np.zeros(alone.mask.shape, np.float32)
-    scores[alone.mask] = run.matches.scores.ravel()
-    return selection.highest(alone, scores, locator.tuning)
+    return selection.highest(moved_pool(run.matches, locator.tuning), run.matches.scores, locator.tuning)
 
 
 def _consensus(run: Run, locator: Geolocator) -> Predictions:
-    return selection.decide(only(run.extended, VISUAL), {"visual": run.scores["visual"]}, locator.tuning)
+    moved, tuning = moved_pool(run.matches, locator.tuning), locator.tuning
+    return selection.decide(moved, {"visual": support(moved, run.matches, tuning.visual_km)}, tuning)
 
 
 def _by_gps(run: Run, locator: Geolocator) -> Predictions:
@@ -134,8 +133,8 @@ VARIANTS: dict[str, tuple[list[str], Decision]] = {
     "pool+alignment+snap": ([*ALIGNED, "neighbours"], _snapped),
     "pool+gps+alignment": (ALIGNED, _everything("alignment")),
     "pool+gps+alignment+reward": (BOTH, _everything("alignment", "reward")),
-    "visual-best": (["pool", "matches"], _best_match),
-    "visual-consensus": (SEEN, _consensus),
+    "visual-best": (["matches"], _best_match),
+    "visual-consensus": (["matches"], _consensus),
     "pool+gps+visual": (SEEN, _extended("visual")),
     "pool+gps+visual+alignment": ([*SEEN, "verdicts-alignment"], _extended("visual", "alignment")),
 }

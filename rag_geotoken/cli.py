@@ -281,6 +281,20 @@ def train_verifier(recipe: Recipe = None, out: Out = Path("runs/weights")) -> No
     _train("verifier", recipe, out)
 
 
+@train_app.command("mllm")
+def train_mllm(
+    recipe: Recipe = None, out: Out = Path("runs/weights"), mllm: Mllm = None, mllm_model: MllmModel = None
+) -> None:
+    """Choose on validation photos what a multimodal model's verdicts are worth, for the models in OUT.
+
+    Without --mllm: the verifier that was trained beside OUT.
+    """
+    from rag_geotoken.recipes import training_recipe
+    from rag_geotoken.training.run import train_mllm
+
+    train_mllm(training_recipe(recipe), out, mllm, mllm_model)
+
+
 def _train(what: str, recipe: Path | None, out: Path) -> None:
     from rag_geotoken.recipes import training_recipe
     from rag_geotoken.training.run import train

@@ -149,15 +149,15 @@ def _report(
         out / "report.html",
         metrics=metrics,
         errors={"lat": truth[:, 0], "lon": truth[:, 1], "km": km, "name": BEST},
-        examples=[_example(out / "test", row, index) for row in shown.tolist()],
+        examples=[example(out / "test", row, index, BEST, "test") for row in shown.tolist()],
         notes=NOTES,
     )
 
 
-def _example(folder: Path, row: int, index: GeoIndex) -> dict[str, Any]:
-    """One photo with its neighbours, candidates and answer, as the report wants it."""
+def example(folder: Path, row: int, index: GeoIndex, variant: str, split: str) -> dict[str, Any]:
+    """One readable photo with its neighbours, candidates and a variant's answer, as the report wants it."""
     photo = read_table(folder / "photos.parquet").slice(row, 1).to_pylist()[0]
-    answer = read_table(folder / f"predictions-{BEST}.parquet").slice(row, 1).to_pylist()[0]
+    answer = read_table(folder / f"predictions-{variant}.parquet").slice(row, 1).to_pylist()[0]
     truth = photo["lat"], photo["lon"]
     neighbors, entries = read_neighbors(folder), read_pool(folder)
     rows = neighbors.rows[row, :8]
@@ -166,10 +166,10 @@ def _example(folder: Path, row: int, index: GeoIndex) -> dict[str, Any]:
         {"crop": crop, "lat": lat, "lon": lon, "score": float(s), "km": float(haversine_km(*truth, lat, lon))}
         for crop, (lat, lon), s in zip(crops[1:], neighbors.lat_lon[row].tolist(), neighbors.scores[row], strict=False)
     ]
-    kept = np.flatnonzero(entries.mask[row])
+    kept, posterior = np.flatnonzero(entries.mask[row]), folder / "posterior.parquet"
     return {
         "id": photo["id"],
-        "split": "test",
+        "split": split,
         "crop": crops[0],
         "true": truth,
         "neighbours": near,
@@ -182,7 +182,7 @@ def _example(folder: Path, row: int, index: GeoIndex) -> dict[str, Any]:
             }
             for c in kept
         ],
-        "heat": heat_map(read_posterior(folder), row, height=360, detail=9),
+        **({"heat": heat_map(read_posterior(folder), row, height=360, detail=9)} if posterior.is_file() else {}),
         "area_km2": answer["area_km2"],
         "answer": (answer["lat"], answer["lon"]),
         "km": float(haversine_km(*truth, answer["lat"], answer["lon"])),

@@ -68,7 +68,7 @@ def extend(pool: Pool, matches: Matches, tuning: Tuning) -> Pool:
 
     They have ``visual_share`` of the weight, by a softmax of ``match_scale`` times their scores.
     """
-    weight = log_softmax(tuning.match_scale * matches.scores.astype(np.float64))
+    weight = moved_pool(matches, tuning).log_weight.astype(np.float64)
     return join(pool, matches.lat_lon, weight, tuning.visual_share, VISUAL)
 
 
@@ -105,6 +105,12 @@ def neighbor_pool(neighbors: Neighbors, scale: float) -> Pool:
     """The neighbours alone, each an entry of its own, weighted by a softmax of their scores."""
     weight = log_softmax(scale * neighbors.scores.astype(np.float64)).astype(np.float32)
     return Pool(neighbors.lat_lon, weight, np.full(weight.shape, NEIGHBOUR, np.int8), np.ones(weight.shape, bool))
+
+
+def moved_pool(matches: Matches, tuning: Tuning) -> Pool:
+    """The places to which neighbours' pictures move the photos alone, weighted by a softmax of the matches' scores."""
+    weight = log_softmax(tuning.match_scale * matches.scores.astype(np.float64)).astype(np.float32)
+    return Pool(matches.lat_lon, weight, np.full(weight.shape, VISUAL, np.int8), np.ones(weight.shape, bool))
 
 
 def posterior_pool(posterior: Posterior, most: int = 64) -> Pool:

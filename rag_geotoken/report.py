@@ -31,6 +31,7 @@ def write_report(
         metrics: what `metrics.json` holds: variants (rows of `metrics.summary`), seed, versions (name to version),
             seconds (of the whole run); and, if there, stages (name to seconds), calibration (`metrics.calibration`) and
             abstention (`metrics.abstention`).
+            Rows of :mod:`.verification` have gain, gain_ci95, gap_closed, mended, broken and cost besides.
             A variant named oracle-... is marked as an oracle and competes with none.
         errors: the map: lat, lon, km, each (N,), true places and errors of one variant on the test split; km is NaN
             without an answer. The key name says which variant; without it the best one at 200 km is taken.
@@ -70,6 +71,7 @@ def render(
         headline=_headline(rows, errors.get("name")),
         error_map=maps.error_map(errors["lat"], errors["lon"], errors["km"]),
         splits=_ablation(rows),
+        gains=[row for row in rows if "gain" in row and row["name"] != "none"],
         examples=[maps.draw_example(example) for example in examples],
         reliability=_reliability(metrics.get("calibration") or {}),
         silence=_silence(metrics.get("abstention") or []),

@@ -28,6 +28,7 @@ def decide(pool: Pool, scores: Scores, tuning: Tuning) -> Predictions:
     scales = {name: getattr(tuning, f"{name}_scale") for name in scores}
     for name, values in scores.items():
         pool = reweigh(pool, values, scales[name])
+    tuning = tuning.with_pictures() if "visual" in scores else tuning
     decided = minimum_bayes_risk(pool, tuning)
     sure = confidence(temper(pool, tuning.confidence_scale), decided.lat_lon, tuning.confidence_km)
     pairs = tuning.calibration.get(verified_by(scores))

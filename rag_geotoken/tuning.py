@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rag_geotoken.errors import GeoError
@@ -24,7 +24,8 @@ class Tuning:
     match_scale: how sharply a match's score counts among them. view_km: the usual width of a picture from above.
     alignment_scale, reward_scale, look_scale, mllm_scale, visual_scale: the same for a verifier's scores in a decision.
     mllm_share: the weight of places that a multimodal model names, in a pool that has them.
-    visual_km: how near to a moved place an entry is supported by it.
+    visual_km: how near to a moved place an entry is supported by it. visual_spread_km, visual_confidence_scale,
+    visual_confidence_km: in the place of the three below where pictures were compared, which tell places closer.
     look_beta, look_semantic, look_spatial: how RANGE estimates a look (see :meth:`.Look.of`).
     spread_km: spread of the places behind one pool entry, for the utility of a decision.
     confidence_scale: all weights of a pool are raised to this power where a confidence is stated, since sharp weights
@@ -43,10 +44,13 @@ class Tuning:
     look_scale: float = 160.0
     mllm_scale: float = 1.0
     mllm_share: float = 0.1
-    visual_scale: float = 4.0
-    visual_share: float = 0.5
-    match_scale: float = 5.0
+    visual_scale: float = 2.0
+    visual_share: float = 0.9
+    match_scale: float = 20.0
     visual_km: float = 10.0
+    visual_spread_km: float = 2.0
+    visual_confidence_scale: float = 0.4
+    visual_confidence_km: float = 2.0
     view_km: float = 300.0
     look_beta: float = 0.5
     look_semantic: float = 12.0
@@ -58,6 +62,11 @@ class Tuning:
     router: tuple[float, ...] = (-1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     density_scale: float = 10.0
     density_km: float = 50.0
+
+    def with_pictures(self) -> Tuning:
+        """The same for a decision where pictures were compared, which puts photos closer."""
+        closer = self.visual_spread_km, self.visual_confidence_scale, self.visual_confidence_km
+        return replace(self, spread_km=closer[0], confidence_scale=closer[1], confidence_km=closer[2])
 
 
 def load_tuning(weights: Path) -> Tuning:

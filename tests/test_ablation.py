@@ -15,14 +15,16 @@ from numpy.typing import NDArray
 
 from rag_geotoken import ablation, selection
 from rag_geotoken.ablation import VARIANTS, Run, decide_all, distances, oracle
+from rag_geotoken.agreement import support
 from rag_geotoken.cells import S2Tokenizer
 from rag_geotoken.files import read_json
 from rag_geotoken.geo import haversine_km, pairwise_km
-from rag_geotoken.pipeline import Geolocator
-from rag_geotoken.pool import make_pool, neighbor_pool, posterior_pool, without
+from rag_geotoken.pipeline import VERIFIERS, Geolocator
+from rag_geotoken.pool import extend, make_pool, moved_pool, neighbor_pool, posterior_pool, without
 from rag_geotoken.posterior import Posterior, effective_area_km2
 from rag_geotoken.run_tables import (
     read_candidates,
+    read_matches,
     read_neighbors,
     read_places,
     read_pool,
@@ -31,7 +33,20 @@ from rag_geotoken.run_tables import (
     read_verdicts,
 )
 from rag_geotoken.tables import read_table
-from rag_geotoken.types import BEAM, GPS, GREEDY, SAMPLE, SOURCES, Candidates, Neighbors, Places, Pool, Predictions
+from rag_geotoken.types import (
+    BEAM,
+    GPS,
+    GREEDY,
+    SAMPLE,
+    SOURCES,
+    VISUAL,
+    Candidates,
+    Matches,
+    Neighbors,
+    Places,
+    Pool,
+    Predictions,
+)
 
 BROKEN = 2
 TOKENIZER = S2Tokenizer(8, 2)
@@ -77,11 +92,13 @@ class Noted(dict[str, Any]):
 def test_a_variant_names_the_tables_that_it_reads(variant: str, run_folder: Path, geolocator: Geolocator) -> None:
     asked: set[str] = set()
     pool = read_pool(run_folder)
-    scores = {name: read_verdicts(run_folder, pool, name) for name in ("alignment", "reward")}
+    scores = {name: read_verdicts(run_folder, pool, name) for name in VERIFIERS}
     tables = {
         "neighbors": read_neighbors(run_folder),
         "places": read_places(run_folder),
         "everything": pool,
+        "extended": pool,
+        "matches": read_matches(run_folder),
         "candidates": read_candidates(run_folder),
         "posterior": read_posterior(run_folder),
         "pool": pool,
@@ -90,7 +107,7 @@ def test_a_variant_names_the_tables_that_it_reads(variant: str, run_folder: Path
 
     class Asked:
         def __getattr__(self, name: str) -> Any:
-            asked.add({"neighbors": "neighbours", "everything": "pool"}.get(name, name))
+            asked.add({"neighbors": "neighbours", "everything": "pool", "extended": "pool"}.get(name, name))
             return tables[name]
 
     inputs, decision = VARIANTS[variant]
@@ -137,23 +154,26 @@ def drawn_run(photos: int = 60) -> Run:
     candidates = Candidates(cells.reshape(photos, 12, -1), log_prob, source)
     mass = np.sort(rng.dirichlet(np.ones(12), photos).astype(np.float32))[:, ::-1]
     pool = make_pool(neighbors, candidates, TOKENIZER, TUNING)
-    scores = {name: rng.normal(0, 0.3, pool.mask.shape).astype(np.float32) for name in ("alignment", "reward")}
+    scores = {name: rng.normal(0, 0.3, pool.mask.shape).astype(np.float32) for name in VERIFIERS}
     posterior = Posterior(TOKENIZER.tokens_to_ids(candidates.tokens), mass)
     near = middle + rng.normal(0, 0.7, (photos, 5, 2))
     places = Places(near, -np.sort(-rng.uniform(0.2, 0.9, (photos, 5))).astype(np.float32))
     everything = make_pool(neighbors, candidates, TOKENIZER, replace(TUNING, gps_share=0.4), places)
-    # The places' own entries come last, so the others' scores are the same.
+    matches = Matches(middle + rng.normal(0, 0.7, (photos, 4, 2)), rng.uniform(0, 1, (photos, 4)).astype(np.float32))
+    extended = extend(everything, matches, TUNING)
+    # The places' own entries and the moved ones come last, so the others' scores are the same.
     scores = {
-        name: np.concatenate([given, rng.normal(0, 0.3, (photos, 5)).astype(np.float32)], axis=1)
+        name: np.concatenate([given, rng.normal(0, 0.3, (photos, 9)).astype(np.float32)], axis=1)
         for name, given in scores.items()
     }
+    everything = without(extended, VISUAL)
     pool = without(everything, GPS)
-    return Run(neighbors, candidates, places, posterior, pool, everything, scores)
+    return Run(neighbors, candidates, places, posterior, pool, everything, extended, matches, scores)
 
 
 def test_the_other_variants_are_the_strategies() -> None:
     run, tuning = drawn_run(), replace(TUNING, spread_km=60.0)
-    neighbors, candidates, places, posterior, pool, everything, scores = vars(run).values()
+    neighbors, candidates, places, posterior, pool, everything, extended, matches, scores = vars(run).values()
 
     def own(_: None, cells: Candidates | None, found: Places | None = None) -> Pool:
         return make_pool(None, cells, TOKENIZER, replace(tuning, gps_share=0.5), found)
@@ -161,6 +181,7 @@ def test_the_other_variants_are_the_strategies() -> None:
     def verified(*names: str, over: Pool = pool) -> Predictions:
         return selection.decide(over, {name: scores[name] for name in names}, tuning)
 
+    moved = moved_pool(matches, tuning)
     around, cells = neighbor_pool(neighbors, tuning.density_scale), posterior_pool(posterior)
     expected = {
         "nearest": selection.nearest(neighbors, tuning),
@@ -184,6 +205,10 @@ def test_the_other_variants_are_the_strategies() -> None:
         "pool+gps": verified(over=everything),
         "pool+gps+alignment": verified("alignment", over=everything),
         "pool+gps+alignment+reward": verified("alignment", "reward", over=everything),
+        "visual-best": selection.highest(moved, matches.scores, tuning),
+        "visual-consensus": selection.decide(moved, {"visual": support(moved, matches, tuning.visual_km)}, tuning),
+        "pool+gps+visual": verified("visual", over=extended),
+        "pool+gps+visual+alignment": verified("visual", "alignment", over=extended),
     }
     assert set(VARIANTS) == {*expected, "tokens-greedy", "tokens-beam"}
     locator: Any = SimpleNamespace(tuning=tuning, tokenizer=TOKENIZER, pool=own)
@@ -207,12 +232,20 @@ def test_deciding_computes_nothing_that_the_tables_hold(
     for name in ("encode", "search", "places", "memory", "propose", "posterior", "verify", "states"):
         monkeypatch.setattr(Geolocator, name, lambda *_, name=name, **__: pytest.fail(f"{name} computed again"))
     read: list[str] = []
-    for name in ("read_pool", "read_posterior", "read_neighbors", "read_candidates", "read_places", "read_verdicts"):
+    for name in (
+        "read_pool",
+        "read_posterior",
+        "read_neighbors",
+        "read_candidates",
+        "read_places",
+        "read_matches",
+        "read_verdicts",
+    ):
         real = getattr(ablation, name)
         monkeypatch.setattr(ablation, name, lambda *given, real=real: read.append(real.__name__) or real(*given))  # type: ignore[func-returns-value]
     decide_all(folder, geolocator)
-    once = ["read_candidates", "read_neighbors", "read_places", "read_pool", "read_posterior"]
-    assert sorted(read) == [*once, "read_verdicts", "read_verdicts"]
+    once = ["read_candidates", "read_matches", "read_neighbors", "read_places", "read_pool", "read_posterior"]
+    assert sorted(read) == [*once, *["read_verdicts"] * len(VERIFIERS)]
     for variant in VARIANTS:
         name = f"predictions-{variant}.parquet"
         assert (folder / name).read_bytes() == (run_folder / name).read_bytes()

@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import OPTIONS, REWARD, tiny_tokens
 
-from rag_geotoken import stages, tables
+from rag_geotoken import retrieval, tables
 from rag_geotoken.ablation import VARIANTS
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.demo import run_demo, run_road
@@ -31,9 +31,11 @@ STAGES = (
     "candidates",
     "places",
     "posterior",
+    "matches",
     "pool",
     "verdicts-alignment",
     "verdicts-reward",
+    "verdicts-visual",
     "predictions-pool+alignment",
 )
 MODELS = (
@@ -41,6 +43,7 @@ MODELS = (
     "alignment.GeoAlignment.embed_places",
     "index.GeoIndex.search",
     "pipeline.Geolocator.memory",
+    "pipeline.Geolocator.match",
 )
 
 
@@ -96,7 +99,8 @@ def test_stopped_before_a_stage_ends_goes_on_to_the_same_bytes(
         (Geolocator, "propose", 4),
         (Geolocator, "posterior", 4),
         (Geolocator, "pool", 4 + 4),  # four variants make a pool of one kind
-        (Geolocator, "verify", 4 + 3),  # two verifiers
+        (Geolocator, "match", 4),
+        (Geolocator, "verify", 4 + 3 + 3),  # three verifiers
     ],
 )
 def test_stopped_inside_a_stage_goes_on_with_the_block_that_is_missing(
@@ -108,7 +112,7 @@ def test_stopped_inside_a_stage_goes_on_with_the_block_that_is_missing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(stages, "BLOCK", 11)  # 30 photos: three blocks
+    monkeypatch.setattr(retrieval, "BLOCK", 11)  # 30 photos: three blocks
     begin(run_folder, tmp_path / "through")
     run_road(tmp_path / "through", geolocator, OPTIONS)
     method = getattr(owner, name)
@@ -180,7 +184,7 @@ def other_tokens() -> torch.nn.Module:
     return model
 
 
-POOLED = {"pool", "verdicts-alignment", "verdicts-reward"}
+POOLED = {"pool", "verdicts-alignment", "verdicts-reward", "verdicts-visual"}
 DECIDED = {f"predictions-{variant}" for variant in VARIANTS}
 REWARDED = {f"predictions-{variant}" for variant, (inputs, _) in VARIANTS.items() if "verdicts-reward" in inputs}
 WITHOUT_CELLS = {f"predictions-{variant}" for variant in ("nearest", "density", "gps", "tokens-frontier")}

@@ -21,6 +21,7 @@ from rag_geotoken.posterior import effective_area_km2
 from rag_geotoken.run_tables import (
     read_candidates,
     read_embeddings,
+    read_matches,
     read_neighbors,
     read_places,
     read_pool,
@@ -86,7 +87,7 @@ def test_neighbours_and_candidates_come_back_as_arrays(run_folder: Path, geoloca
 def test_a_photos_candidates_do_not_depend_on_the_photos_around_it(
     run_folder: Path, geolocator: Geolocator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "BLOCK", 4)
+    monkeypatch.setattr(retrieval, "BLOCK", 4)
     write_table(tmp_path / "photos.parquet", read_table(run_folder / "photos.parquet").slice(5, 11))
     retrieval.encode(tmp_path, geolocator.alignment)
     retrieval.search(tmp_path, geolocator.index, OPTIONS.neighbors, geolocator.tuning.search_weights)
@@ -139,13 +140,14 @@ def test_photos_of_different_numbers_of_cells_and_entries_come_back(tmp_path: Pa
 def test_the_pool_and_its_verdicts_come_back_as_arrays(run_folder: Path, geolocator: Geolocator) -> None:
     _, photo, _ = read_embeddings(run_folder)
     neighbors, pool = read_neighbors(run_folder), read_pool(run_folder)
-    made = geolocator.pool(neighbors, read_candidates(run_folder), read_places(run_folder))
+    matches = read_matches(run_folder)
+    made = geolocator.pool(neighbors, read_candidates(run_folder), read_places(run_folder), matches=matches)
     for b in range(PHOTOS - 1):
         for name in ("lat_lon", "log_weight", "source"):
             np.testing.assert_array_equal(getattr(pool, name)[b][pool.mask[b]], getattr(made, name)[b][made.mask[b]])
     for verifier in VERIFIERS:
         scores = read_verdicts(run_folder, pool, verifier)
-        np.testing.assert_allclose(scores, geolocator.verify(verifier, photo, neighbors, pool), atol=1e-5)
+        np.testing.assert_allclose(scores, geolocator.verify(verifier, photo, neighbors, pool, matches), atol=1e-5)
         for b, rows in enumerate(by_photo(run_folder, f"verdicts-{verifier}")):
             assert [(row["verifier"], row["status"]) for row in rows] == [(verifier, "ok")]
             assert rows[0]["scores"] == scores[b][pool.mask[b]].tolist()

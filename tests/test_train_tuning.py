@@ -37,11 +37,14 @@ def tuned(geolocator: Geolocator, lines: list[str]) -> Tuning:
 
 
 def test_every_number_is_chosen_from_its_grid_as_the_best(tuned: Tuning, lines: list[str]) -> None:
-    grids = training.DECISION | training.REWARD | training.LOOK | training.CONFIDENCE | training.DENSITY
-    assert set(grids) | {"search_weights", "calibration"} == set(asdict(tuned)) == set(asdict(Tuning()))
+    grids = training.DECISION | training.REWARD | training.LOOK | training.VISUAL
+    grids |= training.CONFIDENCE | training.VISUAL_CONFIDENCE | training.DENSITY
+    given = {"search_weights", "calibration", "view_km", "mllm_scale", "router"}
+    assert set(grids) | given == set(asdict(tuned)) == set(asdict(Tuning()))
     tried = [line.split(": ") for line in lines if line.split()[0] in grids]
-    twice = [2 * list(grid) for grid in (training.DECISION, training.LOOK, training.CONFIDENCE, training.DENSITY)]
-    assert [line[0].split()[0] for line in tried] == [*twice[0], *training.REWARD, *twice[1], *twice[2], *twice[3]]
+    others = training.LOOK, training.VISUAL, training.CONFIDENCE, training.VISUAL_CONFIDENCE, training.DENSITY
+    twice = [name for grid in others for name in 2 * list(grid)]
+    assert [line[0].split()[0] for line in tried] == [*2 * list(training.DECISION), *training.REWARD, *twice]
     for chosen, values in tried:
         name, number = chosen.split()
         shown = [float(value) for value in values.split()]
@@ -51,7 +54,7 @@ def test_every_number_is_chosen_from_its_grid_as_the_best(tuned: Tuning, lines: 
 
 
 def test_each_set_of_verifiers_is_calibrated(tuned: Tuning, lines: list[str]) -> None:
-    modes = {"none", "alignment", "reward", "alignment+reward", "look", "alignment+look"}
+    modes = {"none", "alignment", "reward", "alignment+reward", "look", "alignment+look", "visual", "alignment+visual"}
     assert set(tuned.calibration) == modes
     assert {line.split(": ")[0] for line in lines if line.startswith("verified by")} == {
         f"verified by {m}" for m in modes
@@ -81,14 +84,14 @@ def test_a_calibration_is_fitted_to_the_decision_that_it_is_for(
     with no_choice():
         found = tune(geolocator, SOURCE, quiet)
     # All is the same but the verifiers, and what was fitted last is what is stated.
-    assert list(found.calibration.values()) == fitted[-6:] and len(set(fitted[-6:])) > 1
+    assert list(found.calibration.values()) == fitted[-8:] and len(set(fitted[-8:])) > 1
 
 
 def test_without_a_reward_head_there_is_none_to_tune(geolocator: Geolocator) -> None:
     parts = geolocator.alignment, geolocator.tokens, geolocator.index, geolocator.tuning
     with no_choice():
         whole, found = tune(geolocator, SOURCE, quiet), tune(Geolocator(*parts), SOURCE, quiet)
-    assert set(found.calibration) == {"none", "alignment", "look", "alignment+look"}
+    assert set(found.calibration) == {"none", "alignment", "look", "alignment+look", "visual", "alignment+visual"}
     assert found.reward_scale == Tuning().reward_scale
     assert found.calibration == {name: whole.calibration[name] for name in found.calibration}
 

@@ -60,7 +60,8 @@ def tiny() -> Iterator[None]:
 def no_choice() -> Iterator[None]:
     """Tuning has one number of each grid to choose from: what takes its time is the choice."""
     with pytest.MonkeyPatch.context() as patched:
-        for grid in (tuning.DECISION, tuning.REWARD, tuning.LOOK, tuning.CONFIDENCE, tuning.DENSITY):
+        grids = tuning.DECISION, tuning.REWARD, tuning.LOOK, tuning.VISUAL
+        for grid in (*grids, tuning.CONFIDENCE, tuning.VISUAL_CONFIDENCE, tuning.DENSITY):
             for name in grid:
                 patched.setitem(grid, name, [getattr(TUNING, name)])
         yield

@@ -192,12 +192,7 @@ def decide_told(
         return without  # its answers are in the pool
     else:
         own = told.places[:, 0]
-        spots = np.where(np.isfinite(own), own, 0.0)
-        alike = [
-            np.einsum("bd,bd->b", photo[:, 1], geolocator.alignment.embed_places(lat_lon))
-            for lat_lon in (spots, without.lat_lon)
-        ]
-        gain = (alike[0] - alike[1]).astype(np.float64)
+        gain = gain_of(geolocator, photo, own, without)
         decided = route(pool, without, own, told.confidence[:, 0], gain, tuning, selection.verified_by(scores))
     pick = told.answered
     return Predictions(
@@ -205,6 +200,16 @@ def decide_told(
         np.where(pick[:, None], decided.confidence, without.confidence),
         np.where(pick, decided.source, without.source).astype(np.int8),
     )
+
+
+def gain_of(
+    geolocator: Geolocator, photo: NDArray[np.float32], own: NDArray[np.float64], decided: Predictions
+) -> NDArray[np.float64]:
+    """How much more alike photos (N, 3, dim) are to the model's places (N, 2) than to the decided ones, in cosines."""
+    gps, spots = photo[:, 1], np.where(np.isfinite(own), own, 0.0)
+    theirs, ours = (geolocator.alignment.embed_places(places) for places in (spots, decided.lat_lon))
+    gain: NDArray[np.float64] = np.einsum("bd,bd->b", gps, theirs - ours).astype(np.float64)
+    return gain
 
 
 @dataclass(frozen=True)

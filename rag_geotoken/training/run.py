@@ -89,11 +89,7 @@ def train(what: str, recipe: dict[str, Any], out: Path) -> None:
         raise GeoError(
             f"{world_size()} processes were started to train {what}: start one, tokens and heads take several"
         )
-    begun = time.monotonic()
-
-    def log(line: str) -> None:
-        print(f"{time.monotonic() - begun:7.0f} s  {line}", file=sys.stderr, flush=True)
-
+    log = _log()
     if what == "alignment":
         from rag_geotoken.training.alignment import train_alignment
 
@@ -119,6 +115,12 @@ def train(what: str, recipe: dict[str, Any], out: Path) -> None:
 
     geolocator = Geolocator(alignment, tokens, index, Tuning(), RewardHead.from_pretrained(out))
     write_json(out / "tuning.json", asdict(tune(geolocator, **settings, log=log)))
+
+
+def _log() -> Log:
+    """Lines on standard error, with the seconds since now."""
+    begun = time.monotonic()
+    return lambda line: print(f"{time.monotonic() - begun:7.0f} s  {line}", file=sys.stderr, flush=True)
 
 
 def _gallery(alignment: GeoAlignment, out: Path) -> GeoIndex:
@@ -179,6 +181,23 @@ def _train_heads(settings: dict[str, Any], out: Path, log: Log) -> None:
     numbers = {name: settings[name] for name in ("epochs", "batch", "rate", "decay", "seed")}
     train_heads(config, train_on, validation, out, _identity(facts), **numbers, start=begin, log=log)
     accelerator.end_training()
+
+
+def train_mllm(settings: dict[str, Any], out: Path, where: str | None, model: str | None) -> None:
+    """Choose what a multimodal model's verdicts are worth on photos with places, for the models in ``out``.
+
+    where: as :func:`.open_client` takes it, or None for the verifier trained beside ``out``. Replaces tuning.json;
+    the photos' tables and the model's answers are kept in ``OUT-mllm``.
+    """
+    from rag_geotoken.mllm import open_client
+    from rag_geotoken.training.mllm import tune_mllm
+
+    settings, out = _settings(settings, "tuning"), out.resolve()
+    client = open_client(where or str(out.with_name(f"{out.name}-verifier")), model)
+    _gallery(GeoAlignment.from_pretrained(out), out)
+    geolocator = Geolocator.from_pretrained(out.with_name(f"{out.name}-index"), out)
+    tuned = tune_mllm(out.with_name(f"{out.name}-mllm"), settings["source"], geolocator, client, _log())
+    write_json(out / "tuning.json", asdict(tuned))
 
 
 def _train_verifier(settings: dict[str, Any], geolocator: Geolocator, out: Path, log: Log) -> None:

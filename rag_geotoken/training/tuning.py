@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from rag_geotoken import selection
 from rag_geotoken.agreement import support
-from rag_geotoken.confidence import fit_calibration
+from rag_geotoken.confidence import calibrated, fit_calibration
 from rag_geotoken.errors import GeoError
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.look import likeness
@@ -45,12 +45,17 @@ CONFIDENCE = {
     "confidence_scale": [0.06, 0.1, 0.15, 0.25, 0.4, 0.6, 1.0],
     "confidence_km": [6.0, 10.0, 14.0, 18.0, 25.0, 35.0, 50.0],
 }
+VISUAL_CONFIDENCE = {
+    "visual_confidence_scale": [0.06, 0.1, 0.15, 0.25, 0.4, 0.6, 1.0],
+    "visual_confidence_km": [0.5, 1.0, 2.0, 5.0, 10.0, 20.0],
+}
 # Verified by the pictures and the alignment; 1 km counts too.
 VISUAL = {
     "visual_scale": [0.5, 1.0, 2.0, 4.0, 8.0, 16.0],
     "visual_share": [0.1, 0.3, 0.5, 0.7, 0.9],
     "match_scale": [0.0, 2.0, 5.0, 10.0, 20.0, 40.0],
     "visual_km": [0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0],
+    "visual_spread_km": [0.5, 1.0, 2.0, 5.0, 15.0, 50.0],
 }
 DENSITY = {"density_scale": [5.0, 10.0, 20.0, 40.0], "density_km": [10.0, 25.0, 50.0, 100.0, 200.0, 300.0]}
 MODES: tuple[tuple[str, ...], ...] = (
@@ -101,25 +106,26 @@ def tune(geolocator: Geolocator, source: str, log: Log) -> Tuning:
         pools = (neighbor_pool(near, tuning.density_scale) for near, *_ in parts)
         return _together([selection.density(pool, tuning) for pool in pools])
 
-    def brier(tuning: Tuning) -> float:
-        decided = decide(tuning, ("alignment",))
-        right = _hits(decided, truth)
-        sure = replace(tuning, calibration={"alignment": fit_calibration(decided.confidence, right)})
-        return -float(np.mean((decide(sure, ("alignment",)).confidence - right)[:, 1:] ** 2))
+    def brier(tuning: Tuning, mode: tuple[str, ...], first: int = 1) -> float:
+        decided = decide(tuning, mode)
+        right = hits(decided, truth)
+        sure = calibrated(decided.confidence, fit_calibration(decided.confidence, right))
+        return -float(np.mean((sure - right)[:, first:] ** 2))
 
     best = Tuning(search_weights=geolocator.tuning.search_weights)
-    best = _search(best, DECISION, lambda tuning: _inside(decide(tuning, ("alignment",)), truth), log)
+    best = _search(best, DECISION, lambda tuning: inside(decide(tuning, ("alignment",)), truth), log)
     if geolocator.reward is not None:
-        best = _search(best, REWARD, lambda tuning: _inside(decide(tuning, ("alignment", "reward")), truth), log)
-    best = _search(best, LOOK, lambda tuning: _inside(decide(tuning, ("look",)), truth), log)
-    best = _search(best, VISUAL, lambda tuning: _inside(decide(tuning, ("alignment", "visual")), truth, 0), log)
-    best = _search(best, CONFIDENCE, brier, log)
-    best = _search(best, DENSITY, lambda tuning: _inside(density(tuning), truth), log)
+        best = _search(best, REWARD, lambda tuning: inside(decide(tuning, ("alignment", "reward")), truth), log)
+    best = _search(best, LOOK, lambda tuning: inside(decide(tuning, ("look",)), truth), log)
+    best = _search(best, VISUAL, lambda tuning: inside(decide(tuning, ("alignment", "visual")), truth, 0), log)
+    best = _search(best, CONFIDENCE, lambda tuning: brier(tuning, ("alignment",)), log)
+    best = _search(best, VISUAL_CONFIDENCE, lambda tuning: brier(tuning, ("alignment", "visual"), 0), log)
+    best = _search(best, DENSITY, lambda tuning: inside(density(tuning), truth), log)
     decided = {mode: decide(best, mode) for mode in modes}
     for mode, predictions in decided.items():
-        shares = " ".join(f"{share:.2f}" for share in 100 * _hits(predictions, truth).mean(axis=0))
+        shares = " ".join(f"{share:.2f}" for share in 100 * hits(predictions, truth).mean(axis=0))
         log(f"verified by {selection.verified_by(mode)}: {shares} % within 1, 25, 200, 750, 2500 km")
-    pairs = {mode: fit_calibration(found.confidence, _hits(found, truth)) for mode, found in decided.items()}
+    pairs = {mode: fit_calibration(found.confidence, hits(found, truth)) for mode, found in decided.items()}
     return replace(best, calibration={selection.verified_by(mode): each for mode, each in pairs.items()})
 
 
@@ -174,16 +180,16 @@ def _together(parts: list[Predictions]) -> Predictions:
     return Predictions(*(np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])))
 
 
-def _inside(decided: Predictions, truth: NDArray[np.float64], first: int = 1) -> float:
+def inside(decided: Predictions, truth: NDArray[np.float64], first: int = 1) -> float:
     """Minus the mean logarithm of the shares outside 25, 200, 750 and 2500 km; half a photo is always outside.
 
     first: 0 for 1 km too.
     """
-    outside = (~_hits(decided, truth)[:, first:]).sum(axis=0) + 0.5
+    outside = (~hits(decided, truth)[:, first:]).sum(axis=0) + 0.5
     return -float(np.log(outside / len(truth)).mean())
 
 
-def _hits(decided: Predictions, truth: NDArray[np.float64]) -> NDArray[np.bool_]:
+def hits(decided: Predictions, truth: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Which of the radii (B, R) each answer lies within."""
     km = haversine_km(*truth.T, *decided.lat_lon.T)
     hits: NDArray[np.bool_] = km[:, None] <= np.array(RADII_KM)
