@@ -24,7 +24,7 @@ from rag_geotoken.types import VISUAL, Matches, Pool
 MOST = len(LETTERS) - 1  # candidates
 RIGHT_KM = 200.0
 # How often a photo is asked about in another way than the pipeline's usual one.
-SEEN, FREE, ZERO_SHOT, UNPROVEN, ABSENT, FEWER, UNPLACED, PICTURES = 0.4, 0.1, 0.03, 0.15, 0.12, 0.4, 0.1, 0.05
+SEEN, FREE, ZERO_SHOT, UNPROVEN, ABSENT, FEWER, UNPLACED, PICTURES = 0.4, 0.1, 0.02, 0.08, 0.12, 0.3, 0.05, 0.04
 PHOTO = b"photo"
 
 
