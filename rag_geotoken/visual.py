@@ -30,7 +30,7 @@ WIDEST = 2.0  # of the ratios that a refined match may have
 SHARP = (
     12.0  # power of the correlation in a score: of right matches it is 0.96 and more, of wrong ones mostly below 0.85
 )
-CHUNK = 16  # photos at a time: their planes stay in the processor's cache
+CHUNK = 4  # photos at a time: their planes stay in the processor's cache
 
 Floats = NDArray[np.float64]
 
@@ -128,9 +128,9 @@ def _search(photo: Tensor, near: Tensor) -> _Warp:
     discs = discs.view(count, 3, len(turn), *disc.shape).transpose(1, 2) * disc
     near = near - near.mean((-1, -2), keepdim=True)
 
-    size = side + RADIUS  # what wraps around meets only zeros
-    first = math.floor(edge) - RADIUS
-    places = torch.arange(first - REACH, first + REACH + 1)
+    # The picture begins where the disc's first place is 0; what wraps around meets only zeros.
+    before, places = REACH + RADIUS - math.floor(edge), 2 * REACH + 1
+    size = side + before
 
     def forward(values: Tensor) -> Tensor:
         result: Tensor = torch.fft.rfft2(values, s=(size, size))
@@ -138,9 +138,11 @@ def _search(photo: Tensor, near: Tensor) -> _Warp:
 
     def back(values: Tensor) -> Tensor:
         planes: Tensor = torch.fft.irfft2(values, s=(size, size))
-        return planes[..., places % size, :][..., places % size]
+        return planes[..., :places, :places]
 
-    everywhere, under, shapes = forward(torch.ones(side, side)), forward(disc).conj(), forward(discs).conj()
+    whole = pad(torch.ones(side, side), (before, 0, before, 0))
+    near = pad(near, (before, 0, before, 0))
+    everywhere, under, shapes = forward(whole), forward(disc).conj(), forward(discs).conj()
     seen = back(everywhere * under).clamp_min(1.0)  # pixels of the disc inside the picture
     sums = back(forward(near) * under)
     spread = back(forward(near.square().sum(2)) * under) - sums.square().sum(2) / seen + NOISE * disc.sum()
@@ -153,9 +155,9 @@ def _search(photo: Tensor, near: Tensor) -> _Warp:
     peaks, at = product.masked_fill_(seen < 0.45 * disc.sum(), -1.0).flatten(-2).max(-1)
     _, ways = peaks.topk(KEPT, -1)
     at, ways = at.gather(2, ways).flatten(1), ways.flatten(1)
-    shift = places + RADIUS - edge
+    shift = torch.arange(places) - (REACH + edge - math.floor(edge))
     a, b = scale[ways] * turn[ways].cos(), scale[ways] * turn[ways].sin()
-    return _Warp(a, b, shift[at % len(places)], shift[at // len(places)], a, a)
+    return _Warp(a, b, shift[at % places], shift[at // places], a, a)
 
 
 def _turns() -> Tensor:
