@@ -51,7 +51,7 @@ class Evidence:
 
     neighbors: how many lie within ``APART_KM``; alike: the best one's similarity, 0 without one; place: the share that
     the alignment gives it among these places; generated: log of its share of the token model's mass, -inf for none.
-    Where pictures were compared, match: how well the best fitting one of the neighbours that it puts the photo nearby; agree:
+    Where pictures were compared, match: how well the best fitting one that puts the photo nearby does; agree:
     how many put it within ``AGREE_KM`` of where that one does.
     """
 
