@@ -203,7 +203,13 @@ def _choose(request: Request, log_probs: tuple[float, ...]) -> tuple[str, ...]:
 def _load(folder: Path) -> tuple[Any, Any, list[int]]:
     """Processor, network in evaluation mode, and the tokens that end an answer. Raises GeoError."""
     import transformers
-    from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+
+    try:
+        from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+    except (ImportError, RuntimeError):  # what a torchvision that does not fit torch makes of it
+        raise GeoError(
+            "transformers cannot read pictures here: install the torchvision that fits your torch, or uninstall it"
+        ) from None
 
     processors: Any = AutoProcessor
     networks: Any = AutoModelForImageTextToText
