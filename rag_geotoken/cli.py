@@ -38,15 +38,28 @@ def demo(
     test_n: Annotated[int, typer.Option(min=1, max=1_000_000, help="Test photos to draw.")] = 2000,
     seed: Annotated[int, typer.Option(min=0, help="Another seed draws fresh test photos.")] = 0,
     weights: Weights = None,
+    mllm: Annotated[str, typer.Option(help="Multimodal model that verifies too: embedded, none, or as in locate.")] = (
+        "embedded"
+    ),
+    vllm_python: Annotated[
+        Path | None, typer.Option(help="Serve the embedded one by vLLM with this interpreter, and ask the server.")
+    ] = None,
 ) -> None:
-    """Run the main job on satellite views of the Earth: index, locate, ablate, report.
+    """Run the main job on satellite views of the Earth: index, locate, verify, ablate, report.
 
     Writes predictions.parquet, metrics.json and report.html. Run again, it goes on where it was stopped.
     """
+    from contextlib import nullcontext
+
     from rag_geotoken.demo import ablation_text, run_demo
+    from rag_geotoken.mllm import EMBEDDED_FOLDER
+    from rag_geotoken.mllm.start import vllm_server
     from rag_geotoken.weights import EARTH
 
-    metrics = run_demo(out, test_n, seed, weights or EARTH)
+    serving = vllm_server(EMBEDDED_FOLDER, vllm_python, out / "vllm.log") if vllm_python else nullcontext()
+    with serving as server:
+        where = server.url if server else None if mllm == "none" else mllm
+        metrics = run_demo(out, test_n, seed, weights or EARTH, mllm=where)
     typer.echo(ablation_text(metrics))
     typer.echo(f"{metrics['seconds']:.0f} s in all; look at {out / 'report.html'}")
 

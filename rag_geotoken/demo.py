@@ -18,6 +18,8 @@ from rag_geotoken.geo import haversine_km
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.indexing import Plan, build_approximate, build_index
 from rag_geotoken.metrics import RADII_KM, abstention, bootstrap, calibration, summary
+from rag_geotoken.mllm import open_client
+from rag_geotoken.mllm.stage import Asked, Asking
 from rag_geotoken.pictures import load_pictures
 from rag_geotoken.pipeline import VERIFIERS, Geolocator, Options
 from rag_geotoken.posterior import heat_map
@@ -29,7 +31,7 @@ from rag_geotoken.weights import EARTH
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-BEST = "pool+gps+alignment"
+BEST = "pool+gps+visual+alignment"
 NOTES = [
     "The photos are satellite views cut from NASA's Blue Marble picture (public domain): real, free and small. They "
     "are not street photos; the same road serves those with another encoder and gallery.",
@@ -48,9 +50,17 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 def run_demo(
-    out: Path, test_n: int = 2000, seed: int = 0, weights: Path = EARTH, gallery: int = 24_000
+    out: Path,
+    test_n: int = 2000,
+    seed: int = 0,
+    weights: Path = EARTH,
+    gallery: int = 24_000,
+    mllm: str | None = None,
+    model: str | None = None,
 ) -> dict[str, Any]:
     """Run everything into ``out`` -> what ``metrics.json`` holds. What is already there is not done again.
+
+    mllm, model: a multimodal model, as :func:`.open_client` takes it, that verifies the split ``test`` too.
 
     Writes predictions.parquet (of the best variant on ``test``), metrics.json and report.html, and under index/ and a
     folder a split every stage's table. Raises GeoError for a folder that cannot be written or broken weights.
@@ -62,6 +72,7 @@ def run_demo(
     with _timed(seconds, "gallery: read, encode, index"):
         make_index(out / "index", f"blue-marble:gallery,n={gallery}", alignment)
     geolocator = Geolocator.from_pretrained(out / "index", weights)
+    asked = Asked(open_client(mllm, model), Asking(), resume=True) if mllm else None
     few = max(1, min(1000, test_n // 2))
     options = Options()
     variants: list[dict[str, Any]] = []
@@ -71,6 +82,10 @@ def run_demo(
             retrieval.write_photos(out / split, f"blue-marble:{split},n={n},seed={seed}")
         with _timed(seconds, f"{split}: crop to prediction"):
             run_road(out / split, geolocator, options)
+        if asked and split == "test":
+            with _timed(seconds, f"{split}: multimodal model"):
+                ablation.ask_all(out / split, geolocator, asked)
+                ablation.decide_all(out / split, geolocator)
         variants += score(out / split, split, seed)
     write_table(out / "predictions.parquet", read_table(out / "test" / f"predictions-{BEST}.parquet"))
     truth, answers, confidence = read_predictions(out / "predictions.parquet")
@@ -125,7 +140,9 @@ def run_road(folder: Path, geolocator: Geolocator, options: Options) -> None:
 
 def score(folder: Path, split: str, seed: int) -> list[dict[str, Any]]:
     """Distances of every variant's answers -> rows of ``metrics.json``, intervals by paired bootstrap."""
-    km = {name: ablation.distances(folder, name) for name in ablation.VARIANTS} | {"oracle-20": ablation.oracle(folder)}
+    km = {name: ablation.distances(folder, name) for name in ablation.variants_of(folder)} | {
+        "oracle-20": ablation.oracle(folder)
+    }
     intervals = bootstrap(np.stack(list(km.values())), seed).accuracy
     return [summary(name, split, away, interval=intervals[i]) for i, (name, away) in enumerate(km.items())]
 

@@ -247,6 +247,8 @@ def _square(image: Image.Image, size: int, fit: Fit, resampling: Image.Resamplin
 
 
 def _orientation(image: Image.Image) -> int:
+    """The picture's EXIF orientation, once it is decoded: Pillow brings TIFF upright as it decodes it."""
+    image.load()
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # broken EXIF around good pixels is common: the picture is taken as it lies

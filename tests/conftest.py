@@ -15,7 +15,6 @@ import torch
 from tiny_clip import save_clip, save_geoclip_package
 from tiny_llava import save_llava
 from torch import Tensor
-from torchvision_cure import cure_torchvision
 
 from rag_geotoken.alignment import AlignmentConfig, GeoAlignment
 from rag_geotoken.cells import S2Tokenizer
@@ -33,8 +32,6 @@ from rag_geotoken.tables import write_table
 from rag_geotoken.token_model import TokenConfig, TokenModel
 from rag_geotoken.tuning import Tuning
 from rag_geotoken.types import BEAM, GREEDY, SAMPLE, Candidates, Neighbors, Pool
-
-cure_torchvision()  # before transformers meets it
 
 VLLM_PYTHON = os.environ.get("VLLM_PYTHON")  # of the server's own environment: `make test-vllm`
 collect_ignore = [] if VLLM_PYTHON else ["served"]

@@ -6,8 +6,6 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from torchvision_cure import cure_torchvision
-
 
 def geoclip_folder() -> Path | None:
     """Where the package lies, found without importing it; None where it is not installed."""
@@ -17,7 +15,6 @@ def geoclip_folder() -> Path | None:
 
 def import_geoclip() -> Any:
     """The package's class GeoCLIP."""
-    cure_torchvision()
     from geoclip import GeoCLIP
 
     return GeoCLIP

@@ -99,15 +99,17 @@ def test_shrinking_is_antialiased_and_a_needle_stays_small(tmp_path: Path) -> No
     assert load(save(tmp_path / "b.png", np.full((1, 60_000, 3), 7, np.uint8)), 64).max() == 7
 
 
+@pytest.mark.parametrize("ending", ["png", "tif", "webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_orientation_brings_it_upright(tmp_path: Path, orientation: int) -> None:
+def test_orientation_brings_it_upright(tmp_path: Path, orientation: int, ending: str) -> None:
     # What the camera stored, had the scene been SAMPLE: the inverse of bringing it upright.
     turns = {2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.swapaxes(0, 1)}
     turns |= {6: np.rot90, 7: lambda a: np.rot90(a.swapaxes(0, 1), 2), 8: lambda a: np.rot90(a, -1)}
     stored = np.ascontiguousarray(turns.get(orientation, np.asarray)(SAMPLE))
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
-    pixels = load(save(tmp_path / "a.png", stored, exif=exif))
+    options = {"lossless": True} if ending == "webp" else {}
+    pixels = load(save(tmp_path / f"a.{ending}", stored, exif=exif, **options))
     np.testing.assert_array_equal(corners(pixels), QUARTERS)
 
 

@@ -7,7 +7,10 @@ import pytest
 
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.mllm.shortlist import AGREE_KM, APART_KM, candidates, evidence, shortlist
+from rag_geotoken.tuning import Tuning
 from rag_geotoken.types import GPS, NEIGHBOUR, SAMPLE, Matches, Neighbors, Pool
+
+TUNING = Tuning(search_weights=(0.5, 1.0, 0.5), alignment_scale=3.0)
 
 
 def make_pool(rng: np.random.Generator, photos: int, entries: int) -> Pool:
@@ -68,7 +71,7 @@ def test_evidence_counts_what_lies_nearby() -> None:
     aligned = rng.random(pool.mask.shape).astype(np.float32)
     matches = Matches(rng.uniform([40, 0], [46, 8], (3, 5, 2)), rng.random((3, 5)).astype(np.float32))
     chosen = shortlist(pool, 4)
-    found = evidence(chosen, pool, near, aligned, (0.5, 1.0, 0.5), matches)
+    found = evidence(chosen, pool, near, aligned, TUNING, matches)
     assert found.match is not None and found.agree is not None
     for b in range(3):
         token = pool.mask[b] & (pool.source[b] == SAMPLE)
@@ -81,7 +84,9 @@ def test_evidence_counts_what_lies_nearby() -> None:
             assert found.alike[b, m] == pytest.approx(alike.max() if len(alike) else 0.0)
             stood = chosen.stands[b] == m
             assert np.exp(found.generated[b, m]) == pytest.approx(mass[stood].sum() / mass.sum())
-            assert found.place[b, m] == aligned[b][stood].max()
+            best = [aligned[b][chosen.stands[b] == i].max() for i in np.flatnonzero(chosen.mask[b])]
+            share = np.exp(3.0 * np.array(best, float)) / np.exp(3.0 * np.array(best, float)).sum()
+            assert found.place[b, m] == pytest.approx(share[m])
             fits = np.flatnonzero(haversine_km(*here, *matches.lat_lon[b].T) <= APART_KM)
             if len(fits):
                 best = fits[matches.scores[b][fits].argmax()]
@@ -96,10 +101,10 @@ def test_evidence_in_words_is_rounded_and_absent_when_not_wanted() -> None:
     pool = make_pool(np.random.default_rng(3), 1, 10)
     near = Neighbors(np.zeros((1, 1), int), np.array([[[-40.0, 100.0]]]), np.array([[1.0]], np.float32))
     chosen = shortlist(pool, 3)
-    found = evidence(chosen, pool, near, np.full(pool.mask.shape, 0.514, np.float32), (0.5, 1.0, 0.5))
+    found = evidence(chosen, pool, near, np.full(pool.mask.shape, 0.514, np.float32), TUNING)
     shown = candidates(chosen, 0, ["Vienna, Austria"] * 3, found)
     assert len(shown) == chosen.mask.sum()
     for place in shown:
         assert place["evidence"].keys() == {"neighbors", "alike", "place", "generated"}
-        assert (place["evidence"]["neighbors"], place["evidence"]["place"]) == (0, 51)
+        assert (place["evidence"]["neighbors"], place["evidence"]["place"]) == (0, round(100 / chosen.mask.sum()))
     assert all(place["evidence"] is None for place in candidates(chosen, 0))

@@ -42,7 +42,7 @@ def examples(geolocator: Geolocator, tmp_path_factory: pytest.TempPathFactory) -
     for stage in (stages.propose, stages.places, stages.pool):
         stage(folder, geolocator, replace(OPTIONS, verify=("visual",)))
     stages.verify(folder, geolocator, "alignment")
-    return read_examples(folder, geolocator.index, geolocator.tuning.search_weights)
+    return read_examples(folder, geolocator.index, geolocator.tuning)
 
 
 def drawn(examples: Examples, count: int = 400) -> list[tuple[int, Prompt]]:

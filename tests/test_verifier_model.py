@@ -41,7 +41,7 @@ def parts(count: int = 3) -> tuple[str | bytes, ...]:
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     corpus = [part for part in parts() if isinstance(part, str)] * 3
-    return make_tokenizer([*corpus, '{"latitude": -48.2, "longitude": 16.4, "confidence": 70}'] * 3, 700)
+    return make_tokenizer([*corpus, '{"latitude": -48.2, "longitude": 16.4, "confidence": 70}'] * 3, 1500)
 
 
 @pytest.fixture(scope="module")
@@ -63,16 +63,18 @@ def test_letters_and_numbers_are_single_tokens(tokenizer: Any) -> None:
         assert said[1] == tokenizer.encode(letter)[0]  # the letter of a line is the letter that answers
     for number in range(181):
         assert len(tokenizer.encode(str(number))) == 1
-        for text, count in ((f"; place {number}", 2), (f"A: -{number}.7, -{number}.0", 7)):
-            assert tokenizer.tokenize(text)[-1:] != [] and tokenizer.decode(tokenizer.encode(text)) == text
-            if text.startswith("; place"):
-                assert len(tokenizer.encode(text)) == count
-        whole, decimal = tokenizer.encode(f"{number}.7")
-        assert [whole, decimal] == [tokenizer.encode(str(number))[0], tokenizer.encode("0.7")[1]]
+        assert len(tokenizer.encode(f"A: -{number}.7, -{number}.0")) == 7
+        whole, tenth = tokenizer.encode(f"{number}.7")
+        assert [whole, tenth] == [tokenizer.encode(str(number))[0], tokenizer.encode("0.7")[1]]
+    for number in range(101):
+        for words in ("; neighbours ", ", alike ", "; place ", "; match ", ", agreeing "):
+            assert len(tokenizer.encode(f"{words}{number}")) == 1
+        assert len(tokenizer.encode(f"; generated -{number / 10:.1f}")) == (1 if number < 100 else 3)
+    assert len(tokenizer.encode("; place 101")) == 2  # no more than a number by itself
 
 
 @pytest.mark.parametrize(
-    "text", ["Ürümqi, 中国; place 7\nZ: none of these", '{"latitude": -48.25}', " \t\n\n  ", "🙂A:"]
+    "text", ["Ürümqi, 中国; place 7\nZ: none of these", '{"latitude": -48.25}', " \t\n\n  ", "🙂A:", "; place 1234567"]
 )
 def test_any_text_comes_back(tokenizer: Any, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -126,10 +128,11 @@ def test_it_answers_a_request_and_looks_at_the_picture(folder: Path) -> None:
     assert np.allclose(chances.sum(axis=1), 1, atol=1e-5) and not np.allclose(chances[0], chances[1], atol=1e-6)
 
 
-def test_numbers_begin_in_order(tokenizer: Any) -> None:
+@pytest.mark.parametrize("words", ["{}", "; place {}"])
+def test_numbers_begin_in_order(tokenizer: Any, words: str) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         weight = make_model(tokenizer).get_input_embeddings().weight.detach()
-    rows = torch.nn.functional.normalize(weight[[tokenizer.encode(str(n))[0] for n in range(181)]], dim=1)
-    alike = rows @ rows.T
-    assert alike.diagonal(1).mean() > alike.diagonal(20).mean() + 0.1 > alike.diagonal(90).mean() + 0.1
+    rows = torch.nn.functional.normalize(weight[[tokenizer.encode(words.format(n))[0] for n in range(101)]], dim=1)
+    near, far, furthest = ((rows @ rows.T).diagonal(gap).mean() for gap in (1, 20, 90))
+    assert near > far + 0.05 > furthest + 0.1

@@ -12,6 +12,7 @@ __all__ = ["Client", "Reply", "Request", "open_client"]
 
 IN_PROCESS = "vllm:"
 EMBEDDED = "embedded"  # the small model that ships, of the demo's satellite views
+EMBEDDED_FOLDER = EARTH.with_name("earth-verifier")
 
 
 def open_client(where: str, model: str | None = None) -> Client:
@@ -27,7 +28,7 @@ def open_client(where: str, model: str | None = None) -> Client:
         GeoError: in one line, when the server is down or has no such model, or the model cannot be had or used.
     """
     if where == EMBEDDED:
-        where = str(EARTH.with_name("earth-verifier"))
+        where = str(EMBEDDED_FOLDER)
     if where.startswith(("http://", "https://")):
         from rag_geotoken.mllm.server import ServerClient
 

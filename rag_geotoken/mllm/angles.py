@@ -84,7 +84,10 @@ def plain(text: str) -> str:
 
 def angles(text: str) -> list[Angle]:
     """All numbers in a text that ``plain`` gave, in order."""
-    return [_angle(match) for match in _ANGLE.finditer(text)]
+    found: list[Angle] = []
+    while match := _ANGLE.search(text, found[-1].end if found else 0):
+        found.append(_angle(match))
+    return found
 
 
 def _angle(match: re.Match[str]) -> Angle:
@@ -96,11 +99,11 @@ def _angle(match: re.Match[str]) -> Angle:
             size = size + _float(part) / divisor if _float(part) < 60 else math.nan
     sign = -1.0 if "-" in (told["sign"], told["insign"]) else 1.0
     side = _side(told["before"] or told["after"], told["unit"] is not None)
-    degrees, end = sign * size, match.end()
+    degrees, end, text = sign * size, match.end(), match.string
     if told["upto"]:
-        if side is None and axis in (None, "sure"):  # no range, or one of something else
-            end = match.start("upto")
-            degrees = math.nan
+        if side is None and axis in (None, "sure"):  # "48.2 and 16.4" is a pair, "48.2-16.4" is anything
+            end = match.end("unit" if told["unit"] else "degrees")
+            degrees = math.nan if "-" in text[end : match.start("upto")] else degrees
         else:
             degrees = _middle(degrees, _float(told["upto"]))
     if side is not None:

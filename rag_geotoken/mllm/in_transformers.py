@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import random
 import time
@@ -46,6 +47,9 @@ class TransformersClient:
         self.processor, self.network, self.ends = _load(folder)
         self.model = model_identity(folder)
         self.pad = next(i for i in (self.processor.tokenizer.pad_token_id, *self.ends, 0) if i is not None)
+        # Some tokenizers give segments that few models take, and transformers 4 refuses what a model does not take.
+        taken = inspect.signature(self.network.forward).parameters
+        self.unused = {"token_type_ids"} - set(taken)
         self.longest = getattr(self.network.config.get_text_config(), "max_position_embeddings", None) or 2**31
 
     @classmethod
@@ -99,7 +103,8 @@ class TransformersClient:
         if tokens > room:
             return f"the prompt of {tokens} tokens and its answer exceed the {self.longest} that the model takes"
         length = min(-(-tokens // MULTIPLE) * MULTIPLE, room)
-        return _Prompt(position, request, dict(inputs), length, time.perf_counter() - begun)
+        inputs = {name: tensor for name, tensor in inputs.items() if name not in self.unused}
+        return _Prompt(position, request, inputs, length, time.perf_counter() - begun)
 
     @torch.inference_mode()
     def _answer(self, prompts: list[_Prompt], tokens: dict[str, int]) -> list[tuple[int, Reply]]:
@@ -198,7 +203,13 @@ def _choose(request: Request, log_probs: tuple[float, ...]) -> tuple[str, ...]:
 def _load(folder: Path) -> tuple[Any, Any, list[int]]:
     """Processor, network in evaluation mode, and the tokens that end an answer. Raises GeoError."""
     import transformers
-    from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+
+    try:
+        from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+    except (ImportError, RuntimeError):  # what a torchvision that does not fit torch makes of it
+        raise GeoError(
+            "transformers cannot read pictures here: install the torchvision that fits your torch, or uninstall it"
+        ) from None
 
     processors: Any = AutoProcessor
     networks: Any = AutoModelForImageTextToText

@@ -33,7 +33,7 @@ _REFUSAL = re.compile(
 )
 _BETWEEN = re.compile(r"[\s°)]{0,3}(?:[,;/|&]|and|und|et|y|e|und)?[\s(]{0,4}", re.IGNORECASE)
 _LON_FIRST = re.compile(r"(?:lonlat\W{0,6}|point\s?\()$", re.IGNORECASE)  # the latter is well-known text, ISO 19125
-_MEASURE = re.compile(r"\s?(?:k?m|mi|miles?|kilomet|met(?:er|re)s?|feet|ft|C|F|kg|hours?|years?|percent|%|[€$£])\b")
+_MEASURE = re.compile(r"\s?(?:k?m|mi|miles?|kilomet|met(?:er|re)s?|feet|ft|C|F|kg|hours?|years?|percent)\b|\s?[%€$£]")
 _PERCENT = re.compile(r"(\d{1,3}(?:\.\d{1,9})?)\s?%\s{0,2}(?:confiden|sure|certain|sicher|probab)", re.IGNORECASE)
 
 
@@ -141,7 +141,9 @@ def _degrees(value: Any, axis: str) -> float | str:
     if _is_number(value):
         return _number(value)
     if isinstance(value, str):
-        found = [angle for angle in angles(plain(value)) if angle.axis in (axis, None) and not angle.percent]
+        found = [
+            angle for angle in angles(plain(f"{axis}: {value}")) if angle.axis in (axis, None) and not angle.percent
+        ]
         if not found:
             return REFUSED if _REFUSAL.search(plain(value)) else UNPARSABLE
         return found[0].degrees

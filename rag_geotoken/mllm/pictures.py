@@ -7,7 +7,7 @@ from io import BytesIO
 
 from PIL import Image
 
-from rag_geotoken.pictures import BLUE_MARBLE, read_pictures, upright
+from rag_geotoken.pictures import BLUE_MARBLE, NEEDLE, read_pictures, upright
 
 SIZE = 512  # px of the longer side
 BYTES = 200_000
@@ -19,12 +19,17 @@ def encode_picture(picture: Image.Image, size: int = SIZE, limit: int = BYTES) -
     """A picture's pixels as PNG where it is tiny, else as JPEG: at most `size` px and `limit` bytes, no metadata.
 
     Args:
-        picture: In any mode; it is never enlarged.
+        picture: In any mode. It is never enlarged; of one more than 16 times as long as wide the middle is taken.
         size: The longest that its longer side may be, in pixels.
         limit: Bytes. JPEG's quality is lowered, then the picture is halved, until it fits.
     """
     picture = _pixels(picture)
-    longer = max(picture.size)
+    longer, shorter = max(picture.size), min(picture.size)
+    if longer > NEEDLE * shorter:  # many a model's own processor enlarges by the shorter side
+        cut = (longer - NEEDLE * shorter) // 2
+        left, top = (cut, 0) if picture.width == longer else (0, cut)
+        picture = picture.crop((left, top, picture.width - left, picture.height - top))
+        longer = max(picture.size)
     if longer > size:
         width, height = (max(1, round(side * size / longer)) for side in picture.size)
         picture = picture.resize((width, height), Image.Resampling.BICUBIC)

@@ -99,10 +99,9 @@ class ServerClient:
             for position, request in todo:
                 put((position, await self._reply(client, request, deadline, gone)))
 
-        async with (
-            openai.AsyncOpenAI(**self._settings(self.request_s, self.retries)) as client,
-            asyncio.TaskGroup() as tasks,
-        ):
+        road = openai.DefaultAsyncHttpxClient(**self._road())
+        settings = self._settings(self.request_s, self.retries)
+        async with openai.AsyncOpenAI(http_client=road, **settings) as client, asyncio.TaskGroup() as tasks:
             for _ in range(min(self.concurrent, len(requests))):
                 tasks.create_task(work(client))
 
@@ -152,10 +151,16 @@ class ServerClient:
         key = os.environ.get(KEY) or "none"
         return {"base_url": self.url, "api_key": key, "timeout": timeout, "max_retries": retries}
 
+    def _road(self) -> dict[str, Any]:
+        """Pictures go where they are sent: no server passes them on to another, and none of our own needs a proxy."""
+        here = urlsplit(self.url).hostname in ("127.0.0.1", "localhost", "::1")
+        return {"follow_redirects": False, "trust_env": not here}
+
     def _served(self, model: str | None) -> str:
         """The model's name, once the server said that it has it."""
         try:
-            with openai.OpenAI(**self._settings(CHECK_S, 1)) as client:
+            road = openai.DefaultHttpxClient(**self._road())
+            with openai.OpenAI(http_client=road, **self._settings(CHECK_S, 1)) as client:
                 names = [served.id for served in client.models.list()]
         except (openai.AuthenticationError, openai.PermissionDeniedError):
             raise GeoError(f"the server at {self.url} wants a key: set {KEY}") from None

@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rag_geotoken.geo import haversine_km, pairwise_km
+from rag_geotoken.pool import log_softmax
+from rag_geotoken.tuning import Tuning
 from rag_geotoken.types import BEAM, GREEDY, SAMPLE, Matches, Neighbors, Pool
 
 COUNT, APART_KM, AGREE_KM = (
@@ -47,9 +49,9 @@ class Shortlist:
 class Evidence:
     """What speaks for the places of a shortlist, each (B, M).
 
-    neighbors: how many lie within ``APART_KM``; alike: the best one's similarity, 0 without one; place: the photo's
-    similarity with the place itself; generated: log of the share of the token model's mass, -inf for none. Where
-    pictures were compared, match: how well the best fitting one of the neighbours that it puts the photo nearby; agree:
+    neighbors: how many lie within ``APART_KM``; alike: the best one's similarity, 0 without one; place: the share that
+    the alignment gives it among these places; generated: log of its share of the token model's mass, -inf for none.
+    Where pictures were compared, match: how well the best fitting one that puts the photo nearby does; agree:
     how many put it within ``AGREE_KM`` of where that one does.
     """
 
@@ -90,23 +92,24 @@ def evidence(
     pool: Pool,
     neighbors: Neighbors,
     aligned: NDArray[np.float32],
-    weights: tuple[float, ...],
+    tuning: Tuning,
     matches: Matches | None = None,
 ) -> Evidence:
     """What is known of a shortlist's places from the pool, the neighbours and the alignment's scores (B, C).
 
-    weights: those of the search, by which a neighbour's score becomes a similarity of at most one. matches: where the
-    neighbours' pictures, compared with the photo, put it.
+    tuning: the weights of the search, by which a neighbour's score becomes a similarity of at most one, and how sharply
+    the alignment tells places apart. matches: where the neighbours' pictures, compared with the photo, put it.
     """
     near = _between(chosen.lat_lon, neighbors.lat_lon) <= APART_KM
-    alike = np.where(near, neighbors.scores[:, None, :] / sum(weights), 0.0).max(axis=2)
+    alike = np.where(near, neighbors.scores[:, None, :] / sum(tuning.search_weights), 0.0).max(axis=2)
     stood = (chosen.stands[:, None, :] == np.arange(chosen.entries.shape[1])[:, None]) & pool.mask[:, None, :]
     token = np.isin(pool.source, (GREEDY, BEAM, SAMPLE)) & pool.mask
     mass = np.where(token, np.exp(pool.log_weight.astype(np.float64)), 0.0)
     mass /= np.maximum(mass.sum(axis=1, keepdims=True), 1e-30)
     with np.errstate(divide="ignore"):
         generated = np.log((stood * mass[:, None, :]).sum(axis=2))
-    place = np.where(stood, aligned[:, None, :], -1.0).max(axis=2)
+    alike_place = np.where(stood, tuning.alignment_scale * aligned[:, None, :].astype(np.float64), -np.inf).max(axis=2)
+    place = np.exp(log_softmax(np.where(chosen.mask, alike_place, -np.inf)))
     found = Evidence(near.sum(axis=2), alike, place, generated)
     if matches is None:
         return found

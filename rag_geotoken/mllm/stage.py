@@ -263,8 +263,7 @@ def _shown(
     known: Evidence | None = None
     if asking.evidence and part.pool is not None:
         aligned = geolocator.verify("alignment", part.photo, part.neighbors, part.pool)
-        weights = geolocator.tuning.search_weights
-        known = evidence(chosen, part.pool, part.neighbors, aligned, weights, part.matches)
+        known = evidence(chosen, part.pool, part.neighbors, aligned, geolocator.tuning, part.matches)
     shown = [candidates(chosen, i, texts, known) for i, texts in enumerate(places)]
     near: list[dict[str, bytes]] = [{} for _ in shown]
     if asking.pictures:

@@ -207,15 +207,15 @@ def _train_verifier(settings: dict[str, Any], geolocator: Geolocator, out: Path,
 
     folder, photos = (out.with_name(f"{out.name}-{name}") for name in ("verifier", "verifier-photos"))
     check_writable(folder)
-    options, weights = Options(verify=("visual",)), geolocator.tuning.search_weights
+    options, tuning = Options(verify=("visual",)), geolocator.tuning
     retrieval.write_photos(photos, settings["source"])
     retrieval.encode(photos, geolocator.alignment)
-    retrieval.search(photos, geolocator.index, options.neighbors, weights)
+    retrieval.search(photos, geolocator.index, options.neighbors, tuning.search_weights)
     stages.matches(photos, geolocator)
     for stage in (stages.propose, stages.places, stages.pool):
         stage(photos, geolocator, options)
     verdicts = stages.verify(photos, geolocator, "alignment")
-    examples = read_examples(photos, geolocator.index, weights)
+    examples = read_examples(photos, geolocator.index, tuning)
     identity = _identity({"settings": settings, "photos": file_sha256(verdicts)})
     numbers = {name: value for name, value in settings.items() if name != "source"}
     train_verifier(examples, geolocator.alignment, folder, identity, **numbers, log=log)

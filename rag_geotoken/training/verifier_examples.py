@@ -19,12 +19,13 @@ from rag_geotoken.pool import without
 from rag_geotoken.run_tables import read_embeddings, read_matches, read_neighbors, read_pool, read_verdicts
 from rag_geotoken.tables import read_table
 from rag_geotoken.training.verifier_words import BEGIN, END, IMAGE, LETTERS, PATCH, PIXELS
+from rag_geotoken.tuning import Tuning
 from rag_geotoken.types import VISUAL, Matches, Pool
 
 MOST = len(LETTERS) - 1  # candidates
 RIGHT_KM = 200.0
 # How often a photo is asked about in another way than the pipeline's usual one.
-SEEN, FREE, ZERO_SHOT, UNPROVEN, ABSENT, FEWER, UNPLACED, PICTURES = 0.4, 0.1, 0.03, 0.15, 0.12, 0.4, 0.1, 0.05
+SEEN, FREE, ZERO_SHOT, UNPROVEN, ABSENT, FEWER, UNPLACED, PICTURES = 0.4, 0.1, 0.02, 0.08, 0.12, 0.3, 0.05, 0.04
 PHOTO = b"photo"
 
 
@@ -110,8 +111,8 @@ def _letter(away: list[float]) -> str:
     return LETTERS[int(np.argmin(away))] if away and min(away) <= RIGHT_KM else LETTERS[-1]
 
 
-def read_examples(folder: Path, index: GeoIndex, weights: tuple[float, ...]) -> Examples:
-    """A run's tables up to the alignment's verdicts -> examples. ``weights``: those of the search.
+def read_examples(folder: Path, index: GeoIndex, tuning: Tuning) -> Examples:
+    """A run's tables up to the alignment's verdicts -> examples. ``tuning``: that of the pool.
 
     Raises GeoError when a picture cannot be read or its place is not known.
     """
@@ -124,7 +125,7 @@ def read_examples(folder: Path, index: GeoIndex, weights: tuple[float, ...]) -> 
 
     def known(pool: Pool, matches: Matches | None, seen: Examples | None) -> Examples:
         chosen = shortlist(pool, MOST)
-        found = evidence(chosen, pool, neighbors, aligned, weights, matches)
+        found = evidence(chosen, pool, neighbors, aligned, tuning, matches)
         names = iter(place_text(chosen.lat_lon[chosen.mask][:, 0], chosen.lat_lon[chosen.mask][:, 1]))
         places = [[next(names) if there else None for there in row] for row in chosen.mask.tolist()]
         rows = nearby_rows(chosen, neighbors)

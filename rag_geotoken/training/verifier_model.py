@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rag_geotoken.files import write_text, write_whole
-from rag_geotoken.training.verifier_words import IMAGE, NUMBERS, PATCH, PIXELS
+from rag_geotoken.training.verifier_words import IMAGE, PATCH, PIXELS
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
@@ -24,7 +25,7 @@ NAMES = {
     "model.vision_tower.": "vision_tower.vision_model.",
     "model.multi_modal_projector.": "multi_modal_projector.",
 }
-PERIODS = (400.0, 200.0, 100.0, 50.0, 20.0, 10.0)
+STEPS = tuple(range(5, 180, 10))
 
 
 def make_model(
@@ -79,21 +80,25 @@ def make_model(
 
 
 def _write_magnitudes(model: LlavaForConditionalGeneration, tokenizer: Any) -> None:
-    """Embeddings of whole numbers and of decimals: random directions times the number and its waves.
+    """Embeddings of numbers, alone and with what they are evidence of: soft steps, one for each ten passed.
 
-    With tokens as unlike one another as words are, a small model would have to learn each number by itself.
+    The nearer two numbers, the more alike they begin, and every step is a direction in which more is more. With tokens
+    as unlike one another as words are, a small model would have to learn each number by itself.
     """
     weight: Any = model.get_input_embeddings().weight
-    for names, values in (
-        ([str(n) for n in NUMBERS], torch.arange(len(NUMBERS)).float()),
-        ([f".{n}" for n in range(10)], torch.arange(10) * 10.0),
-    ):
-        turns = values[:, None] * 2 * math.pi / torch.tensor(PERIODS)
-        waves = torch.cat([turns.cos(), turns.sin()], dim=1)
-        features = torch.cat([values[:, None] / 50 - 1, waves], dim=1)
-        directions = torch.randn(features.shape[1], weight.shape[1]) * 0.05 / math.sqrt(len(PERIODS))
-        with torch.no_grad():
-            weight[tokenizer.convert_tokens_to_ids(names)] += features @ directions
+    directions = torch.randn(len(STEPS), weight.shape[1]) * 0.05 / math.sqrt(len(STEPS) / 2)
+    of_words: dict[str, Any] = {}
+    with torch.no_grad():
+        for token, row in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+            match = re.fullmatch(r"(.*?)([0-9]*)(\.[0-9])?", token)
+            if match is None or not (match[2] or match[3]):
+                continue
+            value = float(f"{match[2] or 0}{match[3] or ''}")
+            if match[3]:  # tenths as finely as whole numbers: evidence with them goes to ten, they alone to one
+                value *= 10 if match[1] else 100
+            weight[row] = weight[row] * 0.5 + torch.tanh((value - torch.tensor(STEPS)) / 6) @ directions
+            if match[1]:
+                weight[row] += of_words.setdefault(match[1], torch.randn(weight.shape[1]) * 0.05)
 
 
 def save_weights(model: LlavaForConditionalGeneration, path: Path) -> None:

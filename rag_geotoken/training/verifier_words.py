@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 LETTERS = "ABCDEFGHZ"
+SPACE = "Ġ"  # as byte-level tokenizers write it
 BEGIN, END, PAD, IMAGE = "<s>", "</s>", "<pad>", "<image>"
 PIXELS, PATCH = 64, 16
 NUMBERS = range(181)  # whole numbers that are one token each; a sign stands in the token before
@@ -17,6 +18,9 @@ PIECES = (
     r"[A-HZ](?=:|$)|\{|\.\d(?!\d)|\d{1,3}|[,;:]? ?-?(?=\d)|[,;:]? ?\p{L}+(?: \p{L}+)*(?: -?(?=\d))?"
     r"|\"[a-z]+\": -?|[^\s\p{L}\p{N}]+|\s+"
 )
+# Evidence in words is one piece with its number, such as "; place 64" or "; generated -1.2".
+EVIDENCE = r"[,;] \p{Ll}+ -?\d{1,3}(?:\.\d)?(?!\d)"
+HUNDRED = range(101)
 # One user message: texts and pictures in the order they were given. Nothing but the words of the message is said, so
 # that the tokens of instructions and picture are the same in front of every list of candidates.
 TEMPLATE = (
@@ -29,29 +33,30 @@ TEMPLATE = (
 
 
 def make_tokenizer(corpus: Iterable[str], size: int) -> Any:
-    """Texts -> a tokenizer of ``size`` tokens or less, the same for the same texts.
+    """Texts -> a tokenizer of about ``size`` tokens, or as many as there are words for; the same for the same texts.
 
-    Every letter of an option, every whole number to 180 and every decimal is one token; that, the letters of all
-    scripts and the special tokens are 450, so many it has in any case.
+    One token each: the letter of an option, a whole number to 180, a decimal, and the kinds of evidence that the texts
+    have, with a number to 100. Characters, numbers and special tokens, 450, it has in any case.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     fast: Any = PreTrainedTokenizerFast  # which says nothing of its types
     tokenizer = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(PIECES), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    tokenizer.pre_tokenizer = _pieces(PIECES)  # numbers by themselves, until all words are there
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=max(size - len(NUMBERS), 0),
         special_tokens=[PAD, BEGIN, END, IMAGE],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((re.sub(r"\d+", "0", text) for text in corpus), trainer)
-    tokenizer = Tokenizer.from_str(_with_numbers(tokenizer.to_str()))
+    texts = list(corpus)
+    said = {found for text in texts for found in re.findall(r"([,;] [a-z]+ -?)\d+(\.\d)?(?!\d)", text)}
+    evidence = sorted({(words, bool(tenth)) for words, tenth in said})
+    trainer.vocab_size = max(size - len(NUMBERS) - len(HUNDRED) * len(evidence), 0)
+    tokenizer.train_from_iterator((re.sub(r"\d+", "0", text) for text in texts), trainer)
+    tokenizer.pre_tokenizer = _pieces(f"{EVIDENCE}|{PIECES}")
+    tokenizer = Tokenizer.from_str(_with_numbers(tokenizer.to_str(), evidence))
     return fast(
         tokenizer_object=tokenizer,
         bos_token=BEGIN,
@@ -64,15 +69,33 @@ def make_tokenizer(corpus: Iterable[str], size: int) -> Any:
     )
 
 
-def _with_numbers(tokenizer: str) -> str:
-    """A tokenizer's JSON with the merges that make every number one token."""
+def _pieces(pattern: str) -> Any:
+    from tokenizers import Regex, pre_tokenizers
+
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def _with_numbers(tokenizer: str, evidence: list[tuple[str, bool]]) -> str:
+    """A tokenizer's JSON with the merges that make every number one token, and every evidence with its number."""
     state = json.loads(tokenizer)
     vocab, merges = state["model"]["vocab"], state["model"]["merges"]
-    for text in [*map(str, NUMBERS), *(f".{digit}" for digit in range(10))]:
-        if text not in vocab:
-            vocab[text] = len(vocab)
-            # 110 may begin as 11 or as 10, whichever comes first.
-            merges += [[text[:i], text[i:]] for i in range(1, len(text)) if {text[:i], text[i:]} <= vocab.keys()]
+
+    def merge(first: str, second: str) -> None:
+        vocab.setdefault(first + second, len(vocab))
+        merges.append([first, second])
+
+    for text in [*map(str, NUMBERS[10:]), *(f".{digit}" for digit in range(10))]:
+        for i in range(1, len(text)):  # 110 may begin as 11 or as 10, whichever comes first
+            if text[:i] in vocab and text[i:] in vocab and [text[:i], text[i:]] not in merges:
+                merge(text[:i], text[i:])
+    for words, tenths in evidence:
+        prefix = words.replace(" ", SPACE)
+        if prefix in vocab:
+            for n in range(10) if tenths else HUNDRED:
+                merge(prefix, str(n))
+                for tenth in range(10) if tenths else ():
+                    merge(f"{prefix}{n}", f".{tenth}")
     return json.dumps(state)
 
 

@@ -1,7 +1,7 @@
-"""Run once in the server's environment: lets torchvision be imported beside a torch for CPUs.
+"""Lets torchvision be imported beside a torch for CPUs: run once in an environment for tests or for the server.
 
-There is no build of torchvision with operators for every CPU torch. LLaVA's pictures need none of them, but the import
-does, in every process that vLLM starts; so the declaration goes into the installed file.
+There is no build of torchvision with operators for every CPU torch. Neither the peers that our tests run nor LLaVA's
+pictures need any of them, but the import does, in every process; so the declaration goes into the installed file.
 """
 
 from __future__ import annotations
