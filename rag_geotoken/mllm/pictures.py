@@ -46,12 +46,12 @@ def encode_picture(picture: Image.Image, size: int = SIZE, limit: int = BYTES) -
 
 
 def encode_pictures(
-    references: Sequence[str], size: int = SIZE, limit: int = BYTES
+    references: Sequence[str | bytes], size: int = SIZE, limit: int = BYTES
 ) -> tuple[list[bytes | None], list[str | None]]:
     """Pictures behind references, whole (not cut to a square), as ``encode_picture`` makes them.
 
     Args:
-        references: N paths of picture files, `tar:` references, or `blue-marble:` references.
+        references: N paths of picture files, `tar:` or `blue-marble:` references, or the bytes of pictures.
         size: The longest that a longer side may be, in pixels. A `blue-marble:` crop has 64.
         limit: Bytes a picture.
 
@@ -63,13 +63,13 @@ def encode_pictures(
     """
     encoded: list[bytes | None] = [None] * len(references)
     errors: list[str | None] = [None] * len(references)
-    cuts = [i for i, reference in enumerate(references) if reference.startswith(BLUE_MARBLE)]
+    cuts = {i: name for i, name in enumerate(references) if isinstance(name, str) and name.startswith(BLUE_MARBLE)}
     if cuts:
         from rag_geotoken.sources.blue_marble import cut_references
 
-        for i, pixels in zip(cuts, cut_references([references[i] for i in cuts]), strict=True):
+        for i, pixels in zip(cuts, cut_references(list(cuts.values())), strict=True):
             encoded[i] = encode_picture(Image.fromarray(pixels), size, limit)
-    files = [i for i, reference in enumerate(references) if not reference.startswith(BLUE_MARBLE)]
+    files = [i for i in range(len(references)) if i not in cuts]
     made = read_pictures([references[i] for i in files], lambda image: encode_picture(upright(image), size, limit))
     for i, picture in zip(files, made, strict=True):
         if isinstance(picture, str):

@@ -269,7 +269,7 @@ def _shown(
     if asking.pictures:
         rows = nearby_rows(chosen, part.neighbors)
         wanted = np.unique(rows[rows >= 0])
-        encoded, _ = encode_pictures(geolocator.index.rows["image"].take(wanted).to_pylist(), asking.size)
+        encoded, _ = encode_pictures(geolocator.index.picture_files(wanted), asking.size)
         by_row = {row: picture for row, picture in zip(wanted.tolist(), encoded, strict=True) if picture}
         for i, j in zip(*np.nonzero(rows >= 0), strict=True):
             if rows[i, j] in by_row:
