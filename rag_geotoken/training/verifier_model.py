@@ -129,6 +129,10 @@ def save_folder(model: LlavaForConditionalGeneration, processor: Any, folder: Pa
         write_text(folder / f"{name}.json", json.dumps(content, indent=2, sort_keys=True) + "\n")
     with TemporaryDirectory(dir=folder) as beside:
         processor.save_pretrained(beside)
+        words = Path(beside) / "tokenizer_config.json"
+        # transformers 5 names a class that 4 does not have; both know this one.
+        told = json.loads(words.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        write_text(words, json.dumps(told, indent=2, sort_keys=True) + "\n")
         for file in Path(beside).iterdir():
             os.replace(file, folder / file.name)
 
