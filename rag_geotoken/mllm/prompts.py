@@ -61,9 +61,9 @@ def _environment() -> Environment:
 
 
 def _clean(value: Any) -> Any:
-    """Without control characters in texts: a place's name comes from files that nobody has vetted."""
+    """Texts without control characters and what special tokens are made of: nobody has vetted a place's name."""
     if isinstance(value, str):
-        return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", value)[:200]
+        return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029<>|]+", " ", value)[:200]
     if isinstance(value, Mapping):
         return {key: _clean(each) for key, each in value.items()}
     return [_clean(each) for each in value] if isinstance(value, list | tuple) else value
