@@ -88,6 +88,10 @@ def locate(
     verify: Annotated[str, typer.Option(help="Who verifies: some of alignment,visual,reward,look,mllm, or none.")] = (
         "alignment"
     ),
+    matcher: Annotated[
+        str | None,
+        typer.Option(help="Street photos, --verify visual: EfficientLoFTR or LightGlue, folder or hub."),
+    ] = None,
     mllm: Mllm = None,
     mllm_model: MllmModel = None,
     mllm_mode: Annotated[str, typer.Option(help="What it is asked: pool, free, zero-shot or diversify.")] = "pool",
@@ -129,6 +133,8 @@ def locate(
     for value in (temperature, top_p, epsilon, max_area or 0.0):
         if not math.isfinite(value):
             raise typer.BadParameter(f"{value} is no finite number")
+    if matcher is not None and "visual" not in verify.split(","):
+        raise typer.BadParameter("--matcher compares pictures: add --verify visual")
     ways, verifiers = (() if given == "none" else tuple(given.split(",")) for given in (propose, verify))
     options = Options(
         neighbors=neighbors,
@@ -149,7 +155,7 @@ def locate(
         diversify=mllm is not None and mllm_mode == "diversify",
     )
     asked = Asked.open(mllm, mllm_model, mllm_mode, evidence, near_pictures, resume, "mllm" in verifiers)
-    _say_located(out, *locate_photos(photos, index, out, options, folder, run, limit, backbone, asked))
+    _say_located(out, *locate_photos(photos, index, out, options, folder, run, limit, backbone, asked, matcher))
 
 
 def _weights_folder(context: typer.Context, preset: str | None, index: Path | None, weights: Path | None) -> Path:

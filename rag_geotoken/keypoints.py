@@ -1,7 +1,7 @@
-"""Street photos against each other: matched keypoints of EfficientLoFTR or LightGlue, counted where one plane explains them.
+"""Street photos against each other: matched keypoints of EfficientLoFTR or LightGlue, as far as a plane explains them.
 
-The models are transformers' (LightGlue brings its SuperPoint), from a folder or a hub, never from pickles. How far a photo
-was taken from a neighbour cannot be told from that without a camera's calibration, so a neighbour keeps its own place.
+The models are transformers' (LightGlue brings its SuperPoint), from a folder or a hub, never from pickles. How far from
+a neighbour a photo was taken cannot be told without the cameras' calibration: a neighbour keeps its own place.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.nn.functional import interpolate
 from rag_geotoken.encoders.shared import brief, find_folder, quiet
 from rag_geotoken.errors import GeoError
 from rag_geotoken.mllm.folder import FILES, WEIGHTS, model_identity
+from rag_geotoken.types import Matches
 
 SIDE = 480  # px of a square picture, a multiple of the models' strides
 PAIRS = 4  # in one pass of the model
@@ -32,7 +33,7 @@ HALF = 24  # inliers beyond these at which a pair is believed as likely as not
 class KeypointMatcher:
     """Loaded once; asked with squares of any size."""
 
-    size = SIDE
+    size, photos = SIDE, 4
 
     def __init__(self, model: Any, identity: str) -> None:
         """model: transformers' for keypoint matching. identity: which weights the scores follow from."""
@@ -59,6 +60,10 @@ class KeypointMatcher:
             raise GeoError(f"{folder} lacks weights of a keypoint matcher, such as {missing[0]}: get it again")
         return cls(model.eval(), model_identity(folder))
 
+    def match(self, pixels: NDArray[np.uint8], near: NDArray[np.uint8], places: NDArray[np.float64]) -> Matches:
+        """Every neighbour puts the photo where it was itself taken."""
+        return Matches(places, self.scores(pixels, near))
+
     @torch.inference_mode()
     def scores(self, photos: NDArray[np.uint8], near: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Photos (B, S, S, 3) against neighbours' pictures (B, K, S', S', 3) -> (B, K) 0..1.
@@ -70,24 +75,24 @@ class KeypointMatcher:
         one, other = _grey(photos).repeat_interleave(k, 0), _grey(near.reshape(-1, *near.shape[2:]))
         inliers = torch.zeros(count * k)
         there = ((one.amax((1, 2)) > one.amin((1, 2))) & (other.amax((1, 2)) > other.amin((1, 2)))).nonzero()[:, 0]
-        for rows in there.split(PAIRS):
+        for rows in torch.split(there, PAIRS):
             inliers[rows] = planar_inliers(*self._matches(one[rows], other[rows])).float()
         beyond = (inliers - CHANCE).clamp_min(0)
         found: NDArray[np.float32] = (beyond / (beyond + HALF)).view(count, k).numpy()
         return found
 
     def _matches(self, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Grey pictures (P, side, side) each -> matched points (P, N, 2) of either, 0..1, and which there are (P, N)."""
+        """Grey pictures (P, side, side) each -> matched points (P, N, 2) of either, 0..1; which are there (P, N)."""
         pixels = torch.stack([one, other], 1)[:, :, None].expand(-1, -1, 3, -1, -1)
         found = self.model(pixel_values=pixels)
         first, second = found.matches.unbind(1)
         there = (first >= 0) & (second >= 0) if self._paired else first >= 0
-        score, order = torch.where(there, found.matching_scores[:, 0], -1.0).sort(1, descending=True, stable=True)
+        score, order = torch.where(there, found.matching_scores[:, 0], -1.0).sort(dim=1, descending=True, stable=True)
         order, there = order[:, :MOST], (score >= 0)[:, :MOST]
         partner = order if self._paired else first.long().clamp_min(0).gather(1, order)
         points = [
-            keypoints.gather(1, at[..., None].expand(-1, -1, 2)) for keypoints, at in
-            zip(found.keypoints.unbind(1), (order, partner), strict=True)
+            keypoints.gather(1, at[..., None].expand(-1, -1, 2))
+            for keypoints, at in zip(found.keypoints.unbind(1), (order, partner), strict=True)
         ]
         return points[0], points[1], there & torch.isfinite(score)[:, :MOST]
 
@@ -126,7 +131,8 @@ def homographies(one: Tensor, other: Tensor) -> Tensor:
     second = torch.stack([zero, zero, zero, x, y, unit, -v * x, -v * y], -1)
     solved, failed = torch.linalg.solve_ex(torch.cat([first, second], -2), torch.cat([u, v], -1)[..., None])
     bad = (failed != 0) | ~torch.isfinite(solved[..., 0]).all(-1)
-    planes = torch.cat([solved[..., 0], torch.ones_like(solved[..., 0, :1])], -1).unflatten(-1, (3, 3))
+    planes = torch.cat([solved[..., 0], torch.ones_like(solved[..., 0, :1])], -1)
+    planes = planes.view(*planes.shape[:-1], 3, 3)
     return torch.where(bad[..., None, None], 0.0, planes)
 
 

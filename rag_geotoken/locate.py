@@ -41,16 +41,17 @@ def locate_photos(
     limit: int | None = None,
     backbone: str | None = None,
     asked: Asked | None = None,
+    matcher: str | None = None,
 ) -> tuple[int, list[str]]:
     """Locate pictures, folders, CSVs and sources, write ``out`` -> how many have an answer, errors of the others.
 
-    asked: the multimodal model, where one verifies or names places. Raises GeoError when nothing can be located, a file
-    cannot be written, or index and weights do not fit.
+    asked: the multimodal model, where one verifies or names places. matcher: of street photos' keypoints. Raises
+    GeoError when nothing can be located, a file cannot be written, or index and weights do not fit.
     """
     check_format(out)
     check_writable(out.parent)
     table = read_photos(photos, limit)
-    geolocator = Geolocator.from_pretrained(index, weights, backbone)
+    geolocator = Geolocator.from_pretrained(index, weights, backbone, matcher)
     write_table(run / "photos.parquet", table)
     retrieval.encode(run, geolocator.alignment)
     search = options.within, options.other_authors, options.exact

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rag_geotoken import decoding, selection
-from rag_geotoken.agreement import moved_places, support
+from rag_geotoken.agreement import support
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.cells import S2Tokenizer
 from rag_geotoken.errors import GeoError
@@ -23,6 +23,7 @@ from rag_geotoken.gps_search import GpsSearch
 from rag_geotoken.index import COPIES, GeoIndex
 from rag_geotoken.lattice import Lattice
 from rag_geotoken.look import Look, likeness
+from rag_geotoken.matching import FromAbove, Matcher, match_all
 from rag_geotoken.pool import extend, join, keep_within, make_pool
 from rag_geotoken.posterior import Posterior
 from rag_geotoken.reward import RewardHead
@@ -41,7 +42,6 @@ from rag_geotoken.types import (
     Prediction,
     Predictions,
 )
-from rag_geotoken.visual import PIXELS, register
 from rag_geotoken.weights import EARTH, fingerprint
 
 PROPOSERS = ("greedy", "beam", "sample")
@@ -103,19 +103,28 @@ class Geolocator:
         index: GeoIndex,
         tuning: Tuning,
         reward: RewardHead | None = None,
+        matcher: Matcher | None = None,
     ) -> None:
-        """tokens, reward: None where there are none; they are missed when they are asked."""
+        """tokens, reward: None where there are none; they are missed when asked. matcher: views from above if None."""
         index.check_encoder(alignment.identity)
         if reward is not None and tokens is not None and reward.config.d_model != tokens.config.d_model:
             width, wanted = reward.config.d_model, tokens.config.d_model
             raise GeoError(f"a reward head of width {width}, a token model of width {wanted}: train the head again")
         self.alignment, self.index, self.tuning, self.reward = alignment, index, tuning, reward
-        self._tokens = tokens
+        self._tokens, self.matcher = tokens, matcher or FromAbove(tuning.view_km)
         self.tokenizer = S2Tokenizer(tokens.config.level, tokens.config.group) if tokens else S2Tokenizer()
 
     @classmethod
-    def from_pretrained(cls, index: str | Path, weights: str | Path = EARTH, backbone: str | None = None) -> Geolocator:
+    def from_pretrained(
+        cls,
+        index: str | Path,
+        weights: str | Path = EARTH,
+        backbone: str | None = None,
+        matcher: str | Path | None = None,
+    ) -> Geolocator:
         """Open an index folder and a weights folder; ``backbone``: where the alignment's frozen CLIP lies.
+
+        matcher: a keypoint matcher for street photos, a folder or a hub's name.
 
         Weights converted from peers may be an alignment alone. Raises GeoError when a file is missing, broken or does
         not fit.
@@ -126,7 +135,12 @@ class Geolocator:
         tokens = TokenModel.from_pretrained(weights) if there["tokens"] else None
         tuning = load_tuning(weights) if there["tuning"] else Tuning()
         reward = RewardHead.from_pretrained(weights) if (weights / "reward.json").is_file() else None
-        return cls(alignment, tokens, GeoIndex.load(index, alignment.heads), tuning, reward)
+        if matcher is not None:
+            from rag_geotoken.keypoints import KeypointMatcher
+
+            street = KeypointMatcher.from_pretrained(matcher)
+        gallery = GeoIndex.load(index, alignment.heads)
+        return cls(alignment, tokens, gallery, tuning, reward, street if matcher is not None else None)
 
     @property
     def tokens(self) -> TokenModel:
@@ -226,12 +240,11 @@ class Geolocator:
         return frontier(self.tokens, self.memory(photo, neighbors), options.openings)
 
     def match(self, pixels: NDArray[np.uint8], neighbors: Neighbors) -> Matches:
-        """Pictures from above (B, size, size, 3), compared with their neighbours' -> where each of these puts them.
+        """Pictures (B, size, size, 3), compared with their neighbours' -> where each of these puts them.
 
         Of a picture that cannot be read the score is 0.
         """
-        found = register(pixels, self.index.pictures(neighbors.rows, PIXELS))
-        return Matches(moved_places(found, neighbors.lat_lon, self.tuning.view_km), found.alike)
+        return match_all(self.matcher, pixels, neighbors, self.index)
 
     def pool(
         self,
@@ -299,7 +312,7 @@ class Geolocator:
         if verifier == "reward" and self.reward is not None:
             return fingerprint(self.tokens, self.reward)
         if verifier == "visual":
-            return f"{self.index.manifest['sha256']} {self.tuning.view_km} {self.tuning.visual_km}"
+            return f"{self.index.manifest['sha256']} {self.matcher.identity} {self.tuning.visual_km}"
         if verifier == "look":
             mix = self.tuning.look_beta, self.tuning.look_semantic, self.tuning.look_spatial
             return f"{self.alignment.identity} {self.index.manifest['sha256']} {mix}"

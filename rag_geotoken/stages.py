@@ -32,7 +32,6 @@ from rag_geotoken.run_tables import (
 )
 from rag_geotoken.tables import fixed_list, read_table, stage
 from rag_geotoken.types import SOURCES, Predictions
-from rag_geotoken.visual import PIXELS
 from rag_geotoken.weights import fingerprint
 
 if TYPE_CHECKING:
@@ -128,7 +127,7 @@ def matches(folder: Path, geolocator: Geolocator) -> Path:
     reference = dict(zip(photos["id"].to_pylist(), photos["image"].to_pylist(), strict=True))
 
     def work(at: slice) -> pa.Table:
-        pixels, _ = load_pictures([reference[name] for name in ids[at]], PIXELS)
+        pixels, _ = load_pictures([reference[name] for name in ids[at]], geolocator.matcher.size)
         near = neighbors[at]
         found = geolocator.match(pixels, near)
         k = found.scores.shape[1]
@@ -143,7 +142,7 @@ def matches(folder: Path, geolocator: Geolocator) -> Path:
             }
         )
 
-    recipe = {"index": geolocator.index.manifest["sha256"], "view_km": geolocator.tuning.view_km}
+    recipe = {"index": geolocator.index.manifest["sha256"], "matcher": geolocator.matcher.identity}
     return run_stage(folder, "matches", recipe, ["photos", "embeddings", "neighbours"], ids, work)
 
 

@@ -54,7 +54,7 @@ VISUAL = {
     "visual_scale": [0.5, 1.0, 2.0, 4.0, 8.0, 16.0],
     "visual_share": [0.1, 0.3, 0.5, 0.7, 0.9],
     "match_scale": [0.0, 2.0, 5.0, 10.0, 20.0, 40.0],
-    "visual_km": [0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0],
+    "visual_km": [40.0, 20.0, 10.0, 5.0, 2.0, 1.0],  # of equals the first, which asks least of a gallery's places
     "visual_spread_km": [0.5, 1.0, 2.0, 5.0, 15.0, 50.0],
 }
 DENSITY = {"density_scale": [5.0, 10.0, 20.0, 40.0], "density_km": [10.0, 25.0, 50.0, 100.0, 200.0, 300.0]}

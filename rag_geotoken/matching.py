@@ -1,0 +1,53 @@
+"""A photo's picture compared with its neighbours': what a way to compare offers, and the one for views from above."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rag_geotoken.agreement import moved_places
+from rag_geotoken.index import GeoIndex
+from rag_geotoken.types import Matches, Neighbors
+from rag_geotoken.visual import PIXELS, register
+
+Pixels = NDArray[np.uint8]
+
+
+class Matcher(Protocol):
+    """size: pixels of the squares it wants. photos: how many at a time. identity: what its scores follow from."""
+
+    size: int
+    photos: int
+    identity: str
+
+    def match(self, pixels: Pixels, near: Pixels, places: NDArray[np.float64]) -> Matches:
+        """Photos (B, S, S, 3), their neighbours' pictures (B, K, S', S', 3) and places (B, K, 2) -> matches."""
+        ...
+
+
+class FromAbove:
+    """Pictures of the ground seen from straight above, north mostly up, ``width_km`` wide in the middle."""
+
+    size, photos = PIXELS, 64
+
+    def __init__(self, width_km: float) -> None:
+        """width_km: see :func:`.moved_places`."""
+        self.width_km, self.identity = width_km, f"from above, {width_km:g} km"
+
+    def match(self, pixels: Pixels, near: Pixels, places: NDArray[np.float64]) -> Matches:
+        """Every neighbour moves the photo to where, by how the two overlap, it was taken."""
+        found = register(pixels, near)
+        return Matches(moved_places(found, places, self.width_km), found.alike)
+
+
+def match_all(matcher: Matcher, pixels: Pixels, neighbors: Neighbors, index: GeoIndex) -> Matches:
+    """Photos (B, S, S, 3) against the pictures of their neighbours, read from the index a few photos at a time."""
+    lat_lon, scores = neighbors.lat_lon.copy(), np.zeros(neighbors.scores.shape, np.float32)
+    for start in range(0, len(pixels), matcher.photos):
+        at = slice(start, start + matcher.photos)
+        near = index.pictures(neighbors.rows[at], matcher.size)
+        found = matcher.match(pixels[at], near, neighbors.lat_lon[at])
+        lat_lon[at], scores[at] = found.lat_lon, found.scores
+    return Matches(lat_lon, scores)
