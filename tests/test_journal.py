@@ -53,6 +53,16 @@ def test_finished_answers_are_not_asked_again(tmp_path: Path) -> None:
     assert ask_journaled(third, REQUESTS, journal) == whole and third.asked == []
 
 
+def test_what_is_known_is_kept_in_step_without_reading_the_journal_again(tmp_path: Path) -> None:
+    journal, client = tmp_path / "journal.jsonl", Echo()
+    known = read_journal(journal)
+    for at in (slice(0, 6), slice(4, 10)):
+        ask_journaled(client, REQUESTS[at], journal, known=known)
+    assert len(client.asked) == 10 and known == read_journal(journal)
+    journal.unlink()
+    assert ask_journaled(client, REQUESTS, journal, known=known) and len(client.asked) == 10
+
+
 @pytest.mark.parametrize("cut", [1, 2, 30, 150])
 def test_a_torn_last_line_is_cut_off(tmp_path: Path, cut: int) -> None:
     journal = tmp_path / "journal.jsonl"

@@ -21,6 +21,7 @@ def ask_journaled(
     journal: Path | str,
     again: bool = False,
     advance: Callable[[int], None] = lambda n: None,
+    known: dict[Key, Reply] | None = None,
 ) -> list[Reply]:
     """Answers to all requests: those in the journal as they stand there, the rest asked and written as they come.
 
@@ -32,16 +33,19 @@ def ask_journaled(
         journal: A file of JSON lines, made where missing; a last line that was cut short is cut off.
         again: Ask again what failed before. Otherwise a failure in the journal stands.
         advance: Told how many more requests are done.
+        known: What :func:`read_journal` gave, kept in step from call to call; read anew where it is not given.
 
     Raises:
         GeoError: the journal cannot be written.
     """
     keys = [(request.image_hash(), request.prompt_hash(), client.model) for request in requests]
-    replies = read_journal(journal)
-    if again:
-        replies = {key: reply for key, reply in replies.items() if reply.error is None}
-    missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in replies}
-    advance(sum(key in replies for key in keys))
+    replies = read_journal(journal) if known is None else known
+    missing = {
+        key: request
+        for key, request in zip(keys, requests, strict=True)
+        if key not in replies or (again and replies[key].error is not None)
+    }
+    advance(sum(key not in missing for key in keys))
     if missing:
         todo = list(missing)
         copies = {key: 0 for key in todo}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from rag_geotoken import selection
 from rag_geotoken.errors import GeoError
 from rag_geotoken.files import remove
 from rag_geotoken.mllm import open_client, verify
-from rag_geotoken.mllm.journal import ask_journaled
+from rag_geotoken.mllm.journal import ask_journaled, read_journal
 from rag_geotoken.mllm.pictures import SIZE, encode_pictures
 from rag_geotoken.mllm.prompts import prompts_sha256
 from rag_geotoken.mllm.router import route
@@ -112,9 +112,11 @@ def ask_model(
         remove(path)
     ids, photo, _ = read_embeddings(folder)
     neighbors, images = read_neighbors(folder), _images(folder)
-    ask = partial(ask_journaled, asked.client, journal=folder / JOURNAL, again=asked.resume)
+    journal = folder / JOURNAL
+    known = cache(partial(read_journal, journal))  # once for all parts, and not at all where nothing is left to do
 
     def work(at: slice) -> pa.Table:
+        ask = partial(ask_journaled, asked.client, journal=journal, again=asked.resume, known=known())
         shown, errors = encode_pictures(images[at], asked.asking.size)
         if any(errors):
             raise GeoError(f"a picture is gone since it was encoded: {next(filter(None, errors))}")
