@@ -26,8 +26,9 @@ from rag_geotoken.files import write_json
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.look import Look
 from rag_geotoken.metrics import RADII_KM, accuracy, bootstrap
+from rag_geotoken.options import Options
 from rag_geotoken.pictures import load_pictures
-from rag_geotoken.pipeline import Geolocator, Options, digests
+from rag_geotoken.pipeline import Geolocator, digests
 from rag_geotoken.pool import without
 from rag_geotoken.sources import read_source
 from rag_geotoken.tables import versions

@@ -23,8 +23,9 @@ from rag_geotoken.files import write_json
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.metrics import RADII_KM, accuracy, bootstrap
+from rag_geotoken.options import Options
 from rag_geotoken.pictures import load_pictures
-from rag_geotoken.pipeline import Geolocator, Options
+from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.recipes import training_recipe
 from rag_geotoken.sources import read_source
 from rag_geotoken.tables import versions

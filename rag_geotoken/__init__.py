@@ -9,15 +9,15 @@ if TYPE_CHECKING:
     from rag_geotoken.cells import S2Tokenizer as S2Tokenizer
     from rag_geotoken.errors import GeoError as GeoError
     from rag_geotoken.index import GeoIndex as GeoIndex
+    from rag_geotoken.options import Options as Options
     from rag_geotoken.pipeline import Geolocator as Geolocator
-    from rag_geotoken.pipeline import Options as Options
     from rag_geotoken.types import Prediction as Prediction
 
 _PUBLIC = {
     "GeoError": "errors",
     "GeoIndex": "index",
     "Geolocator": "pipeline",
-    "Options": "pipeline",
+    "Options": "options",
     "Prediction": "types",
     "S2Tokenizer": "cells",
 }

@@ -13,7 +13,8 @@ from rag_geotoken import selection, stages
 from rag_geotoken.agreement import support
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.mllm.stage import Asked, ask_model, decide_told, read_told
-from rag_geotoken.pipeline import VERIFIERS, Geolocator
+from rag_geotoken.options import VERIFIERS
+from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.pool import moved_pool, neighbor_pool, posterior_pool, without
 from rag_geotoken.posterior import Posterior, effective_area_km2
 from rag_geotoken.run_tables import (

@@ -13,6 +13,7 @@ import typer
 from rag_geotoken.cli_convert import convert_app
 from rag_geotoken.cli_index import index_app
 from rag_geotoken.cli_options import Backbone, Json, Limit, Mllm, MllmModel, Resume, Weights
+from rag_geotoken.cli_train import bench_app, train_app
 from rag_geotoken.errors import GeoError
 
 app = typer.Typer(
@@ -22,13 +23,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-train_app = typer.Typer(
-    help="Train the embedded models again, or heads of your own, from a seed.", no_args_is_help=True
-)
 app.add_typer(index_app, name="index")
 app.add_typer(train_app, name="train")
 app.add_typer(convert_app, name="convert")
-bench_app = typer.Typer(help="Measure speed and rightness against plain peers, in one run.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
 
@@ -128,7 +125,7 @@ def locate(
         return
     from rag_geotoken.locate import locate_photos, parse_within
     from rag_geotoken.mllm.stage import Asked
-    from rag_geotoken.pipeline import Options
+    from rag_geotoken.options import Options
 
     for value in (temperature, top_p, epsilon, max_area or 0.0):
         if not math.isfinite(value):
@@ -250,94 +247,6 @@ def evaluate(
     if as_json:
         write_json(as_json, result)
     typer.echo(format_evaluation(result))
-
-
-Recipe = Annotated[Path | None, typer.Argument(help="TOML recipe; the embedded models' own unless given.")]
-Out = Annotated[Path, typer.Option(help="Folder of the weights.")]
-
-
-@train_app.command("alignment")
-def train_alignment(recipe: Recipe = None, out: Out = Path("runs/weights")) -> None:
-    """Train the embedded image, location and text encoder on satellite views (about 40 minutes on 2 cores)."""
-    _train("alignment", recipe, out)
-
-
-@train_app.command("heads", epilog="Example: rag-geotoken train heads my-photos.toml --out runs/my-weights")
-def train_heads(recipe: Recipe = None, out: Out = Path("runs/weights")) -> None:
-    """Train G3's heads and location encoder on a frozen CLIP, with photos of your own or MP16-Pro.
-
-    Pictures and place texts go through the CLIP once, into OUT-index/stages, where
-    rag-geotoken index build SOURCE --out OUT-index --weights OUT finds them.
-    Without RECIPE: G3's own settings, on mp16-pro:data/mp16-pro. Several processes: torchrun or accelerate launch.
-    """
-    _train("heads", recipe, out)
-
-
-@train_app.command("tokens")
-def train_tokens(recipe: Recipe = None, out: Out = Path("runs/weights")) -> None:
-    """Train the token model on the alignment in OUT (about 15 minutes on 2 cores)."""
-    _train("tokens", recipe, out)
-
-
-@train_app.command("reward")
-def train_reward(recipe: Recipe = None, out: Out = Path("runs/weights")) -> None:
-    """Train the reward head on pools of gallery photos, for the models in OUT (a few minutes)."""
-    _train("reward", recipe, out)
-
-
-@train_app.command("tuning")
-def train_tuning(recipe: Recipe = None, out: Out = Path("runs/weights")) -> None:
-    """Choose the pool's weights and scales on validation photos, for the models in OUT."""
-    _train("tuning", recipe, out)
-
-
-@train_app.command("verifier")
-def train_verifier(recipe: Recipe = None, out: Out = Path("runs/weights")) -> None:
-    """Train the small multimodal model that verifies pools, for the models in OUT (about half an hour on 2 cores).
-
-    It is written into OUT-verifier, which transformers loads and vLLM serves.
-    """
-    _train("verifier", recipe, out)
-
-
-@train_app.command("mllm")
-def train_mllm(
-    recipe: Recipe = None, out: Out = Path("runs/weights"), mllm: Mllm = None, mllm_model: MllmModel = None
-) -> None:
-    """Choose on validation photos what a multimodal model's verdicts are worth, for the models in OUT.
-
-    Without --mllm: the verifier that was trained beside OUT.
-    """
-    from rag_geotoken.recipes import training_recipe
-    from rag_geotoken.training.run import train_mllm
-
-    train_mllm(training_recipe(recipe), out, mllm, mllm_model)
-
-
-def _train(what: str, recipe: Path | None, out: Path) -> None:
-    from rag_geotoken.recipes import training_recipe
-    from rag_geotoken.training.run import train
-
-    train(what, training_recipe(recipe, "g3" if what == "heads" else "earth"), out)
-
-
-@bench_app.command("index")
-def bench_index(
-    out: Annotated[
-        Path | None, typer.Option(help="JSON file for the figures; a Markdown table is put beside it.")
-    ] = None,
-    views: Annotated[int, typer.Option(min=5000, help="Gallery views to search.")] = 24_000,
-    build_rows: Annotated[int, typer.Option(min=0, help="Rows of the large build; 0 leaves it out.")] = 1_000_000,
-    weights: Weights = None,
-) -> None:
-    """Approximate search against Flat, GeoCLIP's gallery against encoding it, a large build, a plan for larger ones.
-
-    GeoCLIP's parts need the package geoclip installed. Let the machine be idle: Flat suffers most from other work.
-    """
-    from rag_geotoken.bench_index import run_bench
-    from rag_geotoken.weights import EARTH
-
-    run_bench(out, weights or EARTH, views, build_rows, typer.echo)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -20,8 +20,9 @@ from rag_geotoken.indexing import Plan, build_approximate, build_index
 from rag_geotoken.metrics import RADII_KM, abstention, bootstrap, calibration, summary
 from rag_geotoken.mllm import open_client
 from rag_geotoken.mllm.stage import Asked, Asking
+from rag_geotoken.options import VERIFIERS, Options
 from rag_geotoken.pictures import load_pictures
-from rag_geotoken.pipeline import VERIFIERS, Geolocator, Options
+from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.posterior import heat_map
 from rag_geotoken.run_tables import read_neighbors, read_pool, read_posterior, read_predictions
 from rag_geotoken.tables import read_table, to_numpy, versions, write_table

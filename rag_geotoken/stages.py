@@ -37,7 +37,8 @@ from rag_geotoken.weights import fingerprint
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from rag_geotoken.pipeline import Geolocator, Options
+    from rag_geotoken.options import Options
+    from rag_geotoken.pipeline import Geolocator
 
 Floats = NDArray[np.float64]
 

@@ -24,7 +24,8 @@ from rag_geotoken.geo import haversine_km
 from rag_geotoken.metrics import RADII_KM, bootstrap, summary
 from rag_geotoken.mllm import open_client
 from rag_geotoken.mllm.stage import Asked, Asking, ask_model, decide_told, read_told
-from rag_geotoken.pipeline import Geolocator, Options, check_verifier
+from rag_geotoken.options import Options, check_verifier
+from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.pool import only
 from rag_geotoken.run_tables import read_embeddings, read_matches, read_pool, read_predictions, read_verdicts
 from rag_geotoken.tables import read_table, versions

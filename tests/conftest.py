@@ -24,7 +24,8 @@ from rag_geotoken.errors import GeoError
 from rag_geotoken.files import write_json
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.mllm.start import VllmServer, vllm_server
-from rag_geotoken.pipeline import Geolocator, Options
+from rag_geotoken.options import Options
+from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.pool import make_pool
 from rag_geotoken.reward import RewardConfig, RewardHead
 from rag_geotoken.sources import read_source

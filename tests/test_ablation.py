@@ -19,7 +19,8 @@ from rag_geotoken.agreement import support
 from rag_geotoken.cells import S2Tokenizer
 from rag_geotoken.files import read_json
 from rag_geotoken.geo import haversine_km, pairwise_km
-from rag_geotoken.pipeline import VERIFIERS, Geolocator
+from rag_geotoken.options import VERIFIERS
+from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.pool import extend, make_pool, moved_pool, neighbor_pool, posterior_pool, without
 from rag_geotoken.posterior import Posterior, effective_area_km2
 from rag_geotoken.run_tables import (

@@ -22,7 +22,8 @@ from rag_geotoken.ablation import VARIANTS
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.demo import run_demo, run_road
 from rag_geotoken.index import GeoIndex
-from rag_geotoken.pipeline import Geolocator, Options
+from rag_geotoken.options import Options
+from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.reward import RewardHead
 
 STAGES = (

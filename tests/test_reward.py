@@ -15,7 +15,8 @@ from conftest import REWARD, TOKENS, OneLine
 from numpy.typing import NDArray
 
 from rag_geotoken.metrics import RADII_KM
-from rag_geotoken.pipeline import Geolocator, Options
+from rag_geotoken.options import Options
+from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.reward import RewardConfig, RewardHead
 from rag_geotoken.sources.blue_marble import cut, draw_views
 from rag_geotoken.types import Neighbors, Pool

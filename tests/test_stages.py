@@ -16,7 +16,8 @@ from rag_geotoken import retrieval, stages
 from rag_geotoken.cells import cell_level, parent_ids
 from rag_geotoken.files import read_json
 from rag_geotoken.metrics import RADII_KM
-from rag_geotoken.pipeline import VERIFIERS, Geolocator
+from rag_geotoken.options import VERIFIERS
+from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.posterior import effective_area_km2
 from rag_geotoken.run_tables import (
     read_candidates,

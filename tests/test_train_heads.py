@@ -20,8 +20,9 @@ from rag_geotoken.alignment import G3, GeoAlignment, LocationEncoder
 from rag_geotoken.cli import main
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.location import LocationConfig
+from rag_geotoken.options import Options
 from rag_geotoken.pictures import load_pictures
-from rag_geotoken.pipeline import Geolocator, Options
+from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.sources.blue_marble import cut, draw_views
 from rag_geotoken.tables import read_table
 from rag_geotoken.training import run

@@ -20,7 +20,8 @@ from rag_geotoken.errors import GeoError
 from rag_geotoken.files import check_writable, file_sha256, write_json
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.location import LocationEncoder
-from rag_geotoken.pipeline import Geolocator, Options
+from rag_geotoken.options import Options
+from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.reward import RewardHead
 from rag_geotoken.sources import blue_marble
 from rag_geotoken.token_model import TokenConfig, TokenModel

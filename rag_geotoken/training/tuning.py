@@ -16,7 +16,8 @@ from rag_geotoken.errors import GeoError
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.look import likeness
 from rag_geotoken.metrics import RADII_KM
-from rag_geotoken.pipeline import Geolocator, Options, digests
+from rag_geotoken.options import Options
+from rag_geotoken.pipeline import Geolocator, digests
 from rag_geotoken.pool import extend, make_pool, neighbor_pool
 from rag_geotoken.sources import read_source
 from rag_geotoken.tuning import Tuning

@@ -1,0 +1,102 @@
+"""The commands ``train`` and ``bench``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rag_geotoken.cli_options import Mllm, MllmModel, Weights
+
+train_app = typer.Typer(
+    help="Train the embedded models again, or heads of your own, from a seed.", no_args_is_help=True
+)
+bench_app = typer.Typer(help="Measure speed and rightness against plain peers, in one run.", no_args_is_help=True)
+
+Recipe = Annotated[Path | None, typer.Argument(help="TOML recipe; the embedded models' own unless given.")]
+Out = Annotated[Path, typer.Option(help="Folder of the weights.")]
+
+
+@train_app.command("alignment")
+def train_alignment(recipe: Recipe = None, out: Out = Path("runs/weights")) -> None:
+    """Train the embedded image, location and text encoder on satellite views (about 40 minutes on 2 cores)."""
+    _train("alignment", recipe, out)
+
+
+@train_app.command("heads", epilog="Example: rag-geotoken train heads my-photos.toml --out runs/my-weights")
+def train_heads(recipe: Recipe = None, out: Out = Path("runs/weights")) -> None:
+    """Train G3's heads and location encoder on a frozen CLIP, with photos of your own or MP16-Pro.
+
+    Pictures and place texts go through the CLIP once, into OUT-index/stages, where
+    rag-geotoken index build SOURCE --out OUT-index --weights OUT finds them.
+    Without RECIPE: G3's own settings, on mp16-pro:data/mp16-pro. Several processes: torchrun or accelerate launch.
+    """
+    _train("heads", recipe, out)
+
+
+@train_app.command("tokens")
+def train_tokens(recipe: Recipe = None, out: Out = Path("runs/weights")) -> None:
+    """Train the token model on the alignment in OUT (about 15 minutes on 2 cores)."""
+    _train("tokens", recipe, out)
+
+
+@train_app.command("reward")
+def train_reward(recipe: Recipe = None, out: Out = Path("runs/weights")) -> None:
+    """Train the reward head on pools of gallery photos, for the models in OUT (a few minutes)."""
+    _train("reward", recipe, out)
+
+
+@train_app.command("tuning")
+def train_tuning(recipe: Recipe = None, out: Out = Path("runs/weights")) -> None:
+    """Choose the pool's weights and scales on validation photos, for the models in OUT."""
+    _train("tuning", recipe, out)
+
+
+@train_app.command("verifier")
+def train_verifier(recipe: Recipe = None, out: Out = Path("runs/weights")) -> None:
+    """Train the small multimodal model that verifies pools, for the models in OUT (about half an hour on 2 cores).
+
+    It is written into OUT-verifier, which transformers loads and vLLM serves.
+    """
+    _train("verifier", recipe, out)
+
+
+@train_app.command("mllm")
+def train_mllm(
+    recipe: Recipe = None, out: Out = Path("runs/weights"), mllm: Mllm = None, mllm_model: MllmModel = None
+) -> None:
+    """Choose on validation photos what a multimodal model's verdicts are worth, for the models in OUT.
+
+    Without --mllm: the verifier that was trained beside OUT.
+    """
+    from rag_geotoken.recipes import training_recipe
+    from rag_geotoken.training.run import train_mllm
+
+    train_mllm(training_recipe(recipe), out, mllm, mllm_model)
+
+
+def _train(what: str, recipe: Path | None, out: Path) -> None:
+    from rag_geotoken.recipes import training_recipe
+    from rag_geotoken.training.run import train
+
+    train(what, training_recipe(recipe, "g3" if what == "heads" else "earth"), out)
+
+
+@bench_app.command("index")
+def bench_index(
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file for the figures; a Markdown table is put beside it.")
+    ] = None,
+    views: Annotated[int, typer.Option(min=5000, help="Gallery views to search.")] = 24_000,
+    build_rows: Annotated[int, typer.Option(min=0, help="Rows of the large build; 0 leaves it out.")] = 1_000_000,
+    weights: Weights = None,
+) -> None:
+    """Approximate search against Flat, GeoCLIP's gallery against encoding it, a large build, a plan for larger ones.
+
+    GeoCLIP's parts need the package geoclip installed. Let the machine be idle: Flat suffers most from other work.
+    """
+    from rag_geotoken.bench_index import run_bench
+    from rag_geotoken.weights import EARTH
+
+    run_bench(out, weights or EARTH, views, build_rows, typer.echo)
