@@ -55,6 +55,10 @@ def test_the_tuning_that_travels_with_the_package() -> None:
         "alignment+look",
         "visual",
         "alignment+visual",
+        "mllm",
+        "alignment+mllm",
+        "mllm+visual",
+        "alignment+mllm+visual",
     }
     assert all(slope >= 0 for rows in tuning.calibration.values() for _, slope in rows)
 
