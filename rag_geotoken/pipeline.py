@@ -248,6 +248,8 @@ class Geolocator:
             places = self.alignment.embed_places(spots)
             looks = self.look.of(spots, places, mix.look_beta, mix.look_semantic, mix.look_spatial)
             scores[pool.mask] = likeness(photo[np.nonzero(pool.mask)[0], 0], looks)
+        elif verifier == "mllm":
+            raise GeoError("a multimodal model is asked by rag-geotoken locate --verify mllm --mllm WHERE")
         elif verifier == "visual":
             raise GeoError("visual verification needs matches: call match, and give its result")
         elif verifier == "reward":

@@ -35,7 +35,7 @@ def test_index_recipes_that_ship(path: Path) -> None:
 
 def test_the_training_recipe_that_ships_fits_the_trainings() -> None:
     recipe = training_recipe(None)
-    assert set(recipe) == {"alignment", "tokens", "reward", "tuning"}
+    assert set(recipe) == {"alignment", "tokens", "reward", "tuning", "verifier"}
     for name, settings in recipe.items():
         assert {key: type(value) for key, value in settings.items()} == SETTINGS[name]
     heads = training_recipe(None, "g3")

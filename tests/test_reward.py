@@ -154,10 +154,15 @@ def test_every_set_of_verifiers_decides(geolocator: Geolocator, names: Sequence[
     assert np.isfinite(decided.lat_lon).all() and ((decided.confidence >= 0) & (decided.confidence <= 1)).all()
 
 
-@pytest.mark.parametrize("name", ["sometimes", "", "Alignment", "mllm"])
+@pytest.mark.parametrize("name", ["sometimes", "", "Alignment"])
 def test_an_unknown_verifier_is_refused(name: str, geolocator: Geolocator, road: Road, one_line: OneLine) -> None:
     with one_line(f"nothing verifies by the name '{name}': choose of alignment, reward"):
         geolocator.verify(name, *road)
+
+
+def test_a_multimodal_model_is_not_passed_over(geolocator: Geolocator, road: Road, one_line: OneLine) -> None:
+    with one_line("a multimodal model is asked by rag-geotoken locate --verify mllm"):
+        geolocator.verify("mllm", *road)
 
 
 def test_weights_without_a_reward_head(
