@@ -37,7 +37,7 @@ def run_bench(out: Path | None, weights: Path, views: int, build_rows: int, log:
     """Everything -> what ``index.json`` holds, and ``index.md`` beside it; ``build_rows`` 0: no build, no plan."""
     command = f"rag-geotoken bench index --views {views} --build-rows {build_rows}"
     result: dict[str, Any] = {"command": command, "seed": SEED, "k": K, "queries": QUERIES, "threads": os.cpu_count()}
-    result["versions"] = versions() | {name: _version(name) for name in ("faiss-cpu", "geoclip")}
+    result["versions"] = versions("geoclip")
     folder = geoclip_folder()
     if folder is None:
         log("the package geoclip is not installed: its gallery is left out (pip install geoclip)")
@@ -198,10 +198,3 @@ def jittered(encoder: LocationEncoder, places: NDArray[np.float64]) -> Vectors:
 
 def _line(figures: dict[str, Any]) -> str:
     return " ".join(f"{name}={value}" for name, value in figures.items())
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

@@ -221,10 +221,10 @@ def _manifest(source: dict[str, Any], identity: str, inputs: Sequence[Path | str
     }
 
 
-def versions() -> dict[str, str]:
-    """The versions of Python and of the libraries that results depend on, found without importing them."""
+def versions(*more: str) -> dict[str, str]:
+    """The versions of Python, of the libraries that results depend on and of more, found without importing them."""
     found = {"python": platform.python_version()}
-    for library in ("numpy", "torch", "pyarrow"):
+    for library in ("numpy", "torch", "transformers", "faiss-cpu", "pillow", "pyarrow", *more):
         try:
             found[library] = importlib.metadata.version(library)
         except importlib.metadata.PackageNotFoundError:

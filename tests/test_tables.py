@@ -130,7 +130,7 @@ def test_a_stage_gives_its_rows_and_a_manifest(tmp_path: Path, source: Path) -> 
     assert manifest["stage"] == "encode" and manifest["recipe"] == RECIPE and manifest["seed"] == 7
     assert manifest["rows"] == 20 and manifest["parquet_sha256"] == files.file_sha256(path)
     assert manifest["inputs"] == [{"file": "photos.parquet", "sha256": files.file_sha256(source)}]
-    assert set(manifest["versions"]) == {"python", "numpy", "torch", "pyarrow"}
+    assert set(manifest["versions"]) == {"python", "numpy", "torch", "transformers", "faiss-cpu", "pillow", "pyarrow"}
     assert str(tmp_path) not in path.with_suffix(".json").read_text()
 
 
