@@ -95,6 +95,7 @@ def run_demo(
     metrics = {
         "variants": variants,
         "seed": seed,
+        "model": asked.client.model if asked else None,
         "versions": versions() | {"weights": alignment.identity},
         "seconds": round(time.perf_counter() - begun, 1),
         "stages": seconds,
