@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -173,15 +174,17 @@ def decide_all(folder: Path, geolocator: Geolocator) -> None:
     run = Run(read_neighbors(folder), read_candidates(folder), places, posterior, *pools, read_matches(folder), scores)
     area = effective_area_km2(posterior)
     for name, (inputs, decision) in VARIANTS.items():
-        stages.write_decision(folder, name, geolocator, [*inputs, "posterior"], decision(run, geolocator), area)
+        decide = partial(decision, run, geolocator)
+        stages.write_decision(folder, name, geolocator, [*inputs, "posterior"], decide, area)
     photo = read_embeddings(folder)[1]
     for name in variants_of(folder)[len(VARIANTS) :]:
         verdicts, others = ASKED[name]
         pool = run.extended if "visual" in others else run.everything
         told = read_told(folder, verdicts, pool)
-        decided = decide_told(geolocator, photo, pool, {other: scores[other] for other in others}, told, "pool")
+        beside = {other: scores[other] for other in others}
+        decide = partial(decide_told, geolocator, photo, pool, beside, told, "pool")
         inputs = [*POOL, *(f"verdicts-{other}" for other in (*others, verdicts)), "posterior"]
-        stages.write_decision(folder, name, geolocator, inputs, decided, area, verified=told.answered)
+        stages.write_decision(folder, name, geolocator, inputs, decide, area, verified=told.answered)
 
 
 def oracle(folder: Path) -> NDArray[np.float64]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,9 +72,9 @@ def locate_photos(
     if asked and options.diversify:
         ask_model(run, "mllm-diversify", geolocator, asked)
     stages.pool(run, geolocator, options)
-    decision, answered, verdicts = _verified(run, geolocator, options, asked)
+    decide, answered, verdicts = _verified(run, geolocator, options, asked)
     name, limits = selection.verified_by(options.verify), (options.max_area_km2, options.least_confidence)
-    path = stages.write_decision(run, name, geolocator, [*inputs, *verdicts], decision, area, *limits, answered)
+    path = stages.write_decision(run, name, geolocator, [*inputs, *verdicts], decide, area, *limits, answered)
     predictions = read_table(path)
     write_predictions(out, predictions)
     failed = [error for error in predictions["error"].to_pylist() if error]
@@ -81,8 +83,8 @@ def locate_photos(
 
 def _verified(
     run: Path, geolocator: Geolocator, options: Options, asked: Asked | None
-) -> tuple[Predictions, NDArray[np.bool_] | None, list[str]]:
-    """The decision on a run's pool, where a multimodal model answered, and the verdicts' tables."""
+) -> tuple[Callable[[], Predictions], NDArray[np.bool_] | None, list[str]]:
+    """What decides on a run's pool, where a multimodal model answered, and the verdicts' tables."""
     entries, scores = read_pool(run), {}
     for verifier in options.verify:
         if verifier != "mllm":
@@ -90,16 +92,16 @@ def _verified(
             scores[verifier] = read_verdicts(run, entries, verifier)
     files = [f"verdicts-{verifier}" for verifier in scores]
     if asked is None or "mllm" not in options.verify:
-        return selection.decide(entries, scores, geolocator.tuning), None, files
+        return partial(selection.decide, entries, scores, geolocator.tuning), None, files
     mode = "pool" if options.diversify else asked.asking.mode
     asked, name = replace(asked, asking=replace(asked.asking, mode=mode)), f"mllm-{mode}"
     matches = read_matches(run) if "visual" in options.verify else None
     ask_model(run, name, geolocator, asked, entries, matches)
     told = read_told(run, name, entries)
-    decided = decide_told(geolocator, read_embeddings(run)[1], entries, scores, told, mode)
+    decide = partial(decide_told, geolocator, read_embeddings(run)[1], entries, scores, told, mode)
     if failures := int((~told.answered).sum()):
         print(f"the model gave no answer on {failures} photos: add --resume to ask again", file=sys.stderr)
-    return decided, told.answered, [*files, f"verdicts-{name}"]
+    return decide, told.answered, [*files, f"verdicts-{name}"]
 
 
 def parse_within(text: str | None) -> tuple[float, float, float] | None:

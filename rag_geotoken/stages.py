@@ -11,7 +11,9 @@ its error and without coordinates, in ``predictions``.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -225,13 +227,13 @@ def write_decision(
     variant: str,
     geolocator: Geolocator,
     inputs: list[str],
-    decision: Predictions,
+    decide: Callable[[], Predictions],
     area: Floats | None = None,
     max_area_km2: float | None = None,
     least_confidence: float = 0.0,
     verified: NDArray[np.bool_] | None = None,
 ) -> Path:
-    """A decision on every readable photo -> ``predictions-VARIANT`` of all photos.
+    """A decision on every readable photo, made unless it is there -> ``predictions-VARIANT`` of all photos.
 
     Columns: id, true_lat, true_lon (where the source knows them), lat, lon, source, confidence_1 ... confidence_2500,
     area_km2 (the posterior's effective area (N,), where it was computed), verified, error. A photo whose area is above
@@ -245,18 +247,23 @@ def write_decision(
     good = np.flatnonzero(errors.is_null().to_numpy())
     place = np.full(len(photos), -1)
     place[good] = np.arange(len(good))
-    ids, reasons = photos["id"].to_pylist(), errors.to_pylist()
-    wide = np.zeros(len(good), bool) if area is None or max_area_km2 is None else area > max_area_km2
-    for i in good[wide].tolist():
-        reasons[i] = f"abstained: the posterior is spread over more than {max_area_km2:g} km2"
-    for i in good[decision.confidence[:, RADII_KM.index(200)] < least_confidence].tolist():
-        reasons[i] = f"abstained: the chance to be within 200 km is below {least_confidence:g}"
+    ids = photos["id"].to_pylist()
+
+    @cache
+    def decided() -> tuple[Predictions, list[str | None]]:
+        decision, reasons = decide(), errors.to_pylist()
+        wide = np.zeros(len(good), bool) if area is None or max_area_km2 is None else area > max_area_km2
+        for i in good[wide].tolist():
+            reasons[i] = f"abstained: the posterior is spread over more than {max_area_km2:g} km2"
+        for i in good[decision.confidence[:, RADII_KM.index(200)] < least_confidence].tolist():
+            reasons[i] = f"abstained: the chance to be within 200 km is below {least_confidence:g}"
+        return decision, reasons
 
     anybody = any(name.startswith("verdicts") for name in inputs)
     checked = np.full(len(good), anybody) if verified is None else verified
 
     def work(at: slice) -> pa.Table:
-        rows = place[at]
+        rows, (decision, reasons) = place[at], decided()
         known = np.array([reason is None for reason in reasons[at]])
 
         def column(values: NDArray[Any], kind: pa.DataType, known: NDArray[np.bool_] = known) -> pa.Array:

@@ -130,11 +130,12 @@ def ablate(
             asked = Asked(client, variant.asking, resume)
             clock(run / f"verdicts-{variant.told}.json", partial(ask_variant, run, variant, geolocator, asked, pool))
             told = read_told(run, variant.told, pool)
-            decided, mask = decide_told(geolocator, photo, pool, scores, told, variant.asking.mode), told.answered
+            decide = partial(decide_told, geolocator, photo, pool, scores, told, variant.asking.mode)
+            mask = told.answered
             inputs.append(f"verdicts-{variant.told}")
         else:
-            decided = selection.decide(pool, scores, geolocator.tuning)
-        path = stages.write_decision(run, variant.name, geolocator, inputs, decided, verified=mask)
+            decide = partial(selection.decide, pool, scores, geolocator.tuning)
+        path = stages.write_decision(run, variant.name, geolocator, inputs, decide, verified=mask)
         truth, answers, _ = read_predictions(path)
         km[variant] = haversine_km(*truth.T, *answers.T)
     if clock.reused:

@@ -32,7 +32,7 @@ from rag_geotoken.run_tables import (
 )
 from rag_geotoken.selection import decide
 from rag_geotoken.tables import read_table, write_table
-from rag_geotoken.types import SOURCES
+from rag_geotoken.types import SOURCES, Predictions
 from rag_geotoken.weights import fingerprint
 
 PHOTOS, BROKEN = 30, 2
@@ -176,7 +176,7 @@ def test_the_manifests_name_weights_and_settings(run_folder: Path, geolocator: G
 def test_a_decision_is_a_row_a_photo(copy: Path, geolocator: Geolocator) -> None:
     pool = read_pool(copy)
     decision = decide(pool, {}, geolocator.tuning)
-    path = stages.write_decision(copy, "mine", geolocator, ["pool"], decision)
+    path = stages.write_decision(copy, "mine", geolocator, ["pool"], lambda: decision)
     assert path.name == "predictions-mine.parquet"
     rows, photos = read_table(path).to_pylist(), read_table(copy / "photos.parquet").to_pylist()
     good = [i for i in range(PHOTOS) if i != BROKEN]
@@ -192,6 +192,18 @@ def test_a_decision_is_a_row_a_photo(copy: Path, geolocator: Geolocator) -> None
     assert np.isnan(answers[BROKEN]).all() and np.isnan(sure[BROKEN]).all() and np.isfinite(truth).all()
 
 
+def test_a_decision_that_is_there_is_not_made_again(copy: Path, geolocator: Geolocator) -> None:
+    made, pool = [], read_pool(copy)
+
+    def decided() -> Predictions:
+        made.append(1)
+        return decide(pool, {}, geolocator.tuning)
+
+    for variant in ("mine", "mine", "other"):
+        stages.write_decision(copy, variant, geolocator, ["pool"], decided)
+    assert len(made) == 2
+
+
 def test_a_photo_whose_posterior_is_too_wide_gets_no_answer(copy: Path, geolocator: Geolocator) -> None:
     pool = read_pool(copy)
     scores = {"alignment": read_verdicts(copy, pool, "alignment")}
@@ -199,7 +211,7 @@ def test_a_photo_whose_posterior_is_too_wide_gets_no_answer(copy: Path, geolocat
     area = effective_area_km2(read_posterior(copy))
     most = float(np.sort(area)[10])  # eleven photos keep their answer, one of them by a hair
     inputs = ["pool", "posterior", "verdicts-alignment"]
-    path = stages.write_decision(copy, "mine", geolocator, inputs, decision, area, most)
+    path = stages.write_decision(copy, "mine", geolocator, inputs, lambda: decision, area, most)
     rows = read_table(path).to_pylist()
     assert len(rows) == PHOTOS
     assert "missing.png" in rows.pop(BROKEN)["error"]
@@ -215,7 +227,7 @@ def test_a_photo_whose_posterior_is_too_wide_gets_no_answer(copy: Path, geolocat
     assert sum(row["error"] is None for row in rows) == 11
     # The same with another limit is another decision; without one, all have an answer and their area.
     for limit, answered in ((0.0, 0), (None, PHOTOS - 1), (1e9, PHOTOS - 1)):
-        table = read_table(stages.write_decision(copy, "mine", geolocator, inputs, decision, area, limit))
+        table = read_table(stages.write_decision(copy, "mine", geolocator, inputs, lambda: decision, area, limit))
         assert table["lat"].null_count == table["source"].null_count == PHOTOS - answered
         assert table["area_km2"].null_count == 1
 

@@ -141,7 +141,7 @@ def test_killed_in_the_middle_the_rest_falls_back_and_a_resumed_run_is_the_same(
     assert (decided.lat_lon[failed] == plain.lat_lon[failed]).all()
     assert (decided.confidence[failed] == plain.confidence[failed]).all()
     path = stages.write_decision(
-        run, "half", geolocator, ["pool", "verdicts-mllm-pool"], decided, verified=told.answered
+        run, "half", geolocator, ["pool", "verdicts-mllm-pool"], lambda: decided, verified=told.answered
     )
     table = read_table(path)
     readable = np.array([error is None for error in table["error"].to_pylist()])

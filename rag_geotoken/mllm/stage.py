@@ -186,7 +186,9 @@ def decide_told(
 
     A place of its own (``free``, ``zero-shot``) is the answer where the router prefers it.
     """
-    tuning = geolocator.tuning
+    tuning, pick = geolocator.tuning, told.answered
+    if mode == "pool" and pick.all():
+        return selection.decide(pool, {**scores, "mllm": told.scores}, tuning)
     without = selection.decide(pool, scores, tuning)
     if mode == "pool":
         decided = selection.decide(pool, {**scores, "mllm": told.scores}, tuning)
@@ -196,7 +198,6 @@ def decide_told(
         own = told.places[:, 0]
         gain = gain_of(geolocator, photo, own, without)
         decided = route(pool, without, own, told.confidence[:, 0], gain, tuning, selection.verified_by(scores))
-    pick = told.answered
     return Predictions(
         np.where(pick[:, None], decided.lat_lon, without.lat_lon),
         np.where(pick[:, None], decided.confidence, without.confidence),
