@@ -25,9 +25,17 @@ def confidence(pool: Pool, lat_lon: Floats, spread_km: float) -> Floats:
 
 def chances(distance: Floats, weight: Floats, spread_km: float) -> Floats:
     """Distance (B, M, C), weight (B, C) -> (B, M, R) chance that the true place lies within each radius."""
-    grid, inside = _disk_chance(spread_km)
-    columns = [(np.interp(distance, grid, inside[:, r]) @ weight[..., None])[..., 0] for r in range(len(RADII_KM))]
+    columns = [(disk_chance(distance, spread_km, r) @ weight[..., None])[..., 0] for r in RADII_KM]
     return np.stack(columns, axis=-1)
+
+
+def disk_chance(distance: Floats, spread_km: float, radius: int | None = None) -> Floats:
+    """The chance that a place normally spread around one so far away is within a radius, or its mean over all radii."""
+    grid, inside = _disk_chance(spread_km)
+    chance: Floats = np.interp(
+        distance, grid, inside.mean(axis=1) if radius is None else inside[:, RADII_KM.index(radius)]
+    )
+    return chance
 
 
 @lru_cache(maxsize=4)

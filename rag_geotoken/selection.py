@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rag_geotoken.cells import S2Tokenizer
-from rag_geotoken.confidence import calibrated, chances, confidence
+from rag_geotoken.confidence import calibrated, confidence, disk_chance
 from rag_geotoken.geo import from_unit, haversine_km, pairwise_km, to_unit
-from rag_geotoken.metrics import RADII_KM
 from rag_geotoken.pool import neighbor_pool, reweigh, temper
 from rag_geotoken.tuning import Tuning
 from rag_geotoken.types import Neighbors, Pool, Predictions
 
 Floats = NDArray[np.float64]
 Scores = Mapping[str, NDArray[np.float32]]
+BLOCK = 16  # photos at a time whose distances stay in a processor's cache
 
 
 def decide(pool: Pool, scores: Scores, tuning: Tuning) -> Predictions:
@@ -52,7 +52,7 @@ def highest(pool: Pool, scores: NDArray[np.float32], tuning: Tuning) -> Predicti
 
 def medoid(pool: Pool, tuning: Tuning) -> Predictions:
     """The entry with the least expected distance to the truth, by the pool's weights."""
-    return _choose(pool, np.where(pool.mask, _expected(_distances(pool), pool), np.inf).argmin(axis=1), tuning)
+    return _choose(pool, np.where(pool.mask, _expected(pool, lambda km: km), np.inf).argmin(axis=1), tuning)
 
 
 def density(pool: Pool, tuning: Tuning) -> Predictions:
@@ -81,8 +81,7 @@ def minimum_bayes_risk(pool: Pool, tuning: Tuning, radius: int | None = None) ->
     Chance: sum over entries x of weight(x) * P(the truth behind x is within r of c), the truth spread normally around
     its entry by ``spread_km``.
     """
-    utility = chances(_distances(pool), np.exp(pool.log_weight.astype(np.float64)), tuning.spread_km)
-    utility = utility.mean(axis=-1) if radius is None else utility[..., RADII_KM.index(radius)]
+    utility = _expected(pool, lambda km: disk_chance(km, tuning.spread_km, radius))
     return _choose(pool, np.where(pool.mask, utility, -1.0).argmax(axis=1), tuning)
 
 
@@ -104,21 +103,20 @@ def snap(predictions: Predictions, neighbors: Neighbors, tokenizer: S2Tokenizer,
     return replace(predictions, lat_lon=np.where(here.any(axis=1)[:, None], chosen, answers))
 
 
-def _distances(pool: Pool) -> Floats:
-    """Distances (B, C, C) between the entries; masked ones lie at (0, 0)."""
-    return pairwise_km(np.where(pool.mask[..., None], pool.lat_lon, 0.0))
-
-
-def _expected(values: Floats, pool: Pool) -> Floats:
-    """Values (B, C, C) averaged over the last axis by the pool's weights -> (B, C)."""
+def _expected(pool: Pool, value: Callable[[Floats], Floats]) -> Floats:
+    """What a value of the distance (..., C, C) is on average over a pool's weights, from each entry -> (B, C)."""
     weight = np.where(pool.mask, np.exp(pool.log_weight.astype(np.float64)), 0.0)
-    means: Floats = (values @ weight[..., None])[..., 0]
-    return means
+    places = np.where(pool.mask[..., None], pool.lat_lon, 0.0)
+    result = np.empty(pool.mask.shape)
+    for start in range(0, len(result), BLOCK):
+        at = slice(start, start + BLOCK)
+        result[at] = (value(pairwise_km(places[at])) @ weight[at, :, None])[..., 0]
+    return result
 
 
 def _densest(pool: Pool, tuning: Tuning) -> NDArray[np.int64]:
-    kernel = np.exp(-0.5 * (_distances(pool) / tuning.density_km) ** 2)
-    best: NDArray[np.int64] = np.where(pool.mask, _expected(kernel, pool), -1.0).argmax(axis=1)
+    density = _expected(pool, lambda km: np.exp(-0.5 * (km / tuning.density_km) ** 2))
+    best: NDArray[np.int64] = np.where(pool.mask, density, -1.0).argmax(axis=1)
     return best
 
 
