@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from rag_geotoken import maps, metrics, report
-from rag_geotoken.ablation import VARIANTS
+from rag_geotoken.ablation import ASKED, VARIANTS
 from rag_geotoken.errors import GeoError
 
 HOSTILE = "<script>alert('x')</script>\"><img src=http://evil.example/a.png onerror=alert(1)>"
@@ -306,7 +306,7 @@ def test_areas_in_words() -> None:
 
 
 def test_every_variant_of_the_ablation_is_described_and_grouped(tmp_path: Path) -> None:
-    names = [*VARIANTS, "oracle-20"]
+    names = [*VARIANTS, *ASKED, "oracle-20"]
     rows = [metrics.summary(name, "test", [1.0, 300.0], draws=10) for name in [*names, "one-of-your-own"]]
     page = _page(tmp_path, metrics=_metrics() | {"variants": rows})
     assert not _Tags(page).open
@@ -316,7 +316,7 @@ def test_every_variant_of_the_ablation_is_described_and_grouped(tmp_path: Path) 
     assert all(text for _, text in told[:-1]) and len({text for _, text in told}) == len(told)
     assert told[-1][1] == ""
     groups = re.findall(r'<th scope="rowgroup" colspan="7">(.*?)</th>', table)
-    assert len(groups) == len(set(groups)) == 6  # each group stands once: its variants come together
+    assert len(groups) == len(set(groups)) == 7  # each group stands once: its variants come together
     assert table.count("<tbody>") == table.count("</tbody>")
 
 
