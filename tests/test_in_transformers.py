@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import OneLine
+from PIL import Image
 from tiny_llava import sample_request, save_llava
+from tiny_qwen import PICTURE, save_qwen
 
 from rag_geotoken.mllm import Reply, Request, open_client
 from rag_geotoken.mllm.in_transformers import BATCH, TransformersClient
-from rag_geotoken.mllm.pictures import decode_picture
+from rag_geotoken.mllm.pictures import decode_picture, encode_picture
 
 REQUESTS = [sample_request(number) for number in range(2 * BATCH + 5)]
 
@@ -57,6 +59,39 @@ def test_options_are_judged_by_the_logits_after_the_prompt(client: TransformersC
         assert (reply.prompt_tokens, reply.output_tokens) == (inputs["input_ids"].shape[1], 1)
         assert reply.seconds > 0 and reply.error is None
     assert len({reply.texts for reply in ask(client, REQUESTS)}) > 2
+
+
+def test_a_model_of_another_family(tmp_path: Path) -> None:
+    """Qwen-VL: pictures keep their shapes, positions have three axes, the processor takes videos too."""
+    client = TransformersClient.from_pretrained(save_qwen(tmp_path / "qwen"))
+    rng, sizes = np.random.default_rng(0), [(64, 64), (96, 40), (40, 96), (200, 200)]
+    pictures = [encode_picture(Image.fromarray(rng.integers(0, 255, (*size, 3), np.uint8))) for size in sizes]
+    requests = [sample_request(number, pictures[number % 4]) for number in range(BATCH + 4)]
+    replies = ask(client, requests)
+    assert answers(ask(client, requests[::-1]))[::-1] == answers(replies)
+    assert len({reply.texts for reply in replies}) > 2
+    for request, reply in list(zip(requests, replies, strict=True))[:4]:
+        instructions, picture, pool = request.parts
+        assert isinstance(picture, bytes) and reply.error is None
+        text = [f"<user>{instructions}{PICTURE}{pool}<assistant>"]
+        inputs = client.processor(text=text, images=[decode_picture(picture)], return_tensors="pt")
+        with torch.inference_mode():
+            logits = client.network(**inputs).logits[0, -1]
+        letters = [client.processor.tokenizer.convert_tokens_to_ids(option) for option in request.options]
+        np.testing.assert_allclose(reply.log_probs, logits[letters].log_softmax(-1), atol=1e-4)
+
+
+def test_a_processor_of_videos_without_torchvision(
+    tmp_path: Path, one_line: OneLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_qwen(tmp_path / "qwen")
+
+    def missing(*given: object, **named: object) -> None:
+        raise ImportError("Qwen2VLVideoProcessor requires the Torchvision library")
+
+    monkeypatch.setattr("transformers.AutoVideoProcessor.from_pretrained", missing)
+    with one_line("qwen takes videos too, and its processor needs torchvision: install the one that fits your torch"):
+        TransformersClient.from_pretrained(folder)
 
 
 def test_an_answer_does_not_depend_on_its_company(client: TransformersClient) -> None:

@@ -32,7 +32,7 @@ def save_llava(folder: Path, seed: int = 0) -> Path:
     """Saves model, tokenizer, processor and chat template; pictures become 32 x 32 px, 16 tokens."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    processor = _processor()
+    processor = llava_processor()
     tokenizer = processor.tokenizer
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
@@ -74,7 +74,7 @@ def save_llava(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def _processor():  # type: ignore[no-untyped-def]
+def llava_processor():  # type: ignore[no-untyped-def]
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlavaProcessor, PreTrainedTokenizerFast
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil

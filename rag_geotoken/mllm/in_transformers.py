@@ -202,28 +202,25 @@ def _choose(request: Request, log_probs: tuple[float, ...]) -> tuple[str, ...]:
 
 def _load(folder: Path) -> tuple[Any, Any, list[int]]:
     """Processor, network in evaluation mode, and the tokens that end an answer. Raises GeoError."""
-    import transformers
-
     try:
-        from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+        from transformers import AutoModelForImageTextToText, GenerationConfig
     except (ImportError, RuntimeError):  # what a torchvision that does not fit torch makes of it
         raise GeoError(
             "transformers cannot read pictures here: install the torchvision that fits your torch, or uninstall it"
         ) from None
 
-    processors: Any = AutoProcessor
     networks: Any = AutoModelForImageTextToText
     settings: Any = GenerationConfig
-    # Pictures go through Pillow: no torchvision is needed, and results are the same wherever one is installed.
-    pillow = {"backend": "pil"} if int(transformers.__version__.split(".")[0]) >= 5 else {"use_fast": False}
     options: Any = {"local_files_only": True, "trust_remote_code": False}
     try:
         with quiet():
-            processor = processors.from_pretrained(folder, **pillow, **options)
+            processor = _load_processor(folder, options)
             # Named here, or a folder's settings could name a hub's code instead: CVE-2026-4372 before transformers 5.3.
             network, told = networks.from_pretrained(
                 folder, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True, **options
             )
+    except GeoError:
+        raise
     except Exception as error:  # broken files fail in many ways
         raise GeoError(f"{folder} cannot be used as a multimodal model: {brief(error)}") from None
     lacking = sorted(map(str, [*told["missing_keys"], *told["mismatched_keys"]]))
@@ -237,3 +234,27 @@ def _load(folder: Path) -> tuple[Any, Any, list[int]]:
     network.generation_config = settings(eos_token_id=ends or None)
     network = network.eval().to("cuda") if torch.cuda.is_available() else network.float().eval()
     return processor, network, ends
+
+
+def _load_processor(folder: Path, options: dict[str, Any]) -> Any:
+    """Pictures go through Pillow: few models need a torchvision, and results are the same wherever one is installed."""
+    import transformers
+
+    processors: Any = transformers.AutoProcessor
+    if int(transformers.__version__.split(".")[0]) < 5:
+        return processors.from_pretrained(folder, use_fast=False, **options)
+    try:
+        return processors.from_pretrained(folder, backend="pil", **options)
+    except ImportError:
+        pass
+    try:  # models that take videos too, such as Qwen-VL: for these nothing goes through Pillow
+        processor = processors.from_pretrained(folder, **options)
+    except ImportError:
+        raise GeoError(
+            f"{folder} takes videos too, and its processor needs torchvision: install the one that fits your torch, or "
+            "serve the model by vLLM and give its address"
+        ) from None
+    else:
+        pictures: Any = transformers.AutoImageProcessor
+        processor.image_processor = pictures.from_pretrained(folder, backend="pil", **options)
+        return processor
