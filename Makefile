@@ -71,7 +71,6 @@ weights: $(STAMP)
 	$(BIN)/rag-geotoken train tuning --out runs/weights
 	$(BIN)/rag-geotoken train verifier --out runs/weights
 	$(BIN)/rag-geotoken train mllm --out runs/weights
-	$(BIN)/rag-geotoken train verifier --out runs/weights
 
 clean:
 	rm -rf $(VENV) $(VLLM) runs/demo
