@@ -20,7 +20,7 @@ help:
 	@echo "make test       style, types and tests"
 	@echo "make test-vllm  requests to a real vLLM server on the CPU (2.5 GB, a few minutes)"
 	@echo "make lint       style and types only"
-	@echo "make weights    train the embedded models again, into runs/weights (about an hour on 2 cores)"
+	@echo "make weights    train the embedded models again, into runs/weights (about two hours on 2 cores)"
 	@echo "make clean      remove .venv, .venv-vllm and runs/demo"
 
 # torch comes first and by its exact pin: a looser request may bring several GB of CUDA packages.

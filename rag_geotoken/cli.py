@@ -12,7 +12,7 @@ import typer
 
 from rag_geotoken.cli_convert import convert_app
 from rag_geotoken.cli_index import index_app
-from rag_geotoken.cli_options import Backbone, Json, Limit, Mllm, MllmModel, Resume, Weights
+from rag_geotoken.cli_options import Backbone, Json, Limit, Mllm, MllmConcurrent, MllmModel, Resume, Weights
 from rag_geotoken.cli_train import bench_app, train_app
 from rag_geotoken.errors import GeoError
 
@@ -91,6 +91,7 @@ def locate(
     ] = None,
     mllm: Mllm = None,
     mllm_model: MllmModel = None,
+    mllm_concurrent: MllmConcurrent = None,
     mllm_mode: Annotated[str, typer.Option(help="What it is asked: pool, free, zero-shot or diversify.")] = "pool",
     evidence: Annotated[bool, typer.Option(help="Tell it what is known of each candidate.")] = True,
     near_pictures: Annotated[
@@ -151,7 +152,8 @@ def locate(
         least_confidence=abstain_below,
         diversify=mllm is not None and mllm_mode == "diversify",
     )
-    asked = Asked.open(mllm, mllm_model, mllm_mode, evidence, near_pictures, resume, "mllm" in verifiers)
+    how = mllm_concurrent, mllm_mode, evidence, near_pictures, resume
+    asked = Asked.open(mllm, mllm_model, *how, verifies="mllm" in verifiers)
     _say_located(out, *locate_photos(photos, index, out, options, folder, run, limit, backbone, asked, matcher))
 
 
@@ -209,6 +211,7 @@ def ablate(
     out: Annotated[Path, typer.Option(help="Folder of the tables, metrics.json and report.html.")],
     mllm: Mllm = "embedded",
     mllm_model: MllmModel = None,
+    mllm_concurrent: MllmConcurrent = None,
     resume: Resume = False,
     weights: Weights = None,
 ) -> None:
@@ -220,7 +223,8 @@ def ablate(
     from rag_geotoken.verification import ablate, verification_text
     from rag_geotoken.weights import EARTH
 
-    metrics = ablate(read_recipe(recipe), out, mllm or "embedded", mllm_model, resume, typer.echo, weights or EARTH)
+    model = mllm or "embedded", mllm_model, mllm_concurrent
+    metrics = ablate(read_recipe(recipe), out, model, resume, typer.echo, weights or EARTH)
     typer.echo(verification_text(metrics))
 
 

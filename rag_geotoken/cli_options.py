@@ -19,4 +19,7 @@ Mllm = Annotated[
     typer.Option(help="Multimodal model: http://HOST:PORT/v1, vllm:DIR, a folder, a hub name, or embedded."),
 ]
 MllmModel = Annotated[str | None, typer.Option(help="The model's name on a server that has several.")]
+MllmConcurrent = Annotated[
+    int | None, typer.Option(min=1, max=1024, help="Requests to a server at a time, 16 unless given.")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Ask the multimodal model again where it failed before.")]

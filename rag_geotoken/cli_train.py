@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rag_geotoken.cli_options import Mllm, MllmModel, Weights
+from rag_geotoken.cli_options import Mllm, MllmConcurrent, MllmModel, Weights
 
 train_app = typer.Typer(
     help="Train the embedded models again, or heads of your own, from a seed.", no_args_is_help=True
@@ -64,7 +64,11 @@ def train_verifier(recipe: Recipe = None, out: Out = Path("runs/weights")) -> No
 
 @train_app.command("mllm")
 def train_mllm(
-    recipe: Recipe = None, out: Out = Path("runs/weights"), mllm: Mllm = None, mllm_model: MllmModel = None
+    recipe: Recipe = None,
+    out: Out = Path("runs/weights"),
+    mllm: Mllm = None,
+    mllm_model: MllmModel = None,
+    mllm_concurrent: MllmConcurrent = None,
 ) -> None:
     """Choose on validation photos what a multimodal model's verdicts are worth, for the models in OUT.
 
@@ -73,7 +77,7 @@ def train_mllm(
     from rag_geotoken.recipes import training_recipe
     from rag_geotoken.training.run import train_mllm
 
-    train_mllm(training_recipe(recipe), out, mllm, mllm_model)
+    train_mllm(training_recipe(recipe), out, mllm, mllm_model, mllm_concurrent)
 
 
 def _train(what: str, recipe: Path | None, out: Path) -> None:

@@ -5,7 +5,6 @@ Everything before ``verify`` is computed once, and every verifier reads the same
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -17,9 +16,10 @@ from numpy.typing import NDArray
 
 from rag_geotoken import retrieval, selection, stages
 from rag_geotoken.alignment import GeoAlignment
+from rag_geotoken.clock import Clock
 from rag_geotoken.demo import example, make_index
 from rag_geotoken.errors import GeoError
-from rag_geotoken.files import check_writable, read_json, write_json
+from rag_geotoken.files import check_writable, write_json
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.metrics import RADII_KM, bootstrap, summary
 from rag_geotoken.mllm import open_client
@@ -104,16 +104,21 @@ class Variant:
 
 
 def ablate(
-    recipe: dict[str, Any], out: Path, where: str, model: str | None, resume: bool, log: Log, weights: Path = EARTH
+    recipe: dict[str, Any],
+    out: Path,
+    model: tuple[str, str | None, int | None],
+    resume: bool,
+    log: Log,
+    weights: Path = EARTH,
 ) -> dict[str, Any]:
     """Run a recipe into ``out`` -> what ``metrics.json`` holds; report.html shows it.
 
-    where, model: the multimodal model, as :func:`.open_client` takes it. resume: ask it again where it failed. Raises
+    model: the multimodal one, as :func:`.open_client` takes it. resume: ask it again where it failed. Raises
     GeoError for a recipe that does not fit or a model that does not answer, before any work.
     """
     gallery, photos, variants = _read(recipe)
     check_writable(out)
-    client = open_client(where, model) if any(variant.asked for variant in variants) else None
+    client = open_client(*model) if any(variant.asked for variant in variants) else None
     clock = Clock(out / "seconds.json")
     alignment = GeoAlignment.from_pretrained(weights)
     clock(out / "index" / "manifest.json", partial(make_index, out / "index", gallery, alignment))
@@ -150,26 +155,6 @@ def ablate(
     write_json(out / "metrics.json", metrics)
     _report(out, metrics, km, geolocator)
     return metrics
-
-
-class Clock:
-    """Does what makes a table, and keeps its seconds in a file; what was there already keeps those of its making."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.reused = path, list[str]()
-        self.seconds: dict[str, float] = read_json(path) if path.is_file() else {}
-
-    def __call__(self, table: Path, work: Callable[[], object]) -> None:
-        """table: the manifest that ``work`` writes last, unless all is there."""
-        before = table.stat().st_mtime_ns if table.is_file() else None
-        begun = time.perf_counter()
-        work()
-        name = table.stem.replace("manifest", "index")
-        if table.stat().st_mtime_ns == before:
-            self.reused.append(name)
-            return
-        self.seconds[name] = round(time.perf_counter() - begun, 2)
-        write_json(self.path, self.seconds)
 
 
 def _read(recipe: dict[str, Any]) -> tuple[str, str, list[Variant]]:

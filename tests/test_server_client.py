@@ -159,6 +159,24 @@ def test_more_than_one_model(handler: type[Handler], one_line: OneLine) -> None:
     assert open_client(handler.url, "two").model == "two"  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(("given", "most"), [(3, 3), (None, 16)])
+def test_so_many_requests_at_a_time(handler: type[Handler], given: int | None, most: int) -> None:
+    answer, lock, there, counts = handler.do_POST, threading.Lock(), [0], []
+
+    def slowly(self: Handler) -> None:
+        with lock:
+            there[0] += 1
+            counts.append(there[0])
+        time.sleep(0.05)
+        with lock:
+            there[0] -= 1
+        answer(self)
+
+    handler.do_POST = slowly  # type: ignore[method-assign]
+    client = open_client(handler.url, concurrent=given)  # type: ignore[attr-defined]
+    assert len(list(client.ask([REQUEST] * 40))) == 40 and max(counts) == most
+
+
 def test_no_server(one_line: OneLine) -> None:
     with one_line(r"^no server answers at http://127.0.0.1:9/v1: start it first, or correct the address$"):
         open_client("http://127.0.0.1:9")

@@ -213,7 +213,7 @@ def test_what_cannot_be_asked_is_said_before_any_work(
 
 def test_the_crossing(weights: Path, llava: Path, tmp_path: Path) -> None:
     lines: list[str] = []
-    metrics = ablate(RECIPE, tmp_path, str(llava), None, False, lines.append, weights)
+    metrics = ablate(RECIPE, tmp_path, (str(llava), None, None), False, lines.append, weights)
     variants = {(row["split"], row["name"]): row for row in metrics["variants"]}
     assert len(variants) == 6 + 5  # visual needs what is retrieved
     for (pool, name), row in variants.items():
@@ -224,7 +224,7 @@ def test_the_crossing(weights: Path, llava: Path, tmp_path: Path) -> None:
     assert (tmp_path / "report.html").stat().st_size > 10_000
     page = (tmp_path / "report.html").read_text()
     assert "What verification gains" in page and "visual+mllm-pool:pictures" in page
-    again = ablate(RECIPE, tmp_path, str(llava), None, False, lines.append, weights)
+    again = ablate(RECIPE, tmp_path, (str(llava), None, None), False, lines.append, weights)
     assert len(lines) == 1 and "matches" in lines[0] and "index" in lines[0] and "mllm-pool" in lines[0]
     assert again["variants"] == metrics["variants"]
 
@@ -243,7 +243,7 @@ def test_the_crossing(weights: Path, llava: Path, tmp_path: Path) -> None:
 )
 def test_a_recipe_that_does_not_fit(changes: dict[str, Any], tmp_path: Path, one_line: OneLine) -> None:
     with one_line("[a-z]"):
-        ablate(RECIPE | changes, tmp_path, "nowhere", None, False, print)
+        ablate(RECIPE | changes, tmp_path, ("nowhere", None, None), False, print)
     assert not list(tmp_path.iterdir())
 
 

@@ -15,7 +15,7 @@ EMBEDDED = "embedded"  # the small model that ships, of the demo's satellite vie
 EMBEDDED_FOLDER = EARTH.with_name("earth-verifier")
 
 
-def open_client(where: str, model: str | None = None) -> Client:
+def open_client(where: str, model: str | None = None, concurrent: int | None = None) -> Client:
     """The model at an address or in a folder, checked to be there.
 
     Args:
@@ -23,6 +23,7 @@ def open_client(where: str, model: str | None = None) -> Client:
             ``vllm:DIR`` runs vLLM in this process, anything else is a folder or a hub's name for transformers in this
             process.
         model: Its name on a server; None where the server has only one.
+        concurrent: Requests to a server at a time, 16 unless given.
 
     Raises:
         GeoError: in one line, when the server is down or has no such model, or the model cannot be had or used.
@@ -32,7 +33,7 @@ def open_client(where: str, model: str | None = None) -> Client:
     if where.startswith(("http://", "https://")):
         from rag_geotoken.mllm.server import ServerClient
 
-        return ServerClient(where, model)
+        return ServerClient(where, model, concurrent)
     if model is not None:
         raise GeoError(f"--mllm-model names a model of a server, and {where} is none: leave it out")
     if where.startswith(IN_PROCESS):

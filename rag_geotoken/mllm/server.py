@@ -41,7 +41,7 @@ class ServerClient:
         self,
         url: str,
         model: str | None = None,
-        concurrent: int = CONCURRENT,
+        concurrent: int | None = None,
         retries: int = RETRIES,
         request_s: float = REQUEST_S,
         total_s: float = math.inf,
@@ -51,7 +51,7 @@ class ServerClient:
         Args:
             url: Such as http://127.0.0.1:8000/v1.
             model: The name under which it is served; None where there is only one.
-            concurrent: Requests at a time.
+            concurrent: Requests at a time, ``CONCURRENT`` unless given.
             retries: Further tries of a request.
             request_s: Seconds that one try may take.
             total_s: Seconds that all of one ``ask`` may take.
@@ -60,7 +60,12 @@ class ServerClient:
             GeoError: the server does not answer, or has no such model.
         """
         self.url = url.rstrip("/") if urlsplit(url).path.strip("/") else url.rstrip("/") + "/v1"
-        self.concurrent, self.retries, self.request_s, self.total_s = concurrent, retries, request_s, total_s
+        self.concurrent, self.retries, self.request_s, self.total_s = (
+            concurrent or CONCURRENT,
+            retries,
+            request_s,
+            total_s,
+        )
         self.model = self._served(model)
 
     def ask(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:

@@ -72,6 +72,7 @@ class Asked:
         cls,
         where: str | None,
         model: str | None,
+        concurrent: int | None,
         mode: str,
         evidence: bool,
         pictures: bool,
@@ -87,7 +88,7 @@ class Asked:
             return None
         if not verifies and mode != "diversify":
             raise GeoError("--mllm is given and verifies nothing: add --verify mllm, or --mllm-mode diversify")
-        return cls(open_client(where, model), Asking(mode, evidence, pictures), resume)
+        return cls(open_client(where, model, concurrent), Asking(mode, evidence, pictures), resume)
 
 
 def ask_model(

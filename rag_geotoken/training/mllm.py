@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rag_geotoken import selection
+from rag_geotoken.clock import Clock
 from rag_geotoken.confidence import fit_calibration
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.mllm.request import Client
@@ -20,7 +21,7 @@ from rag_geotoken.tables import read_table
 from rag_geotoken.training.tuning import Log, hits, inside
 from rag_geotoken.tuning import Tuning
 from rag_geotoken.types import Predictions
-from rag_geotoken.verification import Clock, Variant, ask_variant, write_tables
+from rag_geotoken.verification import Variant, ask_variant, write_tables
 
 SCALES = [0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0]
 POOL = "retrieved+generated"

@@ -184,17 +184,19 @@ def _train_heads(settings: dict[str, Any], out: Path, log: Log) -> None:
     accelerator.end_training()
 
 
-def train_mllm(settings: dict[str, Any], out: Path, where: str | None, model: str | None) -> None:
+def train_mllm(
+    settings: dict[str, Any], out: Path, where: str | None, model: str | None, concurrent: int | None
+) -> None:
     """Choose what a multimodal model's verdicts are worth on photos with places, for the models in ``out``.
 
-    where: as :func:`.open_client` takes it, or None for the verifier trained beside ``out``. Replaces tuning.json;
-    the photos' tables and the model's answers are kept in ``OUT-mllm``.
+    where, model, concurrent: as :func:`.open_client` takes them; None is the verifier trained beside ``out``. Replaces
+    tuning.json; the photos' tables and the model's answers are kept in ``OUT-mllm``.
     """
     from rag_geotoken.mllm import open_client
     from rag_geotoken.training.mllm import tune_mllm
 
     settings, out = _settings(settings, "tuning"), out.resolve()
-    client = open_client(where or str(out.with_name(f"{out.name}-verifier")), model)
+    client = open_client(where or str(out.with_name(f"{out.name}-verifier")), model, concurrent)
     _gallery(GeoAlignment.from_pretrained(out), out)
     geolocator = Geolocator.from_pretrained(out.with_name(f"{out.name}-index"), out)
     tuned = tune_mllm(out.with_name(f"{out.name}-mllm"), settings["source"], geolocator, client, _log())
