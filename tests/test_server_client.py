@@ -159,8 +159,8 @@ def test_more_than_one_model(handler: type[Handler], one_line: OneLine) -> None:
     assert open_client(handler.url, "two").model == "two"  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(("given", "most"), [(3, 3), (None, 16)])
-def test_so_many_requests_at_a_time(handler: type[Handler], given: int | None, most: int) -> None:
+@pytest.mark.parametrize(("given", "least", "most"), [(1, 1, 1), (3, 3, 3), (None, 4, 16)])
+def test_so_many_requests_at_a_time(handler: type[Handler], given: int | None, least: int, most: int) -> None:
     answer, lock, there, counts = handler.do_POST, threading.Lock(), [0], []
 
     def slowly(self: Handler) -> None:
@@ -174,7 +174,7 @@ def test_so_many_requests_at_a_time(handler: type[Handler], given: int | None, m
 
     handler.do_POST = slowly  # type: ignore[method-assign]
     client = open_client(handler.url, concurrent=given)  # type: ignore[attr-defined]
-    assert len(list(client.ask([REQUEST] * 40))) == 40 and max(counts) == most
+    assert len(list(client.ask([REQUEST] * 40))) == 40 and least <= max(counts) <= most
 
 
 def test_no_server(one_line: OneLine) -> None:
