@@ -205,10 +205,12 @@ def where(
             typer.echo(f"  {place['probability']:.5f}  {place['lat']:9.4f} {place['lon']:10.4f}")
 
 
-@app.command(epilog="Example: rag-geotoken ablate eval/verification.toml --out runs/verification --mllm embedded")
+@app.command(epilog="Example: rag-geotoken ablate --out runs/verification --mllm embedded")
 def ablate(
-    recipe: Annotated[Path, typer.Argument(help="TOML: gallery, photos, pools, verify; see eval/verification.toml.")],
     out: Annotated[Path, typer.Option(help="Folder of the tables, metrics.json and report.html.")],
+    recipe: Annotated[
+        Path | None, typer.Argument(help="TOML: gallery, photos, pools, verify; eval/verification.toml unless given.")
+    ] = None,
     mllm: Mllm = "embedded",
     mllm_model: MllmModel = None,
     mllm_concurrent: MllmConcurrent = None,
@@ -219,12 +221,14 @@ def ablate(
 
     Nothing before the verification is computed twice; run again, it goes on where it was stopped.
     """
+    from rag_geotoken.files import shipped
     from rag_geotoken.recipes import read_recipe
     from rag_geotoken.verification import ablate, verification_text
     from rag_geotoken.weights import EARTH
 
     model = mllm or "embedded", mllm_model, mllm_concurrent
-    metrics = ablate(read_recipe(recipe), out, model, resume, typer.echo, weights or EARTH)
+    what = read_recipe(recipe or shipped("eval/verification.toml"))
+    metrics = ablate(what, out, model, resume, typer.echo, weights or EARTH)
     typer.echo(verification_text(metrics))
 
 

@@ -56,6 +56,13 @@ def check_writable(folder: Path | str) -> None:
     remove(probe)
 
 
+def shipped(name: str) -> Path:
+    """A file or folder that travels with the package: in a wheel it lies inside, in a checkout beside it."""
+    package = Path(__file__).parent
+    inside = package / name
+    return inside if inside.exists() else package.parent / name
+
+
 def cache_folder() -> Path:
     """Where things are kept that can be made again: ``$XDG_CACHE_HOME/rag-geotoken``, or under ``~/.cache``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rag-geotoken"

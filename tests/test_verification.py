@@ -17,6 +17,7 @@ from conftest import OPTIONS, OneLine
 from rag_geotoken import stages
 from rag_geotoken.cli import main
 from rag_geotoken.errors import GeoError
+from rag_geotoken.files import shipped
 from rag_geotoken.mllm import open_client
 from rag_geotoken.mllm.request import Client, Reply, Request
 from rag_geotoken.mllm.stage import Asked, Asking, ask_model, decide_told, read_told
@@ -267,3 +268,11 @@ def test_neighbours_pictures_that_are_gone_are_left_out(run: Path, geolocator: G
     asked = Asked(client, Asking(pictures=True))
     ask_model(run, "mllm-gone", without_pictures, asked, read_pool(run))
     assert {row["status"] for row in rows(run, "mllm-gone")} == {"ok"}
+
+
+def test_the_recipe_that_ships_is_the_one_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Read whole, its variants checked, and stopped at a model that is not there, before any work."""
+    with pytest.raises(SystemExit) as stopped:
+        main(["ablate", "--out", str(tmp_path / "run"), "--mllm", "http://127.0.0.1:9/v1"])
+    assert stopped.value.code == 1 and "no server answers" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("*")) and shipped("eval/verification.toml").is_file()

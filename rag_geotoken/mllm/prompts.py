@@ -6,10 +6,10 @@ import hashlib
 import re
 from collections.abc import Mapping
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rag_geotoken.errors import GeoError
+from rag_geotoken.files import shipped
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -40,14 +40,8 @@ def render(name: str, pictures: Mapping[str, bytes], **variables: Any) -> tuple[
 
 def prompts_sha256() -> str:
     """SHA-256 of all prompt files: what was said."""
-    texts = [path.name.encode() + b"\0" + path.read_bytes() for path in sorted(_folder().glob("*.j2"))]
+    texts = [path.name.encode() + b"\0" + path.read_bytes() for path in sorted(shipped("prompts").glob("*.j2"))]
     return hashlib.sha256(b"\0".join(texts)).hexdigest()
-
-
-def _folder() -> Path:
-    here = Path(__file__).parent.parent
-    # In a wheel the prompts lie inside the package, in a checkout beside it.
-    return next((folder for folder in (here / "prompts", here.parent / "prompts") if folder.is_dir()), here / "prompts")
 
 
 @lru_cache(maxsize=1)
@@ -56,7 +50,7 @@ def _environment() -> Environment:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     return ImmutableSandboxedEnvironment(
-        loader=FileSystemLoader(_folder()), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(shipped("prompts")), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
 
 
