@@ -27,9 +27,9 @@ from rag_geotoken.run_tables import (
     read_pool,
     read_posterior,
     read_predictions,
+    read_truth,
     read_verdicts,
 )
-from rag_geotoken.tables import read_table
 from rag_geotoken.types import (
     BEAM,
     GPS,
@@ -187,14 +187,15 @@ def decide_all(folder: Path, geolocator: Geolocator) -> None:
         stages.write_decision(folder, name, geolocator, inputs, decide, area, verified=told.answered)
 
 
-def oracle(folder: Path) -> NDArray[np.float64]:
-    """Distance of the best of each photo's neighbours, NaN for a photo that could not be read. Not a method."""
-    photos = read_table(folder / "photos.parquet", ["lat", "lon"])
-    good = read_table(folder / "embeddings.parquet", ["error"])["error"].is_null().to_numpy()
-    truth = np.column_stack([photos["lat"].to_numpy(), photos["lon"].to_numpy()])[good]
-    found = read_neighbors(folder).lat_lon
-    km = np.full(len(photos), np.nan)
-    km[good] = haversine_km(truth[:, :1], truth[:, 1:], found[..., 0], found[..., 1]).min(axis=1)
+def oracle(folder: Path, lat_lon: NDArray[np.float64], mask: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
+    """Distance (N,) of the best of each readable photo's places (B, C, 2), NaN for the other photos. Not a method.
+
+    mask (B, C): which of them there are, all unless given.
+    """
+    truth, good = read_truth(folder)
+    away = haversine_km(truth[good, :1], truth[good, 1:], lat_lon[..., 0], lat_lon[..., 1])
+    km = np.full(len(good), np.nan)
+    km[good] = (away if mask is None else np.where(mask, away, np.inf)).min(axis=1)
     return km
 
 

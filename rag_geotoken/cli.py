@@ -150,7 +150,6 @@ def locate(
         verify=verifiers,
         max_area_km2=max_area,
         least_confidence=abstain_below,
-        diversify=mllm is not None and mllm_mode == "diversify",
     )
     how = mllm_concurrent, mllm_mode, evidence, near_pictures, resume
     asked = Asked.open(mllm, mllm_model, *how, verifies="mllm" in verifiers)

@@ -57,11 +57,10 @@ def run_demo(
     weights: Path = EARTH,
     gallery: int = 24_000,
     mllm: str | None = None,
-    model: str | None = None,
 ) -> dict[str, Any]:
     """Run everything into ``out`` -> what ``metrics.json`` holds. What is already there is not done again.
 
-    mllm, model: a multimodal model, as :func:`.open_client` takes it, that verifies the split ``test`` too.
+    mllm: a multimodal model, as :func:`.open_client` takes it, that verifies the split ``test`` too.
 
     Writes predictions.parquet (of the best variant on ``test``), metrics.json and report.html, and under index/ and a
     folder a split every stage's table. Raises GeoError for a folder that cannot be written or broken weights.
@@ -73,7 +72,7 @@ def run_demo(
     with _timed(seconds, "gallery: read, encode, index"):
         make_index(out / "index", f"blue-marble:gallery,n={gallery}", alignment)
     geolocator = Geolocator.from_pretrained(out / "index", weights)
-    asked = Asked(open_client(mllm, model), Asking(), resume=True) if mllm else None
+    asked = Asked(open_client(mllm), Asking(), resume=True) if mllm else None
     few = max(1, min(1000, test_n // 2))
     options = Options()
     variants: list[dict[str, Any]] = []
@@ -143,7 +142,7 @@ def run_road(folder: Path, geolocator: Geolocator, options: Options) -> None:
 def score(folder: Path, split: str, seed: int) -> list[dict[str, Any]]:
     """Distances of every variant's answers -> rows of ``metrics.json``, intervals by paired bootstrap."""
     km = {name: ablation.distances(folder, name) for name in ablation.variants_of(folder)} | {
-        "oracle-20": ablation.oracle(folder)
+        "oracle-20": ablation.oracle(folder, read_neighbors(folder).lat_lon)
     }
     intervals = bootstrap(np.stack(list(km.values())), seed).accuracy
     return [summary(name, split, away, interval=intervals[i]) for i, (name, away) in enumerate(km.items())]

@@ -69,9 +69,10 @@ def locate_photos(
         stages.places(run, geolocator, options)
     if "visual" in options.verify:
         stages.matches(run, geolocator)
-    if asked and options.diversify:
+    diversify = asked is not None and asked.asking.mode == "diversify"
+    if asked and diversify:
         ask_model(run, "mllm-diversify", geolocator, asked)
-    stages.pool(run, geolocator, options)
+    stages.pool(run, geolocator, options, diversify)
     decide, answered, verdicts = _verified(run, geolocator, options, asked)
     name, limits = selection.verified_by(options.verify), (options.max_area_km2, options.least_confidence)
     path = stages.write_decision(run, name, geolocator, [*inputs, *verdicts], decide, area, *limits, answered)
@@ -93,7 +94,7 @@ def _verified(
     files = [f"verdicts-{verifier}" for verifier in scores]
     if asked is None or "mllm" not in options.verify:
         return partial(selection.decide, entries, scores, geolocator.tuning), None, files
-    mode = "pool" if options.diversify else asked.asking.mode
+    mode = "pool" if asked.asking.mode == "diversify" else asked.asking.mode
     asked, name = replace(asked, asking=replace(asked.asking, mode=mode)), f"mllm-{mode}"
     matches = read_matches(run) if "visual" in options.verify else None
     ask_model(run, name, geolocator, asked, entries, matches)

@@ -18,8 +18,7 @@ class Options:
     a source knows it. gps_places: places found by the photo's GPS embedding, none for 0.
     within: a place and a distance, (lat, lon, km): only cells and neighbours inside count. openings: prefixes that the
     frontier search opens a photo. max_area_km2: a photo whose posterior is spread over more gets no answer, nor does
-    one whose chance to be within 200 km is below least_confidence. diversify: a multimodal model's answers to G3's
-    prompts join the pool.
+    one whose chance to be within 200 km is below least_confidence.
     """
 
     neighbors: int = 20
@@ -38,7 +37,6 @@ class Options:
     openings: int = 32
     max_area_km2: float | None = None
     least_confidence: float = 0.0
-    diversify: bool = False
 
     def __post_init__(self) -> None:
         """Raises GeoError for an unknown way to propose or to verify, before any work."""

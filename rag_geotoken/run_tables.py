@@ -100,12 +100,25 @@ def read_verdicts(folder: Path, entries: Pool, verifier: str) -> NDArray[np.floa
 def read_own_places(folder: Path, name: str) -> Floats:
     """``verdicts-NAME`` of a multimodal model -> the places of its own (N, M, 2), NaN where there are no more."""
     table = read_table(folder / f"verdicts-{name}.parquet", ["lat", "lon"])
-    lists = [table[axis].to_pylist() for axis in ("lat", "lon")]
-    places = np.full((len(table), max(1, *(len(row) for row in lists[0]), 1), 2), np.nan)
-    for axis, rows in enumerate(lists):
-        for i, row in enumerate(rows):
-            places[i, : len(row), axis] = row
-    return places
+    return np.stack([padded(table[axis]) for axis in ("lat", "lon")], axis=-1)
+
+
+def padded(lists: pa.ChunkedArray) -> Floats:
+    """A column of N lists of numbers -> (N, M), NaN behind each; M at least 1."""
+    import pyarrow.compute as pc
+
+    lengths = pc.list_value_length(lists).to_numpy()
+    there = np.arange(max(1, lengths.max(initial=0))) < lengths[:, None]
+    values = np.full(there.shape, np.nan)
+    values[there] = pc.list_flatten(lists).to_numpy()
+    return values
+
+
+def read_truth(folder: Path) -> tuple[Floats, NDArray[np.bool_]]:
+    """Of every photo of a run: its true place (N, 2), NaN where unknown, and whether it could be read (N,)."""
+    photos = read_table(folder / "photos.parquet", ["lat", "lon"])
+    good = read_table(folder / "embeddings.parquet", ["error"])["error"].is_null().to_numpy()
+    return np.column_stack([photos["lat"].to_numpy(), photos["lon"].to_numpy()]), good
 
 
 def read_predictions(path: Path) -> tuple[Floats, Floats, Floats]:

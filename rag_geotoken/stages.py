@@ -149,10 +149,11 @@ def matches(folder: Path, geolocator: Geolocator) -> Path:
     return run_stage(folder, "matches", recipe, ["photos", "embeddings", "neighbours"], ids, work)
 
 
-def pool(folder: Path, geolocator: Geolocator, options: Options) -> Path:
+def pool(folder: Path, geolocator: Geolocator, options: Options, diversify: bool = False) -> Path:
     """Neighbours, candidates and places -> pool: id, lat, lon, log_weight, source, one entry a cell.
 
     Where pictures are compared, the places that the matches move each photo to come last, each an entry of its own.
+    diversify: then a multimodal model's answers to G3's prompts, of ``verdicts-mllm-diversify``.
     """
     import pyarrow as pa
 
@@ -161,8 +162,8 @@ def pool(folder: Path, geolocator: Geolocator, options: Options) -> Path:
     neighbors, candidates = read_neighbors(folder), read_candidates(folder) if options.propose else None
     found = read_places(folder) if options.gps_places else None
     visual = read_matches(folder) if "visual" in options.verify else None
-    inputs += ["matches"] * (visual is not None) + ["verdicts-mllm-diversify"] * options.diversify
-    own = read_own_places(folder, "mllm-diversify") if options.diversify else None
+    inputs += ["matches"] * (visual is not None) + ["verdicts-mllm-diversify"] * diversify
+    own = read_own_places(folder, "mllm-diversify") if diversify else None
 
     def work(at: slice) -> pa.Table:
         made = geolocator.pool(

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rag_geotoken import retrieval, selection, stages
+from rag_geotoken.ablation import oracle
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.clock import Clock
 from rag_geotoken.demo import example, make_index
@@ -214,9 +215,10 @@ def _metrics(
         right, was = away <= MENDED_KM, before <= MENDED_KM
         row["mended"] = [ids[j] for j in np.flatnonzero(right & ~was)]
         row["broken"] = [ids[j] for j in np.flatnonzero(~right & was)]
-        oracle = _oracle(run, variant.entries(whole))
-        row["oracle"] = {str(r): round(100 * float((oracle <= r).mean()), 4) for r in RADII_KM}
-        gap = float((oracle <= MENDED_KM).mean() - was.mean())
+        entries = variant.entries(whole)
+        best = oracle(run, entries.lat_lon, entries.mask)
+        row["oracle"] = {str(r): round(100 * float((best <= r).mean()), 4) for r in RADII_KM}
+        gap = float((best <= MENDED_KM).mean() - was.mean())
         row["gap_closed"] = round(row["gain"][str(MENDED_KM)] / 100 / gap, 4) if gap > 0 else None
         row["cost"] = _cost(run, variant, seconds)
         rows.append(row)
@@ -240,17 +242,6 @@ def _report(out: Path, metrics: dict[str, Any], km: dict[Variant, NDArray[np.flo
         examples=[example(run, ids.index(name), geolocator.index, best.name, kind) for name, kind in shown],
         notes=NOTES,
     )
-
-
-def _oracle(run: Path, pool: Pool) -> NDArray[np.float64]:
-    """Distance (N,) of the best entry of each photo's pool, NaN for a photo without one. Not a method."""
-    photos = read_table(run / "photos.parquet", ["lat", "lon"])
-    good = read_table(run / "embeddings.parquet", ["error"])["error"].is_null().to_numpy()
-    truth = np.column_stack([photos["lat"].to_numpy(), photos["lon"].to_numpy()])
-    away = haversine_km(truth[good, :1], truth[good, 1:], pool.lat_lon[..., 0], pool.lat_lon[..., 1])
-    km = np.full(len(truth), np.nan)
-    km[good] = np.where(pool.mask, away, np.inf).min(axis=1)
-    return km
 
 
 def _cost(run: Path, variant: Variant, seconds: dict[str, float]) -> dict[str, float]:

@@ -27,9 +27,8 @@ KEPT, STEPS = 2, (4, 4)  # turns and scales that are refined, Gauss-Newton steps
 NOISE = 2e-5  # variance that a pixel (0..1) has without showing anything
 LEAST_COVER, ENOUGH_COVER = 0.2, 0.4  # of the photo by the neighbour's picture
 WIDEST = 2.0  # of the ratios that a refined match may have
-SHARP = (
-    12.0  # power of the correlation in a score: of right matches it is 0.96 and more, of wrong ones mostly below 0.85
-)
+# Power of the correlation in a score: of right matches it is 0.96 and more, of wrong ones mostly below 0.85.
+SHARP = 12.0
 CHUNK = 4  # photos at a time: their planes stay in the processor's cache
 
 Floats = NDArray[np.float64]

@@ -261,7 +261,8 @@ def test_a_lost_table_is_named(run_folder: Path, geolocator: Geolocator, tmp_pat
 
 def test_distances_and_the_oracle(run_folder: Path) -> None:
     truth, _, _ = read_predictions(run_folder / "predictions-nearest.parquet")
-    best, near = oracle(run_folder), read_neighbors(run_folder)
+    near = read_neighbors(run_folder)
+    best = oracle(run_folder, near.lat_lon)
     good = [i for i in range(30) if i != BROKEN]
     assert np.isnan(best[BROKEN])
     for b, i in enumerate(good):

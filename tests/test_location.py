@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import OneLine
-from geoclip_package import geoclip_folder
 from numpy.polynomial.legendre import leggauss
 from pyproj import Proj, Transformer
 from safetensors.torch import load_file
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from rag_geotoken.alignment import LocationEncoder as PromisedEncoder
+from rag_geotoken.bench_index import geoclip_folder
 from rag_geotoken.location import (
     HarmonicConfig,
     HarmonicEncoder,

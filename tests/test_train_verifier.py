@@ -16,11 +16,11 @@ from tiny_training import quiet
 from rag_geotoken import retrieval, stages
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.geo import haversine_km
+from rag_geotoken.mllm.in_transformers import TransformersClient
 from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.training import verifier, verifier_examples
 from rag_geotoken.training.verifier import train_verifier
 from rag_geotoken.training.verifier_examples import Examples, Prompt, read_examples
-from rag_geotoken.training.verifier_model import load_model
 from rag_geotoken.training.verifier_words import END, IMAGE, LETTERS
 
 NUMBERS: dict[str, Any] = {
@@ -120,7 +120,7 @@ def test_a_stopped_training_ends_in_the_same_bytes(
     assert before != (again / "model.safetensors").read_bytes()
     other = train(tmp_path / "other", seed=1)
     assert (whole / "model.safetensors").read_bytes() != (other / "model.safetensors").read_bytes()
-    load_model(whole)
+    TransformersClient(whole)
 
 
 def test_training_learns(train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

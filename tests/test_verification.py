@@ -174,7 +174,7 @@ def test_free_and_diverse_places(run: Path, geolocator: Geolocator, client: Clie
     ask_model(run, "mllm-diversify", geolocator, Asked(Says(client, 0), Asking("diversify", answers=2)))
     own = read_own_places(run, "mllm-diversify")
     assert own.shape[1] > 2 and np.isfinite(own[:, 0]).any()
-    stages.pool(run, geolocator, replace(OPTIONS, diversify=True))
+    stages.pool(run, geolocator, OPTIONS, diversify=True)
     joined = read_pool(run)
     assert ((joined.source == MLLM) & joined.mask).sum() == np.isfinite(own[..., 0]).sum()
     np.testing.assert_allclose(np.exp(joined.log_weight).sum(axis=1), 1, atol=1e-5)
@@ -276,3 +276,16 @@ def test_the_recipe_that_ships_is_the_one_taken(tmp_path: Path, capsys: pytest.C
         main(["ablate", "--out", str(tmp_path / "run"), "--mllm", "http://127.0.0.1:9/v1"])
     assert stopped.value.code == 1 and "no server answers" in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("*")) and shipped("eval/verification.toml").is_file()
+
+
+def test_other_words_are_other_verdicts(run: Path, geolocator: Geolocator, client: Client) -> None:
+    """The evidence in words follows from the tuning too, and without words nothing does."""
+    pool, tuning = read_pool(run), geolocator.tuning
+    sharper = Geolocator(
+        geolocator.alignment, geolocator.tokens, geolocator.index, replace(tuning, alignment_scale=5000.0)
+    )
+    for name, asking, again in (("mllm-told", Asking(), True), ("mllm-plain", Asking(evidence=False), False)):
+        ask_model(run, name, geolocator, Asked(client, asking), pool)
+        counted = Down(client, 10**6)
+        ask_model(run, name, sharper, Asked(counted, asking), pool)
+        assert (counted.asked > 0) == again

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from rag_geotoken.mllm.in_transformers import TransformersClient
 from rag_geotoken.mllm.prompts import render
 from rag_geotoken.mllm.request import Request
-from rag_geotoken.training.verifier_model import load_model, make_model, save_folder, save_weights
+from rag_geotoken.training.verifier_model import make_model, save_folder, save_weights
 from rag_geotoken.training.verifier_words import IMAGE, LETTERS, make_processor, make_tokenizer
 
 PLACES = ["Vienna, Austria, Europe", "São Luís, Brazil, South America", "Nuuk, Greenland, North America"]
@@ -87,7 +87,7 @@ def test_the_same_corpus_gives_the_same_tokenizer(tokenizer: Any) -> None:
 
 
 def test_a_prompt_comes_back_from_the_processor_with_its_picture(folder: Path) -> None:
-    _, processor = load_model(folder)
+    processor = TransformersClient(folder).processor
     content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in parts()]
     text = processor.apply_chat_template([{"role": "user", "content": content}])
     picture = Image.open(io.BytesIO(png()))
@@ -114,7 +114,7 @@ def test_what_is_loaded_is_what_was_saved(folder: Path, tokenizer: Any) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         made = make_model(tokenizer).state_dict()
-    loaded = load_model(folder)[0].state_dict()
+    loaded = TransformersClient(folder).network.state_dict()
     assert made.keys() == loaded.keys()
     assert all(torch.equal(value.half().float(), loaded[name]) for name, value in made.items())
 

@@ -61,17 +61,22 @@ def save_llava(folder: Path, seed: int = 0) -> Path:
         vision_feature_select_strategy="default",
         vision_feature_layer=-1,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlavaForConditionalGeneration(config).eval()
-        with torch.no_grad():
-            for name, weight in model.named_parameters():
-                if weight.ndim > 1:  # so that answers depend on pictures and places
-                    weight.normal_(0.0, 0.6 if "lm_head" in name else 0.15)
-    model.save_pretrained(folder)
+    drawn(LlavaForConditionalGeneration, config, seed).save_pretrained(folder)
     processor.save_pretrained(folder)
     _rename(folder / "model.safetensors")
     return folder
+
+
+def drawn(kind: Any, config: Any, seed: int) -> Any:
+    """A model of some kind with random weights, so large that answers depend on pictures and places."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = kind(config).eval()
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if weight.ndim > 1:
+                    weight.normal_(0.0, 0.6 if "lm_head" in name else 0.15)
+    return model
 
 
 def llava_processor():  # type: ignore[no-untyped-def]

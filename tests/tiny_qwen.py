@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-from tiny_llava import TEMPLATE, llava_processor
+from tiny_llava import TEMPLATE, drawn, llava_processor
 
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 
@@ -59,13 +58,6 @@ def save_qwen(folder: Path, seed: int = 0) -> Path:
         },
         **{f"{name}_token_id": tokenizer.convert_tokens_to_ids(text) for name, text in (names | ends).items()},
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen2_5_VLForConditionalGeneration(config).eval()
-        with torch.no_grad():
-            for name, weight in model.named_parameters():
-                if weight.ndim > 1:  # so that answers depend on pictures and places
-                    weight.normal_(0.0, 0.6 if "lm_head" in name else 0.15)
-    model.save_pretrained(folder)
+    drawn(Qwen2_5_VLForConditionalGeneration, config, seed).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

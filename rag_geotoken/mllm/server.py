@@ -60,12 +60,8 @@ class ServerClient:
             GeoError: the server does not answer, or has no such model.
         """
         self.url = url.rstrip("/") if urlsplit(url).path.strip("/") else url.rstrip("/") + "/v1"
-        self.concurrent, self.retries, self.request_s, self.total_s = (
-            concurrent or CONCURRENT,
-            retries,
-            request_s,
-            total_s,
-        )
+        self.concurrent, self.retries = concurrent or CONCURRENT, retries
+        self.request_s, self.total_s = request_s, total_s
         self.model = self._served(model)
 
     def ask(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:

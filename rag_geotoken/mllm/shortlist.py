@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rag_geotoken.geo import haversine_km, pairwise_km
+from rag_geotoken.places import place_text
 from rag_geotoken.pool import log_softmax
 from rag_geotoken.tuning import Tuning
 from rag_geotoken.types import BEAM, GREEDY, SAMPLE, Matches, Neighbors, Pool
@@ -123,6 +124,12 @@ def nearby_rows(chosen: Shortlist, neighbors: Neighbors) -> NDArray[np.int64]:
     scores = np.where(near & chosen.mask[..., None], neighbors.scores[:, None, :], -np.inf)
     rows = np.take_along_axis(neighbors.rows, scores.argmax(axis=2), axis=1)
     return np.where(np.isfinite(scores.max(axis=2)), rows, -1)
+
+
+def place_texts(chosen: Shortlist) -> list[list[str | None]]:
+    """A text for each of a shortlist's places, B lists of M; None where there is none."""
+    texts = iter(place_text(*chosen.lat_lon[chosen.mask].T))
+    return [[next(texts) if there else None for there in row] for row in chosen.mask.tolist()]
 
 
 def candidates(

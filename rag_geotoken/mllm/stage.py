@@ -19,10 +19,9 @@ from rag_geotoken.mllm.journal import ask_journaled, read_journal
 from rag_geotoken.mllm.pictures import SIZE, encode_pictures
 from rag_geotoken.mllm.prompts import prompts_sha256
 from rag_geotoken.mllm.router import route
-from rag_geotoken.mllm.shortlist import Evidence, Shortlist, candidates, evidence, nearby_rows, shortlist
-from rag_geotoken.places import place_text
+from rag_geotoken.mllm.shortlist import Evidence, Shortlist, candidates, evidence, nearby_rows, place_texts, shortlist
 from rag_geotoken.retrieval import run_stage
-from rag_geotoken.run_tables import read_embeddings, read_neighbors, read_own_places, read_verdicts
+from rag_geotoken.run_tables import padded, read_embeddings, read_neighbors, read_own_places, read_verdicts
 from rag_geotoken.tables import read_table
 from rag_geotoken.types import Matches, Neighbors, Pool, Predictions
 
@@ -145,6 +144,8 @@ def ask_model(
 
     recipe: dict[str, Any] = {"model": asked.client.model, "prompts": prompts_sha256(), **asdict(asked.asking)}
     recipe |= {"encoder": geolocator.alignment.identity}
+    if asked.asking.evidence:  # its words follow from these too
+        recipe |= {name: getattr(geolocator.tuning, name) for name in ("alignment_scale", "search_weights")}
     if pool is not None:
         recipe["entries"] = hashlib.sha256(pool.mask.tobytes()).hexdigest()
     inputs = ["photos", "embeddings", "neighbours"] + ["pool"] * bool(pool) + ["matches"] * bool(matches)
@@ -167,11 +168,8 @@ class Told:
 def read_told(folder: Path, name: str, pool: Pool) -> Told:
     """``verdicts-NAME`` of a run, asked about that pool."""
     table = read_table(folder / f"verdicts-{name}.parquet", ["status", "confidence"])
-    places = read_own_places(folder, name)
-    confidence = np.full(places.shape[:2], np.nan)
-    for i, row in enumerate(table["confidence"].to_pylist()):
-        confidence[i, : len(row)] = row
     answered = np.array([status == "ok" for status in table["status"].to_pylist()])
+    places, confidence = read_own_places(folder, name), padded(table["confidence"])
     return Told(read_verdicts(folder, pool, name), answered, places, confidence)
 
 
@@ -262,8 +260,7 @@ def _shown(
     geolocator: Geolocator, part: _Part, chosen: Shortlist, asking: Asking
 ) -> tuple[list[list[dict[str, Any]]], list[dict[str, bytes]]]:
     """Each photo's candidates as prompts show them, and the pictures that they name."""
-    names = iter(place_text(*chosen.lat_lon[chosen.mask].T))
-    places = [[next(names) if there else None for there in row] for row in chosen.mask.tolist()]
+    places = place_texts(chosen)
     known: Evidence | None = None
     if asking.evidence and part.pool is not None:
         aligned = geolocator.verify("alignment", part.photo, part.neighbors, part.pool)

@@ -16,11 +16,10 @@ from rag_geotoken.mllm.request import Client
 from rag_geotoken.mllm.router import features, fit_router
 from rag_geotoken.mllm.stage import Asked, Told, gain_of, read_told
 from rag_geotoken.pipeline import Geolocator
-from rag_geotoken.run_tables import read_embeddings, read_pool, read_verdicts
-from rag_geotoken.tables import read_table
+from rag_geotoken.run_tables import read_embeddings, read_pool, read_truth, read_verdicts
 from rag_geotoken.training.tuning import Log, hits, inside
 from rag_geotoken.tuning import Tuning
-from rag_geotoken.types import Predictions
+from rag_geotoken.types import Pool, Predictions
 from rag_geotoken.verification import Variant, ask_variant, write_tables
 
 SCALES = [0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0]
@@ -38,21 +37,19 @@ def tune_mllm(run: Path, source: str, geolocator: Geolocator, client: Client, lo
     """
     write_tables(run, source, geolocator, [*MODES, FREE], Clock(run / "seconds.json"))
     photo, whole = read_embeddings(run)[1], read_pool(run)
-    good = read_table(run / "embeddings.parquet", ["error"])["error"].is_null()
-    photos = read_table(run / "photos.parquet", ["lat", "lon"]).filter(good)
-    truth = np.column_stack([photos["lat"].to_numpy(), photos["lon"].to_numpy()])
+    truth, good = read_truth(run)
+    truth, plain = truth[good], {name: read_verdicts(run, whole, name) for name in ("alignment", "visual")}
+    pools = {variant: variant.entries(whole) for variant in (*MODES, FREE)}
     told: dict[Variant, Told] = {}
-    for variant in (*MODES, FREE):
-        pool = variant.entries(whole)
+    for variant, pool in pools.items():
         ask_variant(run, variant, geolocator, Asked(client, variant.asking), pool)
         told[variant] = read_told(run, variant.told, pool)
         log(f"{variant.told}: {int(told[variant].answered.sum())} of {len(truth)} answered")
     tuning = geolocator.tuning
 
     def decide(variant: Variant, scale: float) -> Predictions:
-        scores = {name: read_verdicts(run, whole, name) for name in variant.plain}
-        scores["mllm"] = told[variant].scores
-        return selection.decide(variant.entries(whole), scores, replace(tuning, mllm_scale=scale, calibration={}))
+        scores = {name: plain[name] for name in variant.plain} | {"mllm": told[variant].scores}
+        return selection.decide(pools[variant], scores, replace(tuning, mllm_scale=scale, calibration={}))
 
     values = [float(np.mean([inside(decide(variant, scale), truth) for variant in MODES])) for scale in SCALES]
     best = SCALES[int(np.argmax(values))]
@@ -64,7 +61,7 @@ def tune_mllm(run: Path, source: str, geolocator: Geolocator, client: Client, lo
         name = selection.verified_by(["mllm", *variant.plain])
         calibration[name] = fit_calibration(decided.confidence, right)
         log(f"{name}: " + " ".join(f"{100 * share:.2f}" for share in right.mean(axis=0)) + " % within 1 ... 2500 km")
-    router = _router(geolocator, photo, told[FREE], truth, variant=FREE, run=run)
+    router = _router(geolocator, photo, pools[FREE], told[FREE], truth)
     log("router " + " ".join(f"{weight:.3f}" for weight in router))
     return replace(tuning, mllm_scale=best, calibration=calibration, router=router)
 
@@ -72,13 +69,12 @@ def tune_mllm(run: Path, source: str, geolocator: Geolocator, client: Client, lo
 def _router(
     geolocator: Geolocator,
     photo: NDArray[np.float32],
+    pool: Pool,
     told: Told,
     truth: NDArray[np.float64],
-    variant: Variant,
-    run: Path,
 ) -> tuple[float, ...]:
     """Weights of the choice between the unverified answer and the model's own place, where it named one."""
-    pool, own = variant.entries(read_pool(run)), told.places[:, 0]
+    own = told.places[:, 0]
     decided = selection.decide(pool, {}, geolocator.tuning)
     columns = features(pool, decided, own, told.confidence[:, 0], gain_of(geolocator, photo, own, decided))
     there = np.isfinite(own).all(axis=1)

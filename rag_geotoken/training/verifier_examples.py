@@ -13,8 +13,16 @@ from rag_geotoken.errors import GeoError
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.mllm.prompts import render
-from rag_geotoken.mllm.shortlist import COUNT, Evidence, Shortlist, candidates, evidence, nearby_rows, shortlist
-from rag_geotoken.places import place_text
+from rag_geotoken.mllm.shortlist import (
+    COUNT,
+    Evidence,
+    Shortlist,
+    candidates,
+    evidence,
+    nearby_rows,
+    place_texts,
+    shortlist,
+)
 from rag_geotoken.pool import without
 from rag_geotoken.run_tables import read_embeddings, read_matches, read_neighbors, read_pool, read_verdicts
 from rag_geotoken.tables import read_table
@@ -126,11 +134,9 @@ def read_examples(folder: Path, index: GeoIndex, tuning: Tuning) -> Examples:
     def known(pool: Pool, matches: Matches | None, seen: Examples | None) -> Examples:
         chosen = shortlist(pool, MOST)
         found = evidence(chosen, pool, neighbors, aligned, tuning, matches)
-        names = iter(place_text(chosen.lat_lon[chosen.mask][:, 0], chosen.lat_lon[chosen.mask][:, 1]))
-        places = [[next(names) if there else None for there in row] for row in chosen.mask.tolist()]
         rows = nearby_rows(chosen, neighbors)
         shown = iter(index.rows["image"].take(rows[rows >= 0]).to_pylist())
         near = [[next(shown) if there else None for there in row] for row in (rows >= 0).tolist()]
-        return Examples(images, truth, chosen, found, places, near, seen)
+        return Examples(images, truth, chosen, found, place_texts(chosen), near, seen)
 
     return known(without(whole, VISUAL), None, known(whole, read_matches(folder), None))

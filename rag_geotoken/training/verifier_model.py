@@ -135,12 +135,3 @@ def save_folder(model: LlavaForConditionalGeneration, processor: Any, folder: Pa
         write_text(words, json.dumps(told, indent=2, sort_keys=True) + "\n")
         for file in Path(beside).iterdir():
             os.replace(file, folder / file.name)
-
-
-def load_model(folder: Path) -> tuple[LlavaForConditionalGeneration, Any]:
-    """A saved folder -> model in float32, in evaluation mode, and processor."""
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
-
-    processors: Any = AutoProcessor
-    model: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    return model.eval(), processors.from_pretrained(folder, local_files_only=True)
