@@ -20,20 +20,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rag_geotoken import selection
+from rag_geotoken.decision import strategies as selection
+from rag_geotoken.decision.pool import without
 from rag_geotoken.dense import affine
 from rag_geotoken.files import write_json
 from rag_geotoken.geo import haversine_km
-from rag_geotoken.look import Look
 from rag_geotoken.metrics import RADII_KM, accuracy, bootstrap
 from rag_geotoken.options import Options
 from rag_geotoken.pictures import load_pictures
 from rag_geotoken.pipeline import Geolocator, digests
-from rag_geotoken.pool import without
 from rag_geotoken.sources import read_source
 from rag_geotoken.tables import versions
 from rag_geotoken.training.tuning import LOOK
 from rag_geotoken.types import GPS, NEIGHBOUR, Pool
+from rag_geotoken.verifiers.range_plus import Look
 
 SOURCE = "blue-marble:validation,n=3000,seed=1"
 VERIFIERS: list[tuple[str, ...]] = [(), ("look",), ("alignment",), ("alignment", "look")]

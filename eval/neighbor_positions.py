@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from rag_geotoken import selection
 from rag_geotoken.alignment import GeoAlignment
+from rag_geotoken.decision import strategies as selection
+from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.files import write_json
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.index import GeoIndex
@@ -32,7 +33,6 @@ from rag_geotoken.tables import versions
 from rag_geotoken.token_model import TokenModel
 from rag_geotoken.training.run import train
 from rag_geotoken.training.tokens import Losses, read_photos, validate
-from rag_geotoken.tuning import Tuning
 from rag_geotoken.types import Predictions
 from rag_geotoken.weights import EARTH
 

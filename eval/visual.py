@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rag_geotoken import selection
-from rag_geotoken.agreement import moved_places, support
+from rag_geotoken.decision import strategies as selection
+from rag_geotoken.decision.pool import moved_pool, without
 from rag_geotoken.dense import affine
 from rag_geotoken.files import write_json
 from rag_geotoken.geo import haversine_km
@@ -31,13 +31,13 @@ from rag_geotoken.metrics import RADII_KM, accuracy, bootstrap
 from rag_geotoken.options import Options
 from rag_geotoken.pictures import load_pictures
 from rag_geotoken.pipeline import Geolocator, digests
-from rag_geotoken.pool import moved_pool, without
 from rag_geotoken.sources import read_source
 from rag_geotoken.tables import versions
 from rag_geotoken.training.tuning import VISUAL as CHOSEN
 from rag_geotoken.training.tuning import VISUAL_CONFIDENCE
 from rag_geotoken.types import VISUAL, Matches, Pool, Predictions
-from rag_geotoken.visual import (
+from rag_geotoken.verifiers.agreement import moved_places, support
+from rag_geotoken.verifiers.registration import (
     CHUNK,
     KEPT,
     PIXELS,

@@ -17,11 +17,11 @@ from rag_geotoken.exact import scan
 from rag_geotoken.exclusion import Authors, own_rows
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.index_files import FORMATS, PROJECTIONS, ROWS, VECTORS, check_manifest
-from rag_geotoken.look import BANK, Look
 from rag_geotoken.pictures import load_pictures
 from rag_geotoken.tables import read_table
 from rag_geotoken.thumbnails import Thumbnails
 from rag_geotoken.types import Neighbors
+from rag_geotoken.verifiers.range_plus import BANK, Look
 
 if TYPE_CHECKING:
     import pyarrow as pa

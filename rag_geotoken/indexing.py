@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rag_geotoken import approximate
+from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.errors import GeoError
 from rag_geotoken.exact import scan
 from rag_geotoken.files import file_sha256, read_json, write_whole
@@ -31,7 +32,6 @@ from rag_geotoken.progress import progress_bar
 from rag_geotoken.sources.photos import read_left_out
 from rag_geotoken.tables import read_table, to_numpy, write_table
 from rag_geotoken.thumbnails import write_thumbnails
-from rag_geotoken.tuning import Tuning
 
 if TYPE_CHECKING:
     import pyarrow as pa

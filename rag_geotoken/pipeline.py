@@ -12,23 +12,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rag_geotoken import decoding, selection
-from rag_geotoken.agreement import support
+from rag_geotoken import decoding
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.cells import S2Tokenizer
+from rag_geotoken.decision import strategies as selection
+from rag_geotoken.decision.pool import extend, join, keep_within, make_pool
+from rag_geotoken.decision.tuning import Tuning, load_tuning
 from rag_geotoken.errors import GeoError
 from rag_geotoken.frontier import frontier
 from rag_geotoken.gps_search import GpsSearch
 from rag_geotoken.index import COPIES, GeoIndex
 from rag_geotoken.lattice import Lattice
-from rag_geotoken.look import Look, likeness
-from rag_geotoken.matching import FromAbove, Matcher, match_all
 from rag_geotoken.options import Options, check_verifier
-from rag_geotoken.pool import extend, join, keep_within, make_pool
 from rag_geotoken.posterior import Posterior
 from rag_geotoken.reward import RewardHead
 from rag_geotoken.token_model import TokenModel
-from rag_geotoken.tuning import Tuning, load_tuning
 from rag_geotoken.types import (
     BEAM,
     GREEDY,
@@ -42,6 +40,9 @@ from rag_geotoken.types import (
     Prediction,
     Predictions,
 )
+from rag_geotoken.verifiers.agreement import support
+from rag_geotoken.verifiers.matching import FromAbove, Matcher, match_all
+from rag_geotoken.verifiers.range_plus import Look, likeness
 from rag_geotoken.weights import EARTH, fingerprint
 
 
@@ -88,7 +89,7 @@ class Geolocator:
         tuning = load_tuning(weights) if there["tuning"] else Tuning()
         reward = RewardHead.from_pretrained(weights) if (weights / "reward.json").is_file() else None
         if matcher is not None:
-            from rag_geotoken.keypoints import KeypointMatcher
+            from rag_geotoken.verifiers.keypoints import KeypointMatcher
 
             street = KeypointMatcher.from_pretrained(matcher)
         gallery = GeoIndex.load(index, alignment.heads)

@@ -19,19 +19,19 @@ from torch import Tensor
 from rag_geotoken.alignment import AlignmentConfig, GeoAlignment
 from rag_geotoken.cells import S2Tokenizer
 from rag_geotoken.convert import convert_geoclip
-from rag_geotoken.demo import make_index, run_road
+from rag_geotoken.decision.pool import make_pool
+from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.errors import GeoError
 from rag_geotoken.files import write_json
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.mllm.start import VllmServer, vllm_server
 from rag_geotoken.options import Options
 from rag_geotoken.pipeline import Geolocator
-from rag_geotoken.pool import make_pool
 from rag_geotoken.reward import RewardConfig, RewardHead
+from rag_geotoken.run.demo import make_index, run_road
 from rag_geotoken.sources import read_source
 from rag_geotoken.tables import write_table
 from rag_geotoken.token_model import TokenConfig, TokenModel
-from rag_geotoken.tuning import Tuning
 from rag_geotoken.types import BEAM, GREEDY, SAMPLE, Candidates, Neighbors, Pool
 
 VLLM_PYTHON = os.environ.get("VLLM_PYTHON")  # of the server's own environment: `make test-vllm`

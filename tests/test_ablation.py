@@ -13,17 +13,17 @@ import pytest
 from conftest import TUNING, OneLine
 from numpy.typing import NDArray
 
-from rag_geotoken import ablation, selection
-from rag_geotoken.ablation import VARIANTS, Run, decide_all, distances, oracle
-from rag_geotoken.agreement import support
 from rag_geotoken.cells import S2Tokenizer
+from rag_geotoken.decision import strategies as selection
+from rag_geotoken.decision.pool import extend, make_pool, moved_pool, neighbor_pool, posterior_pool, without
 from rag_geotoken.files import read_json
 from rag_geotoken.geo import haversine_km, pairwise_km
 from rag_geotoken.options import VERIFIERS
 from rag_geotoken.pipeline import Geolocator
-from rag_geotoken.pool import extend, make_pool, moved_pool, neighbor_pool, posterior_pool, without
 from rag_geotoken.posterior import Posterior, effective_area_km2
-from rag_geotoken.run_tables import (
+from rag_geotoken.run import ablation
+from rag_geotoken.run.ablation import VARIANTS, Run, decide_all, distances, oracle
+from rag_geotoken.run.tables import (
     read_candidates,
     read_matches,
     read_neighbors,
@@ -48,6 +48,7 @@ from rag_geotoken.types import (
     Pool,
     Predictions,
 )
+from rag_geotoken.verifiers.agreement import support
 
 BROKEN = 2
 TOKENIZER = S2Tokenizer(8, 2)

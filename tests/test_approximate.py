@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from rag_geotoken import approximate, indexing
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.approximate import GIB, choose_factory, inverted_lists, recall_at, sample_size
-from rag_geotoken.demo import make_index
 from rag_geotoken.exact import scan
 from rag_geotoken.geo import to_unit
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.indexing import Plan
 from rag_geotoken.pipeline import Geolocator
+from rag_geotoken.run.demo import make_index
 from rag_geotoken.tables import read_table, to_numpy
 
 N, K = 600, 10

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROWS
 from PIL import Image
 
-from rag_geotoken.cli import main
+from rag_geotoken.cli.app import main
 from rag_geotoken.sources import blue_marble
 from rag_geotoken.tables import read_table
 
@@ -164,7 +164,7 @@ def test_read_only_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_help_imports_nothing_heavy() -> None:
     program = (
-        "import sys\nfrom rag_geotoken.cli import main\n"
+        "import sys\nfrom rag_geotoken.cli.app import main\n"
         "try: main(['--help'])\nexcept SystemExit: pass\n"
         "print([m for m in ('torch', 'faiss', 'numpy', 'pyarrow', 'PIL', 'scipy') if m in sys.modules])"
     )

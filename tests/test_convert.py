@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rag_geotoken.cells import S2Tokenizer
-from rag_geotoken.cli import main
+from rag_geotoken.cli.app import main
 from rag_geotoken.convert import convert_geotoken
 from rag_geotoken.decoding import beam, greedy
 from rag_geotoken.token_model import TokenConfig, TokenModel

@@ -17,7 +17,7 @@ from tiny_clip import save_clip
 from torch import Tensor
 
 from rag_geotoken.alignment import G3, GeoAlignment, LocationEncoder
-from rag_geotoken.cli import main
+from rag_geotoken.cli.app import main
 from rag_geotoken.convert import G3_NAMES, convert_g3, convert_geoclip
 from rag_geotoken.gallery import open_gallery
 from rag_geotoken.location import LocationConfig

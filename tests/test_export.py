@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from conftest import OneLine
 
-from rag_geotoken.export import check_format, write_predictions
+from rag_geotoken.run.export import check_format, write_predictions
 from rag_geotoken.tables import read_table
 
 ENDINGS = (".parquet", ".csv", ".jsonl", ".geojson", ".kml")

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from rag_geotoken import gallery
-from rag_geotoken.cli import main
+from rag_geotoken.cli.app import main
 from rag_geotoken.convert import convert_geoclip
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.geoclip import GeoCLIP

@@ -15,9 +15,9 @@ from conftest import OneLine
 from miniatures import jpeg
 
 from rag_geotoken.alignment import GeoAlignment
-from rag_geotoken.demo import make_index
-from rag_geotoken.locate import read_photos
 from rag_geotoken.pictures import load_pictures
+from rag_geotoken.run.demo import make_index
+from rag_geotoken.run.locate import read_photos
 from rag_geotoken.sources import hub, read_source
 from rag_geotoken.sources.photos import SCHEMA, read_left_out
 from rag_geotoken.sources.tar import read_member

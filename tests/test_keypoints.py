@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from typer.testing import CliRunner
 
-from rag_geotoken.cli import app
+from rag_geotoken.cli.app import app
 from rag_geotoken.encoders.shared import quiet
-from rag_geotoken.keypoints import CHANCE, HALF, SIDE, KeypointMatcher, homographies, planar_inliers
 from rag_geotoken.pipeline import Geolocator
-from rag_geotoken.run_tables import read_matches, read_neighbors
+from rag_geotoken.run.tables import read_matches, read_neighbors
 from rag_geotoken.types import Neighbors
+from rag_geotoken.verifiers.keypoints import CHANCE, HALF, SIDE, KeypointMatcher, homographies, planar_inliers
 
 
 def seen(points: Tensor, plane: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from PIL import Image
 from test_cli import call, fails, lines
 
 from rag_geotoken.geo import haversine_km
-from rag_geotoken.locate import parse_within
-from rag_geotoken.run_tables import read_candidates, read_pool
+from rag_geotoken.run.locate import parse_within
+from rag_geotoken.run.tables import read_candidates, read_pool
 from rag_geotoken.sources import blue_marble
 from rag_geotoken.tables import read_table
 from rag_geotoken.types import GREEDY, SAMPLE

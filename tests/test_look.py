@@ -9,10 +9,10 @@ import pytest
 from numpy.typing import NDArray
 
 from rag_geotoken.geo import to_unit
-from rag_geotoken.look import Look
 from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.training.tuning import _looks
 from rag_geotoken.types import Pool
+from rag_geotoken.verifiers.range_plus import Look
 
 DIM = 6
 

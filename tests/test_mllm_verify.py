@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from rag_geotoken.mllm.request import Reply, Request
-from rag_geotoken.mllm.shortlist import Shortlist
-from rag_geotoken.mllm.verify import (
+from rag_geotoken.verifiers.questions import (
     NONE,
     SIMILAR,
     TURNS,
@@ -22,6 +21,7 @@ from rag_geotoken.mllm.verify import (
     free_request,
     zero_shot_request,
 )
+from rag_geotoken.verifiers.shortlist import Shortlist
 
 PLACES = [{"lat": float(i), "lon": 10.0 * i, "place": f"Town {i}", "evidence": None} for i in range(6)]
 

@@ -12,12 +12,12 @@ import pytest
 from conftest import OneLine
 from miniatures import COLUMNS, WHOLE, flickr_id, jpeg, mp16_pro, pixels_of, write_csv, write_tar
 
-from rag_geotoken import retrieval
 from rag_geotoken.alignment import GeoAlignment
-from rag_geotoken.cli import main
-from rag_geotoken.demo import make_index
+from rag_geotoken.cli.app import main
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.pictures import load_pictures
+from rag_geotoken.run import retrieval
+from rag_geotoken.run.demo import make_index
 from rag_geotoken.sources import is_source, limited, metadata, read_source
 from rag_geotoken.sources.photos import SCHEMA, LeftOut, read_left_out
 from rag_geotoken.tables import read_table

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from tiny_clip import save_pictures
 from tiny_open_clip import CLIP_CFG, SIGLIP_CFG, SIGLIP_PICTURES, save_open_clip, save_tokenizer
 
-from rag_geotoken.cli import main
+from rag_geotoken.cli.app import main
 from rag_geotoken.encoders import Backbone, load_backbone, shared
 from rag_geotoken.encoders.clip import ClipEncoder
 from rag_geotoken.encoders.open_clip import OpenClipEncoder

@@ -10,8 +10,16 @@ import pytest
 from conftest import PHOTOS, TOKENIZER, TUNING, K, N, pool_of
 
 from rag_geotoken.cells import S2Tokenizer, cell_centers
+from rag_geotoken.decision.pool import (
+    keep_within,
+    log_softmax,
+    make_pool,
+    neighbor_pool,
+    posterior_pool,
+    reweigh,
+    temper,
+)
 from rag_geotoken.geo import haversine_km
-from rag_geotoken.pool import keep_within, log_softmax, make_pool, neighbor_pool, posterior_pool, reweigh, temper
 from rag_geotoken.posterior import Posterior
 from rag_geotoken.types import FRONTIER, NEIGHBOUR, SOURCES, Candidates, Neighbors, Pool
 

@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 
 from rag_geotoken import maps, metrics, report
-from rag_geotoken.ablation import ASKED, VARIANTS
 from rag_geotoken.errors import GeoError
+from rag_geotoken.run.ablation import ASKED, VARIANTS
 
 HOSTILE = "<script>alert('x')</script>\"><img src=http://evil.example/a.png onerror=alert(1)>"
 NAMES = ("nearest", "density", "tokens-greedy", "tokens-beam", "tokens-samples", "pool", "pool+alignment", "oracle-20")

@@ -17,14 +17,15 @@ import pytest
 import torch
 from conftest import OPTIONS, REWARD, tiny_tokens
 
-from rag_geotoken import retrieval, tables
-from rag_geotoken.ablation import VARIANTS
+from rag_geotoken import tables
 from rag_geotoken.alignment import GeoAlignment
-from rag_geotoken.demo import run_demo, run_road
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.options import Options
 from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.reward import RewardHead
+from rag_geotoken.run import retrieval
+from rag_geotoken.run.ablation import VARIANTS
+from rag_geotoken.run.demo import run_demo, run_road
 
 STAGES = (
     "embeddings",
@@ -138,7 +139,7 @@ def test_stopped_inside_a_stage_goes_on_with_the_block_that_is_missing(
 def test_killed_processes_end_in_the_same_bytes(weights: Path, tmp_path: Path) -> None:
     run_demo(tmp_path / "through", 20, 1, weights, 100)
     program = (
-        "from pathlib import Path; from rag_geotoken.demo import run_demo; "
+        "from pathlib import Path; from rag_geotoken.run.demo import run_demo; "
         f"run_demo(Path({str(tmp_path / 'run')!r}), 20, 1, Path({str(weights)!r}), 100)"
     )
     # Killed as soon as a table of the next folder is there, wherever the process is by then.

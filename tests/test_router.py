@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rag_geotoken.mllm.router import FEATURES, GATE_SCORE, features, fit_router, gate, route
-from rag_geotoken.tuning import Tuning
+from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.types import MLLM, NEIGHBOUR, Pool, Predictions
+from rag_geotoken.verifiers.router import FEATURES, GATE_SCORE, features, fit_router, gate, route
 
 ALWAYS = replace(Tuning(), router=(9.0,) + (0.0,) * (FEATURES - 1))
 

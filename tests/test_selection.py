@@ -11,11 +11,9 @@ import pytest
 from conftest import PHOTOS, TUNING, K, pool_of
 from numpy.typing import NDArray
 
-from rag_geotoken.confidence import _disk_chance, confidence
-from rag_geotoken.geo import destination, haversine_km
-from rag_geotoken.metrics import RADII_KM
-from rag_geotoken.pool import neighbor_pool
-from rag_geotoken.selection import (
+from rag_geotoken.decision.confidence import _disk_chance, confidence
+from rag_geotoken.decision.pool import neighbor_pool
+from rag_geotoken.decision.strategies import (
     decide,
     density,
     highest,
@@ -25,7 +23,9 @@ from rag_geotoken.selection import (
     minimum_bayes_risk,
     nearest,
 )
-from rag_geotoken.tuning import Tuning
+from rag_geotoken.decision.tuning import Tuning
+from rag_geotoken.geo import destination, haversine_km
+from rag_geotoken.metrics import RADII_KM
 from rag_geotoken.types import NEIGHBOUR, SOURCES, Neighbors, Pool, Predictions
 
 Strategy = Callable[[Pool, Tuning], Predictions]

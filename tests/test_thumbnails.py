@@ -13,12 +13,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from rag_geotoken.alignment import GeoAlignment
-from rag_geotoken.cli import app
-from rag_geotoken.demo import make_index
+from rag_geotoken.cli.app import app
 from rag_geotoken.files import read_json, write_json
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.indexing import Plan
 from rag_geotoken.pictures import load_pictures
+from rag_geotoken.run.demo import make_index
 from rag_geotoken.sources.blue_marble import cut, draw_views
 from rag_geotoken.thumbnails import BYTES, OFFSETS
 

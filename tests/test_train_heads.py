@@ -17,7 +17,7 @@ from tiny_training import start, toml
 from torch.nn.functional import cross_entropy, normalize
 
 from rag_geotoken.alignment import G3, GeoAlignment, LocationEncoder
-from rag_geotoken.cli import main
+from rag_geotoken.cli.app import main
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.location import LocationConfig
 from rag_geotoken.options import Options

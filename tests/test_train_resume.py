@@ -18,13 +18,13 @@ from conftest import TOKENS, OneLine
 from safetensors.torch import load_file
 from tiny_training import SETTINGS, quiet, save_alignment, start, tiny, toml
 
-from rag_geotoken import retrieval
+from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.index import GeoIndex
+from rag_geotoken.run import retrieval
 from rag_geotoken.token_model import TokenModel
 from rag_geotoken.training import loop, run, tokens
 from rag_geotoken.training.processes import make_accelerator
 from rag_geotoken.training.tokens import Photos, read_photos, train_tokens
-from rag_geotoken.tuning import Tuning
 
 NUMBERS: dict[str, Any] = {"epochs": 4, "batch": 16, "rate": 1e-2, "seed": 1}
 CONFIG = replace(TOKENS, dropout=0.1)

@@ -18,16 +18,16 @@ from safetensors.torch import load_file
 from tiny_training import quiet
 from torch import Tensor
 
-from rag_geotoken import retrieval
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.cells import S2Tokenizer
+from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.indexing import build_index
+from rag_geotoken.run import retrieval
 from rag_geotoken.tables import read_table, write_table
 from rag_geotoken.token_model import TokenConfig, TokenModel
 from rag_geotoken.training import tokens
 from rag_geotoken.training.tokens import Losses, Photos, batch_of, read_photos, train_tokens, weighted
-from rag_geotoken.tuning import Tuning
 
 NUMBERS: dict[str, Any] = {"epochs": 3, "batch": 16, "rate": 1e-2, "seed": 1}
 TWICE = 5  # photos that the gallery holds a second time

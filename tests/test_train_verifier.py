@@ -13,11 +13,11 @@ import pytest
 from conftest import OPTIONS, OneLine
 from tiny_training import quiet
 
-from rag_geotoken import retrieval, stages
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.mllm.in_transformers import TransformersClient
 from rag_geotoken.pipeline import Geolocator
+from rag_geotoken.run import retrieval, stages
 from rag_geotoken.training import verifier, verifier_examples
 from rag_geotoken.training.verifier import train_verifier
 from rag_geotoken.training.verifier_examples import Examples, Prompt, read_examples

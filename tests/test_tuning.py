@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from conftest import OneLine
 
+from rag_geotoken.decision.tuning import Tuning, load_tuning
 from rag_geotoken.files import write_json
-from rag_geotoken.tuning import Tuning, load_tuning
 from rag_geotoken.weights import EARTH
 
 PAIRS = ((0.5, 1.0), (-0.25, 0.75), (0.0, 1.0), (1.0, 0.0), (2.0, 1.5))

@@ -14,19 +14,19 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import OPTIONS, OneLine
 
-from rag_geotoken import stages
-from rag_geotoken.cli import main
+from rag_geotoken.cli.app import main
+from rag_geotoken.decision.pool import without
 from rag_geotoken.errors import GeoError
 from rag_geotoken.files import shipped
 from rag_geotoken.mllm import open_client
 from rag_geotoken.mllm.request import Client, Reply, Request
-from rag_geotoken.mllm.stage import Asked, Asking, ask_model, decide_told, read_told
 from rag_geotoken.pipeline import Geolocator
-from rag_geotoken.pool import without
-from rag_geotoken.run_tables import read_embeddings, read_matches, read_neighbors, read_own_places, read_pool
+from rag_geotoken.run import stages
+from rag_geotoken.run.mllm_stage import Asked, Asking, ask_model, decide_told, read_told
+from rag_geotoken.run.tables import read_embeddings, read_matches, read_neighbors, read_own_places, read_pool
+from rag_geotoken.run.verification import Variant, ablate
 from rag_geotoken.tables import read_table
 from rag_geotoken.types import MLLM, VISUAL
-from rag_geotoken.verification import Variant, ablate
 
 COLUMNS = [
     "id",

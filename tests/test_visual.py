@@ -12,15 +12,15 @@ import pytest
 from conftest import OPTIONS, TUNING, OneLine
 from numpy.typing import NDArray
 
-from rag_geotoken import stages
-from rag_geotoken.agreement import NO_MATCH, moved_places, support
+from rag_geotoken.decision.pool import extend, without
 from rag_geotoken.geo import destination, haversine_km
 from rag_geotoken.pipeline import Geolocator
-from rag_geotoken.pool import extend, without
-from rag_geotoken.run_tables import read_embeddings, read_matches, read_neighbors, read_pool
+from rag_geotoken.run import stages
+from rag_geotoken.run.tables import read_embeddings, read_matches, read_neighbors, read_pool
 from rag_geotoken.sources.blue_marble import cut
 from rag_geotoken.types import VISUAL, Matches, Neighbors, Pool
-from rag_geotoken.visual import Registration, register
+from rag_geotoken.verifiers.agreement import NO_MATCH, moved_places, support
+from rag_geotoken.verifiers.registration import Registration, register
 
 Floats = NDArray[np.float64]
 PLACES = np.array([[46.5, 10.0], [-33.0, -70.2], [36.2, 138.0], [68.0, 15.5], [9.9, -84.2], [-43.9, 170.0]])

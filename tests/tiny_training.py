@@ -85,7 +85,7 @@ def start(arguments: list[str], processes: int = 1, **environment: str) -> subpr
 
 def main() -> None:
     """What :func:`start` runs. NOTES gets a line for each file written and each batch trained on: rank, what, which."""
-    from rag_geotoken.cli import main as command_line
+    from rag_geotoken.cli.app import main as command_line
 
     put, memory = os.replace, Losses.memory
 

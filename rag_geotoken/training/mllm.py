@@ -8,19 +8,19 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from rag_geotoken import selection
-from rag_geotoken.clock import Clock
-from rag_geotoken.confidence import fit_calibration
+from rag_geotoken.decision import strategies as selection
+from rag_geotoken.decision.confidence import fit_calibration
+from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.mllm.request import Client
-from rag_geotoken.mllm.router import features, fit_router
-from rag_geotoken.mllm.stage import Asked, Told, gain_of, read_told
 from rag_geotoken.pipeline import Geolocator
-from rag_geotoken.run_tables import read_embeddings, read_pool, read_truth, read_verdicts
+from rag_geotoken.run.clock import Clock
+from rag_geotoken.run.mllm_stage import Asked, Told, gain_of, read_told
+from rag_geotoken.run.tables import read_embeddings, read_pool, read_truth, read_verdicts
+from rag_geotoken.run.verification import Variant, ask_variant, write_tables
 from rag_geotoken.training.tuning import Log, hits, inside
-from rag_geotoken.tuning import Tuning
 from rag_geotoken.types import Pool, Predictions
-from rag_geotoken.verification import Variant, ask_variant, write_tables
+from rag_geotoken.verifiers.router import features, fit_router
 
 SCALES = [0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0]
 POOL = "retrieved+generated"

@@ -12,9 +12,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rag_geotoken import retrieval, stages
 from rag_geotoken.alignment import G3, GeoAlignment
-from rag_geotoken.demo import make_index
+from rag_geotoken.decision.tuning import Tuning, load_tuning
 from rag_geotoken.encoders import load_backbone
 from rag_geotoken.errors import GeoError
 from rag_geotoken.files import check_writable, file_sha256, write_json
@@ -23,10 +22,11 @@ from rag_geotoken.location import LocationEncoder
 from rag_geotoken.options import Options
 from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.reward import RewardHead
+from rag_geotoken.run import retrieval, stages
+from rag_geotoken.run.demo import make_index
 from rag_geotoken.sources import blue_marble
 from rag_geotoken.token_model import TokenConfig, TokenModel
 from rag_geotoken.training.processes import world_size
-from rag_geotoken.tuning import Tuning, load_tuning
 from rag_geotoken.weights import fingerprint
 
 Log = Callable[[str], None]

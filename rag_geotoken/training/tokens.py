@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from rag_geotoken.cells import S2Tokenizer
+from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.errors import GeoError
 from rag_geotoken.index import GeoIndex
-from rag_geotoken.run_tables import read_embeddings, read_neighbors
+from rag_geotoken.run.tables import read_embeddings, read_neighbors
 from rag_geotoken.tables import read_table
 from rag_geotoken.token_model import TokenConfig, TokenModel
 from rag_geotoken.training.loop import Kept, Log, run_steps
 from rag_geotoken.training.processes import make_accelerator
 from rag_geotoken.training.schedule import batch_of, one_cycle
-from rag_geotoken.tuning import Tuning
 
 CHECKS = 10  # looks at the validation photos in a training, each with a checkpoint
 

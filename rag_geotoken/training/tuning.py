@@ -9,19 +9,19 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
-from rag_geotoken import selection
-from rag_geotoken.agreement import support
-from rag_geotoken.confidence import calibrated, fit_calibration
+from rag_geotoken.decision import strategies as selection
+from rag_geotoken.decision.confidence import calibrated, fit_calibration
+from rag_geotoken.decision.pool import extend, make_pool, neighbor_pool
+from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.errors import GeoError
 from rag_geotoken.geo import haversine_km
-from rag_geotoken.look import likeness
 from rag_geotoken.metrics import RADII_KM
 from rag_geotoken.options import Options
 from rag_geotoken.pipeline import Geolocator, digests
-from rag_geotoken.pool import extend, make_pool, neighbor_pool
 from rag_geotoken.sources import read_source
-from rag_geotoken.tuning import Tuning
 from rag_geotoken.types import Candidates, Matches, Neighbors, Places, Pool, Predictions
+from rag_geotoken.verifiers.agreement import support
+from rag_geotoken.verifiers.range_plus import likeness
 
 # One setting after the other, twice around: what leaves the fewest photos outside 25, 200, 750 and 2500 km, the radii
 # that views can reach. The mean of the shares' logarithms is compared, or 25 km would decide alone.

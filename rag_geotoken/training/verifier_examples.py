@@ -9,11 +9,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from rag_geotoken.decision.pool import without
+from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.errors import GeoError
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.mllm.prompts import render
-from rag_geotoken.mllm.shortlist import (
+from rag_geotoken.run.tables import read_embeddings, read_matches, read_neighbors, read_pool, read_verdicts
+from rag_geotoken.tables import read_table
+from rag_geotoken.training.verifier_words import BEGIN, END, IMAGE, LETTERS, PATCH, PIXELS
+from rag_geotoken.types import VISUAL, Matches, Pool
+from rag_geotoken.verifiers.shortlist import (
     COUNT,
     Evidence,
     Shortlist,
@@ -23,12 +29,6 @@ from rag_geotoken.mllm.shortlist import (
     place_texts,
     shortlist,
 )
-from rag_geotoken.pool import without
-from rag_geotoken.run_tables import read_embeddings, read_matches, read_neighbors, read_pool, read_verdicts
-from rag_geotoken.tables import read_table
-from rag_geotoken.training.verifier_words import BEGIN, END, IMAGE, LETTERS, PATCH, PIXELS
-from rag_geotoken.tuning import Tuning
-from rag_geotoken.types import VISUAL, Matches, Pool
 
 MOST = len(LETTERS) - 1  # candidates
 RIGHT_KM = 200.0

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from rag_geotoken.cli_options import Backbone, Json, Limit, Weights
+from rag_geotoken.cli.options import Backbone, Json, Limit, Weights
 
 index_app = typer.Typer(help="Build an index of photos, look at one, search one.", no_args_is_help=True)
 
@@ -34,9 +34,9 @@ def index_build(
     Behind a source, ,limit=N takes its first photos, ,limit=N,seed=S a random subset.
     """
     from rag_geotoken.alignment import GeoAlignment
-    from rag_geotoken.demo import make_index
     from rag_geotoken.indexing import Plan
     from rag_geotoken.recipes import index_source
+    from rag_geotoken.run.demo import make_index
     from rag_geotoken.sources import limited
     from rag_geotoken.weights import EARTH
 
@@ -70,7 +70,7 @@ def index_search(
     as_json: Json = False,
 ) -> None:
     """The k gallery photos most like a picture, with their places and scores; a photo never finds itself."""
-    from rag_geotoken.locate import neighbors_of, parse_within
+    from rag_geotoken.run.locate import neighbors_of, parse_within
     from rag_geotoken.weights import EARTH
 
     only = parse_within(within)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rag_geotoken.geo import EARTH_RADIUS_KM, from_unit, haversine_km, to_unit
 from rag_geotoken.types import Matches, Pool
-from rag_geotoken.visual import Registration
+from rag_geotoken.verifiers.registration import Registration
 
 # A view's turn, and the logarithm of its width over the usual one, spread so: what is believed of photo and neighbours.
 TURN_SPREAD, WIDTH_SPREAD = 0.3, 0.2

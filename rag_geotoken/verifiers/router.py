@@ -11,10 +11,10 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from rag_geotoken.confidence import calibrated, confidence
+from rag_geotoken.decision.confidence import calibrated, confidence
+from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.metrics import RADII_KM
-from rag_geotoken.tuning import Tuning
 from rag_geotoken.types import MLLM, Pool, Predictions
 
 Floats = NDArray[np.float64]

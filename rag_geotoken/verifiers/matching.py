@@ -7,10 +7,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from rag_geotoken.agreement import moved_places
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.types import Matches, Neighbors
-from rag_geotoken.visual import PIXELS, register
+from rag_geotoken.verifiers.agreement import moved_places
+from rag_geotoken.verifiers.registration import PIXELS, register
 
 Pixels = NDArray[np.uint8]
 

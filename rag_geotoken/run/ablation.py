@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from rag_geotoken import selection, stages
-from rag_geotoken.agreement import support
+from rag_geotoken.decision import strategies as selection
+from rag_geotoken.decision.pool import moved_pool, neighbor_pool, posterior_pool, without
 from rag_geotoken.geo import haversine_km
-from rag_geotoken.mllm.stage import Asked, ask_model, decide_told, read_told
 from rag_geotoken.options import VERIFIERS
 from rag_geotoken.pipeline import Geolocator
-from rag_geotoken.pool import moved_pool, neighbor_pool, posterior_pool, without
 from rag_geotoken.posterior import Posterior, effective_area_km2
-from rag_geotoken.run_tables import (
+from rag_geotoken.run import stages
+from rag_geotoken.run.mllm_stage import Asked, ask_model, decide_told, read_told
+from rag_geotoken.run.tables import (
     read_candidates,
     read_embeddings,
     read_matches,
@@ -43,6 +43,7 @@ from rag_geotoken.types import (
     Pool,
     Predictions,
 )
+from rag_geotoken.verifiers.agreement import support
 
 NEIGHBORS, CELLS, POSTERIOR, POOL = ["neighbours"], ["candidates"], ["posterior"], ["pool"]
 ALIGNED, REWARDED = [*POOL, "verdicts-alignment"], [*POOL, "verdicts-reward"]

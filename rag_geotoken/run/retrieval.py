@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rag_geotoken.files import write_json
 from rag_geotoken.index import COPIES
 from rag_geotoken.progress import progress_bar
-from rag_geotoken.run_tables import read_embeddings
+from rag_geotoken.run.tables import read_embeddings
 from rag_geotoken.tables import fixed_list, read_table, stage, table_sha256
 from rag_geotoken.thumbnails import QUALITY, make_thumbnails
 

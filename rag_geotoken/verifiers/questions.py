@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rag_geotoken.mllm.parse import parse_place
 from rag_geotoken.mllm.prompts import render
 from rag_geotoken.mllm.request import Reply, Request
-from rag_geotoken.mllm.shortlist import Shortlist
+from rag_geotoken.verifiers.shortlist import Shortlist
 
 MODES = ("pool", "free", "zero-shot", "diversify")
 LETTERS, NONE = "ABCDEFGHIJ", "Z"

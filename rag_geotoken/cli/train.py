@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rag_geotoken.cli_options import Mllm, MllmConcurrent, MllmModel, Weights
+from rag_geotoken.cli.options import Mllm, MllmConcurrent, MllmModel, Weights
 
 train_app = typer.Typer(
     help="Train the embedded models again, or heads of your own, from a seed.", no_args_is_help=True

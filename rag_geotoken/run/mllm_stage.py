@@ -11,19 +11,28 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rag_geotoken import selection
+from rag_geotoken.decision import strategies as selection
 from rag_geotoken.errors import GeoError
 from rag_geotoken.files import remove
-from rag_geotoken.mllm import open_client, verify
+from rag_geotoken.mllm import open_client
 from rag_geotoken.mllm.journal import ask_journaled, read_journal
 from rag_geotoken.mllm.pictures import SIZE, encode_pictures
 from rag_geotoken.mllm.prompts import prompts_sha256
-from rag_geotoken.mllm.router import route
-from rag_geotoken.mllm.shortlist import Evidence, Shortlist, candidates, evidence, nearby_rows, place_texts, shortlist
-from rag_geotoken.retrieval import run_stage
-from rag_geotoken.run_tables import padded, read_embeddings, read_neighbors, read_own_places, read_verdicts
+from rag_geotoken.run.retrieval import run_stage
+from rag_geotoken.run.tables import padded, read_embeddings, read_neighbors, read_own_places, read_verdicts
 from rag_geotoken.tables import read_table
 from rag_geotoken.types import Matches, Neighbors, Pool, Predictions
+from rag_geotoken.verifiers import questions as verify
+from rag_geotoken.verifiers.router import route
+from rag_geotoken.verifiers.shortlist import (
+    Evidence,
+    Shortlist,
+    candidates,
+    evidence,
+    nearby_rows,
+    place_texts,
+    shortlist,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa

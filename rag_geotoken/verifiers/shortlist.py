@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rag_geotoken.decision.pool import log_softmax
+from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.geo import haversine_km, pairwise_km
 from rag_geotoken.places import place_text
-from rag_geotoken.pool import log_softmax
-from rag_geotoken.tuning import Tuning
 from rag_geotoken.types import BEAM, GREEDY, SAMPLE, Matches, Neighbors, Pool
 
 COUNT = 6  # places; on validation photos one of them is within 200 km of the truth as often as 99.9 %

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from rag_geotoken.metrics import RADII_KM
 from rag_geotoken.pictures import load_pictures
-from rag_geotoken.retrieval import run_stage
-from rag_geotoken.run_tables import (
+from rag_geotoken.run.retrieval import run_stage
+from rag_geotoken.run.tables import (
     read_candidates,
     read_embeddings,
     read_matches,

@@ -14,21 +14,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rag_geotoken import retrieval, selection, stages
-from rag_geotoken.ablation import oracle
 from rag_geotoken.alignment import GeoAlignment
-from rag_geotoken.clock import Clock
-from rag_geotoken.demo import example, make_index
+from rag_geotoken.decision import strategies as selection
+from rag_geotoken.decision.pool import only
 from rag_geotoken.errors import GeoError
 from rag_geotoken.files import check_writable, write_json
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.metrics import RADII_KM, bootstrap, summary
 from rag_geotoken.mllm import open_client
-from rag_geotoken.mllm.stage import Asked, Asking, ask_model, decide_told, read_told
 from rag_geotoken.options import Options, check_verifier
 from rag_geotoken.pipeline import Geolocator
-from rag_geotoken.pool import only
-from rag_geotoken.run_tables import read_embeddings, read_matches, read_pool, read_predictions, read_verdicts
+from rag_geotoken.run import retrieval, stages
+from rag_geotoken.run.ablation import oracle
+from rag_geotoken.run.clock import Clock
+from rag_geotoken.run.demo import example, make_index
+from rag_geotoken.run.mllm_stage import Asked, Asking, ask_model, decide_told, read_told
+from rag_geotoken.run.tables import read_embeddings, read_matches, read_pool, read_predictions, read_verdicts
 from rag_geotoken.tables import read_table, versions
 from rag_geotoken.types import BEAM, GPS, GREEDY, NEIGHBOUR, SAMPLE, VISUAL, Pool
 from rag_geotoken.weights import EARTH

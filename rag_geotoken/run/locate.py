@@ -13,18 +13,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rag_geotoken import retrieval, selection, stages
+from rag_geotoken.decision import strategies as selection
 from rag_geotoken.errors import GeoError
 from rag_geotoken.exclusion import copies
-from rag_geotoken.export import check_format, write_predictions
 from rag_geotoken.files import check_writable
 from rag_geotoken.geo import check_lat_lon
-from rag_geotoken.mllm.stage import Asked, ask_model, decide_told, read_told
 from rag_geotoken.options import Options
 from rag_geotoken.pictures import list_pictures
 from rag_geotoken.pipeline import Geolocator, digests
 from rag_geotoken.posterior import effective_area_km2
-from rag_geotoken.run_tables import read_embeddings, read_matches, read_pool, read_posterior, read_verdicts
+from rag_geotoken.run import retrieval, stages
+from rag_geotoken.run.export import check_format, write_predictions
+from rag_geotoken.run.mllm_stage import Asked, ask_model, decide_told, read_told
+from rag_geotoken.run.tables import read_embeddings, read_matches, read_pool, read_posterior, read_verdicts
 from rag_geotoken.sources import is_source, limited, read_source
 from rag_geotoken.sources.photos import read_left_out
 from rag_geotoken.tables import read_table, write_table

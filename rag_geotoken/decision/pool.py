@@ -6,9 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rag_geotoken.cells import S2Tokenizer, cell_centers
+from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.posterior import Posterior
-from rag_geotoken.tuning import Tuning
 from rag_geotoken.types import FRONTIER, GPS, NEIGHBOUR, VISUAL, Candidates, Matches, Neighbors, Places, Pool
 
 Floats = NDArray[np.float64]

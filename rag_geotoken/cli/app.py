@@ -10,10 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
-from rag_geotoken.cli_convert import convert_app
-from rag_geotoken.cli_index import index_app
-from rag_geotoken.cli_options import Backbone, Json, Limit, Mllm, MllmConcurrent, MllmModel, Resume, Weights
-from rag_geotoken.cli_train import bench_app, train_app
+from rag_geotoken.cli.convert import convert_app
+from rag_geotoken.cli.index import index_app
+from rag_geotoken.cli.options import Backbone, Json, Limit, Mllm, MllmConcurrent, MllmModel, Resume, Weights
+from rag_geotoken.cli.train import bench_app, train_app
 from rag_geotoken.errors import GeoError
 
 app = typer.Typer(
@@ -48,9 +48,9 @@ def demo(
     """
     from contextlib import nullcontext
 
-    from rag_geotoken.demo import ablation_text, run_demo
     from rag_geotoken.mllm import EMBEDDED_FOLDER
     from rag_geotoken.mllm.start import vllm_server
+    from rag_geotoken.run.demo import ablation_text, run_demo
     from rag_geotoken.weights import EARTH
 
     serving = vllm_server(EMBEDDED_FOLDER, vllm_python, out / "vllm.log") if vllm_python else nullcontext()
@@ -124,9 +124,9 @@ def locate(
 
         _say_located(out, *locate_by_gallery(photos, out, folder, backbone, top_k, run, limit))
         return
-    from rag_geotoken.locate import locate_photos, parse_within
-    from rag_geotoken.mllm.stage import Asked
     from rag_geotoken.options import Options
+    from rag_geotoken.run.locate import locate_photos, parse_within
+    from rag_geotoken.run.mllm_stage import Asked
 
     for value in (temperature, top_p, epsilon, max_area or 0.0):
         if not math.isfinite(value):
@@ -222,7 +222,7 @@ def ablate(
     """
     from rag_geotoken.files import shipped
     from rag_geotoken.recipes import read_recipe
-    from rag_geotoken.verification import ablate, verification_text
+    from rag_geotoken.run.verification import ablate, verification_text
     from rag_geotoken.weights import EARTH
 
     model = mllm or "embedded", mllm_model, mllm_concurrent

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rag_geotoken.cells import S2Tokenizer
-from rag_geotoken.confidence import calibrated, confidence, disk_chance
+from rag_geotoken.decision.confidence import calibrated, confidence, disk_chance
+from rag_geotoken.decision.pool import neighbor_pool, reweigh, temper
+from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.geo import from_unit, haversine_km, pairwise_km, to_unit
-from rag_geotoken.pool import neighbor_pool, reweigh, temper
-from rag_geotoken.tuning import Tuning
 from rag_geotoken.types import Neighbors, Pool, Predictions
 
 Floats = NDArray[np.float64]

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rag_geotoken import ablation, retrieval, stages
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.files import check_writable, write_json
 from rag_geotoken.geo import haversine_km
@@ -19,12 +18,13 @@ from rag_geotoken.index import GeoIndex
 from rag_geotoken.indexing import Plan, build_approximate, build_index
 from rag_geotoken.metrics import RADII_KM, abstention, bootstrap, calibration, summary
 from rag_geotoken.mllm import open_client
-from rag_geotoken.mllm.stage import Asked, Asking
 from rag_geotoken.options import VERIFIERS, Options
 from rag_geotoken.pictures import load_pictures
 from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.posterior import heat_map
-from rag_geotoken.run_tables import read_neighbors, read_pool, read_posterior, read_predictions
+from rag_geotoken.run import ablation, retrieval, stages
+from rag_geotoken.run.mllm_stage import Asked, Asking
+from rag_geotoken.run.tables import read_neighbors, read_pool, read_posterior, read_predictions
 from rag_geotoken.tables import read_table, to_numpy, versions, write_table
 from rag_geotoken.types import SOURCES
 from rag_geotoken.weights import EARTH

@@ -1,0 +1,1 @@
+"""From a pool of places to one answer: strategies, confidence and their tuning."""

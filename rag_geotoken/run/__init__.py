@@ -1,0 +1,1 @@
+"""The road from photos to predictions, and who walks it."""

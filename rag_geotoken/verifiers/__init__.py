@@ -1,0 +1,1 @@
+"""Verifiers: each gives every place of a pool a score."""
