@@ -25,7 +25,8 @@ from rag_geotoken.decision.pool import without
 from rag_geotoken.dense import affine
 from rag_geotoken.files import write_json
 from rag_geotoken.geo import haversine_km
-from rag_geotoken.metrics import RADII_KM, accuracy, bootstrap
+from rag_geotoken.metrics import accuracy, bootstrap
+from rag_geotoken.types import RADII_KM
 from rag_geotoken.options import Options
 from rag_geotoken.pictures import load_pictures
 from rag_geotoken.pipeline import Geolocator, digests

@@ -23,7 +23,8 @@ from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.files import write_json
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.index import GeoIndex
-from rag_geotoken.metrics import RADII_KM, accuracy, bootstrap
+from rag_geotoken.metrics import accuracy, bootstrap
+from rag_geotoken.types import RADII_KM
 from rag_geotoken.options import Options
 from rag_geotoken.pictures import load_pictures
 from rag_geotoken.pipeline import Geolocator

@@ -27,7 +27,8 @@ from rag_geotoken.decision.pool import moved_pool, without
 from rag_geotoken.dense import affine
 from rag_geotoken.files import write_json
 from rag_geotoken.geo import haversine_km
-from rag_geotoken.metrics import RADII_KM, accuracy, bootstrap
+from rag_geotoken.metrics import accuracy, bootstrap
+from rag_geotoken.types import RADII_KM
 from rag_geotoken.options import Options
 from rag_geotoken.pictures import load_pictures
 from rag_geotoken.pipeline import Geolocator, digests
@@ -35,7 +36,7 @@ from rag_geotoken.sources import read_source
 from rag_geotoken.tables import versions
 from rag_geotoken.training.tuning import VISUAL as CHOSEN
 from rag_geotoken.training.tuning import VISUAL_CONFIDENCE
-from rag_geotoken.types import VISUAL, Matches, Pool, Predictions
+from rag_geotoken.types import VISUAL, Places, Pool, Predictions
 from rag_geotoken.verifiers.agreement import moved_places, support
 from rag_geotoken.verifiers.registration import (
     CHUNK,
@@ -118,7 +119,7 @@ def compare(geolocator: Geolocator) -> dict[str, Any]:
             answers.append(selection.decide(chosen, {name: given[name] for name in verifiers}, tuning))
         return Predictions(*(np.concatenate([vars(each)[name] for each in answers]) for name in vars(answers[0])))
 
-    def consensus(those: Matches) -> NDArray[np.float64]:
+    def consensus(those: Places) -> NDArray[np.float64]:
         moved = moved_pool(those, tuning)
         return selection.decide(moved, {"visual": support(moved, those, tuning.visual_km)}, tuning).lat_lon
 
@@ -148,11 +149,11 @@ def compare(geolocator: Geolocator) -> dict[str, Any]:
     }
 
 
-def _matches(found: Registration, places: NDArray[np.float64], view_km: float) -> Matches:
-    return Matches(moved_places(found, places, view_km), found.alike)
+def _matches(found: Registration, places: NDArray[np.float64], view_km: float) -> Places:
+    return Places(moved_places(found, places, view_km), found.alike)
 
 
-def _quality(matches: Matches, away: NDArray[np.float64], truth: NDArray[np.float64]) -> dict[str, Any]:
+def _quality(matches: Places, away: NDArray[np.float64], truth: NDArray[np.float64]) -> dict[str, Any]:
     """By how far the neighbour really is: the share of its matches that are right, and of those that are believed."""
     km = haversine_km(truth[:, :1], truth[:, 1:], matches.lat_lon[..., 0], matches.lat_lon[..., 1])
     right, believed, result = km <= RIGHT_KM, matches.scores > 0.5, {}

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from rag_geotoken.dense import in_blocks
 from rag_geotoken.encoders import Backbone, load_backbone
 from rag_geotoken.encoders.clip import CLIP_LARGE
 from rag_geotoken.encoders.earth import EarthEncoder
@@ -172,26 +173,27 @@ class GeoAlignment(nn.Module):
         return image, gps, text
 
     @torch.inference_mode()
-    def project(self, pixels: NDArray[np.uint8], batch: int = 256) -> NDArray[np.float32]:
+    def project(self, pixels: NDArray[np.uint8], batch: int = 32) -> NDArray[np.float32]:
         """Pixels (N, size, size, 3) -> the encoder's features (N, dim), of any length, before its heads."""
-        blocks = [self.features(torch.from_numpy(pixels[i : i + batch])) for i in range(0, len(pixels), batch)]
-        features: NDArray[np.float32] = torch.cat(blocks).float().numpy()
+        if self.frozen:  # a large model has batches of its own
+            return self.features(torch.from_numpy(pixels)).float().numpy()
+        features: NDArray[np.float32] = in_blocks(self.features, torch.from_numpy(pixels), batch).float().numpy()
         return features
 
     @torch.inference_mode()
-    def heads(self, features: NDArray[np.float32], batch: int = 16_384) -> NDArray[np.float32]:
+    def heads(self, features: NDArray[np.float32], batch: int = 256) -> NDArray[np.float32]:
         """Features of :meth:`project` (N, dim) -> (N, 3, dim): what :meth:`embed` makes of the photos themselves."""
-        blocks = [torch.from_numpy(features[i : i + batch]) for i in range(0, len(features), batch)]
-        vectors: NDArray[np.float32] = torch.cat([torch.stack(self.parts(block), 1) for block in blocks]).numpy()
+        rows = torch.from_numpy(features)
+        vectors: NDArray[np.float32] = in_blocks(lambda block: torch.stack(self.parts(block), 1), rows, batch).numpy()
         return vectors
 
-    def embed(self, pixels: NDArray[np.uint8], batch: int = 256) -> NDArray[np.float32]:
+    def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Pixels (N, size, size, 3) -> (N, 3, dim): image, gps and text embedding of each photo."""
-        return self.heads(self.project(pixels, batch), batch)
+        return self.heads(self.project(pixels))
 
-    def embed_places(self, lat_lon: NDArray[np.float64], batch: int = 16_384) -> NDArray[np.float32]:
+    def embed_places(self, lat_lon: NDArray[np.float64]) -> NDArray[np.float32]:
         """Places (N, 2) in degrees -> (N, dim) of length one, to be compared with the gps part of photos."""
-        return embed_places(self.location, lat_lon, batch)
+        return embed_places(self.location, lat_lon)
 
     @torch.inference_mode()
     def embed_texts(self, texts: list[str]) -> NDArray[np.float32]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
@@ -30,3 +32,17 @@ class Dense(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         return affine(input, self.weight, self.bias)
+
+
+def in_blocks(function: Callable[[Tensor], Tensor], values: Tensor, size: int) -> Tensor:
+    """A function of rows (N, ...), run on blocks of exactly ``size`` rows, the last filled up -> the N results.
+
+    Matrix products round differently for other numbers of rows. So no row's result depends on how many others there
+    are: the same photo has the same embedding alone and in any batch.
+    """
+    results = []
+    for block in torch.split(values, size):
+        short = size - len(block)
+        full = torch.cat([block, block[-1:].expand(short, *block.shape[1:])]) if short else block
+        results.append(function(full)[: len(block)])
+    return torch.cat(results) if results else function(values)

@@ -15,9 +15,9 @@ from torch import Tensor
 from rag_geotoken.cells import S2Tokenizer, parent_ids
 from rag_geotoken.decoding import pick
 from rag_geotoken.errors import GeoError
-from rag_geotoken.posterior import Posterior
 from rag_geotoken.prefix_tree import PrefixTree
 from rag_geotoken.token_model import TokenModel
+from rag_geotoken.types import Posterior
 
 
 @torch.inference_mode()

@@ -19,9 +19,9 @@ from rag_geotoken.errors import GeoError
 from rag_geotoken.files import file_sha256, read_json, write_json, write_whole
 from rag_geotoken.geo import EARTH_RADIUS_KM, check_lat_lon, to_unit
 from rag_geotoken.location import LocationEncoder, embed_places
-from rag_geotoken.metrics import RADII_KM
 from rag_geotoken.progress import progress_bar
 from rag_geotoken.tables import read_table, write_table
+from rag_geotoken.types import RADII_KM
 from rag_geotoken.weights import fingerprint
 
 PLACES, VECTORS, MANIFEST = "gallery.parquet", "gallery.npy", "gallery.json"

@@ -12,11 +12,12 @@ from rag_geotoken.errors import GeoError
 from rag_geotoken.files import check_writable
 from rag_geotoken.gallery import Found
 from rag_geotoken.geoclip import GeoCLIP
-from rag_geotoken.metrics import RADII_KM
 from rag_geotoken.progress import progress_bar
 from rag_geotoken.run.export import check_format, write_predictions
 from rag_geotoken.run.locate import read_photos
-from rag_geotoken.tables import fixed_list, read_table, stage, to_numpy, write_table
+from rag_geotoken.run.resumable import stage
+from rag_geotoken.tables import fixed_list, read_table, to_numpy, write_table
+from rag_geotoken.types import RADII_KM
 from rag_geotoken.weights import fingerprint
 
 if TYPE_CHECKING:

@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.cells import cell_centers, cell_ids
+from rag_geotoken.index import GeoIndex
 from rag_geotoken.posterior import descendants
 from rag_geotoken.types import Places
 
 REGION, COARSE, FINE = 4, 8, 9  # S2 levels: cells of about 580, 36 and 18 km
 KEPT = 32  # coarse cells a photo whose parts are looked at
+Floats = NDArray[np.float64]
+
+
+def coarse_cells(gallery: Floats) -> NDArray[np.uint64]:
+    """The coarse cells of every region that has one of the places (N, 2): elsewhere no place is sought."""
+    regions = np.unique(cell_ids(gallery[:, 0], gallery[:, 1], REGION))
+    return descendants(regions, REGION, COARSE).ravel()
+
+
+def cell_vectors(gallery: Floats, embed: Callable[[Floats], NDArray[np.float32]]) -> NDArray[np.float16]:
+    """Embeddings (cells, dim) of the centres of :func:`coarse_cells`, in half precision: an index keeps them."""
+    return embed(np.stack(cell_centers(coarse_cells(gallery)), axis=-1)).astype(np.float16)
 
 
 class GpsSearch:
-    """Places in every region that has a gallery photo, embedded once: all are compared, then the best ones' parts."""
+    """Cells around the gallery, all compared with a photo, then the best ones' parts."""
 
-    def __init__(self, alignment: GeoAlignment, gallery: NDArray[np.float64]) -> None:
-        """Gallery (rows, 2) degrees: where nothing is known of a region, no place is sought."""
-        self.alignment = alignment
-        regions = np.unique(cell_ids(gallery[:, 0], gallery[:, 1], REGION))
-        self.cells = descendants(regions, REGION, COARSE).ravel()
-        self.vectors = torch.from_numpy(alignment.embed_places(np.stack(cell_centers(self.cells), axis=-1)))
+    def __init__(self, alignment: GeoAlignment, index: GeoIndex) -> None:
+        """The cells' embeddings are those that the index keeps, else made now, which takes seconds."""
+        self.alignment, self.cells = alignment, coarse_cells(index.lat_lon)
+        kept = index.cell_vectors
+        vectors = cell_vectors(index.lat_lon, alignment.embed_places) if kept is None else kept
+        self.vectors = torch.from_numpy(vectors.astype(np.float32))
 
     @torch.inference_mode()
     def __call__(self, gps: NDArray[np.float32], n: int) -> Places:

@@ -16,12 +16,11 @@ from rag_geotoken.errors import GeoError
 from rag_geotoken.exact import scan
 from rag_geotoken.exclusion import Authors, own_rows
 from rag_geotoken.geo import haversine_km
-from rag_geotoken.index_files import FORMATS, PROJECTIONS, ROWS, VECTORS, check_manifest
+from rag_geotoken.index_files import CELLS, FORMATS, PROJECTIONS, ROWS, VECTORS, check_manifest
 from rag_geotoken.pictures import load_pictures
 from rag_geotoken.tables import read_table
 from rag_geotoken.thumbnails import Thumbnails
 from rag_geotoken.types import Neighbors
-from rag_geotoken.verifiers.range_plus import BANK, Look
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -42,7 +41,7 @@ class GeoIndex:
     faiss_index: inner product, exact over 3 * dim, or approximate over the image part alone. Of the latter kind,
     projections (rows, dim) float16 are memory-mapped, and heads make the three parts (N, 3, dim) of them, by which what
     the approximate search brings is compared exactly. rows: one line a photo (``ROW_COLUMNS``). manifest: what ``info``
-    prints.
+    prints. cell_vectors: see :func:`.gps_search.cell_vectors`, None where the index keeps none.
     """
 
     faiss_index: Any
@@ -51,6 +50,12 @@ class GeoIndex:
     projections: NDArray[np.float16] | None = None
     heads: Heads | None = None
     thumbnails: Thumbnails | None = None
+    cell_vectors: NDArray[np.float16] | None = None
+
+    @property
+    def identity(self) -> Any:
+        """What results follow from: the digest of every file."""
+        return self.manifest["sha256"]
 
     @cached_property
     def lat_lon(self) -> NDArray[np.float64]:
@@ -155,24 +160,6 @@ class GeoIndex:
             keep &= away <= max(within[2], nearest)
         return None if keep.all() else keep
 
-    def look(self, embed: Callable[[NDArray[np.float64]], Vectors]) -> Look:
-        """The gallery as a bank of looks, a seeded draw of it where it is large; ``embed``: places -> embeddings."""
-        count = len(self.rows)
-        rows = np.arange(count) if count <= BANK else np.random.default_rng(0).choice(count, BANK, replace=False)
-        image = self._image(np.sort(rows))
-        return Look(self.lat_lon[np.sort(rows)], embed(self.lat_lon[np.sort(rows)]), image)
-
-    def look_of(
-        self,
-        places: NDArray[np.float64],
-        embed: Callable[[NDArray[np.float64]], Vectors],
-        beta: float = 0.5,
-        semantic: float = 12.0,
-        spatial: float = 40.0,
-    ) -> Vectors:
-        """What places (N, 2) in degrees look like -> image embeddings (N, dim), as :meth:`.Look.of` estimates them."""
-        return self.look(embed).of(places, embed(places), beta, semantic, spatial)
-
     def _all_parts(self, queries: Vectors, k: int, keep: Mask | None) -> tuple[Vectors, NDArray[np.int64]]:
         flat = np.ascontiguousarray(queries.reshape(len(queries), -1))
         if keep is None:
@@ -215,9 +202,10 @@ class GeoIndex:
         rows = np.arange(len(self.rows)) if keep is None else np.flatnonzero(keep)
         for start in range(0, len(rows), BLOCK):
             some = rows[start : start + BLOCK]
-            yield some, self.vectors(some).reshape(len(some), -1) if parts else self._image(some)
+            yield some, self.vectors(some).reshape(len(some), -1) if parts else self.image_parts(some)
 
-    def _image(self, rows: NDArray[np.int64]) -> Vectors:
+    def image_parts(self, rows: NDArray[np.int64]) -> Vectors:
+        """The image part (N, dim) of rows (N,)."""
         return self.vectors(rows)[:, 0] if self.projections is None else unit(self.projections[rows])
 
     @cached_property
@@ -253,15 +241,16 @@ class GeoIndex:
         if (index.d, index.ntotal, len(rows), index.metric_type) != (dim if kept else 3 * dim, count, count, 0):
             raise wrong
         small = Thumbnails.load(folder, count) if manifest.get("thumbnails") else None
-        if not kept:
-            return cls(index, rows, manifest, thumbnails=small)
-        try:
-            projections = np.load(folder / PROJECTIONS, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError):
-            raise wrong from None
-        if (projections.shape, projections.dtype) != ((count, dim), np.float16):
-            raise wrong
-        return cls(index, rows, manifest, projections, heads, small)
+        halves: dict[str, NDArray[np.float16] | None] = {PROJECTIONS: None, CELLS: None}
+        for name, length in ((PROJECTIONS, count * kept), (CELLS, manifest.get("cells", 0))):
+            if length:
+                try:
+                    halves[name] = np.load(folder / name, mmap_mode="r", allow_pickle=False)
+                except (OSError, ValueError):
+                    raise wrong from None
+                if (halves[name].shape, halves[name].dtype) != ((length, dim), np.float16):  # type: ignore[union-attr]
+                    raise wrong
+        return cls(index, rows, manifest, halves[PROJECTIONS], heads if kept else None, small, halves[CELLS])
 
 
 def unit(projections: NDArray[np.float16]) -> Vectors:

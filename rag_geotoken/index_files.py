@@ -11,6 +11,7 @@ from rag_geotoken.files import file_sha256, read_json, write_json
 from rag_geotoken.thumbnails import BYTES, OFFSETS
 
 VECTORS, ROWS, MANIFEST, PROJECTIONS = "index.faiss", "rows.parquet", "manifest.json", "projections.npy"
+CELLS = "cells.npy"  # embeddings of the cells around the gallery, where they are kept
 # The files of an index by its format: exact over all three parts, or approximate over the image part.
 FORMATS = {"rag-geotoken-index/1": (VECTORS, ROWS), "rag-geotoken-index/2": (VECTORS, ROWS, PROJECTIONS)}
 
@@ -40,7 +41,8 @@ def check_manifest(folder: Path) -> dict[str, Any]:
 
 def files_of(manifest: dict[str, Any]) -> tuple[str, ...]:
     """The files that an index of this manifest is made of."""
-    return FORMATS[manifest["format"]] + ((BYTES, OFFSETS) if manifest.get("thumbnails") else ())
+    pictures, cells = (BYTES, OFFSETS) if manifest.get("thumbnails") else (), (CELLS,) if manifest.get("cells") else ()
+    return FORMATS[manifest["format"]] + pictures + cells
 
 
 def built_from(folder: Path, made_from: dict[str, Any]) -> dict[str, Any] | None:
@@ -61,7 +63,7 @@ def no_manifest(folder: Path) -> None:
 def write_manifest(folder: Path, facts: dict[str, Any], made_from: dict[str, Any]) -> dict[str, Any]:
     """Write the manifest of an index whose files are all there -> it. Files of another kind of index are removed."""
     names = files_of(facts)
-    for stray in {PROJECTIONS, BYTES, OFFSETS} - set(names):
+    for stray in {PROJECTIONS, BYTES, OFFSETS, CELLS} - set(names):
         (folder / stray).unlink(missing_ok=True)
     manifest = facts | {
         "made_from": made_from,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,10 @@ from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.errors import GeoError
 from rag_geotoken.exact import scan
 from rag_geotoken.files import file_sha256, read_json, write_whole
+from rag_geotoken.gps_search import cell_vectors
 from rag_geotoken.index import BLOCK, ROW_COLUMNS, Heads, Vectors, unit
 from rag_geotoken.index_files import (
+    CELLS,
     FORMATS,
     PROJECTIONS,
     ROWS,
@@ -36,6 +38,7 @@ from rag_geotoken.thumbnails import write_thumbnails
 if TYPE_CHECKING:
     import pyarrow as pa
 
+Embed = Callable[[NDArray[np.float64]], NDArray[np.float32]]
 EXACT, APPROXIMATE = FORMATS
 K, QUERIES = 20, 500  # recall@20 on so many photos that are held out
 TRUTH = 20  # the true neighbours are the best by all three parts of TRUTH * K by the image part
@@ -60,18 +63,23 @@ class Plan:
 
 
 def build_index(
-    folder: Path, photos_file: Path, embeddings_file: Path, encoder: str, thumbnails_file: Path | None = None
+    folder: Path,
+    photos_file: Path,
+    embeddings_file: Path,
+    encoder: str,
+    thumbnails_file: Path | None = None,
+    embed: Embed | None = None,
 ) -> dict[str, Any]:
     """Write an exact index of the photos that have an embedding and a place -> its manifest.
 
     The files are stage tables, row for row; thumbnails are kept in the index where they were made. The manifest is
-    written last, so a folder without one is no index; one made from the same tables is left as it is. Raises GeoError
-    when no photo can be used.
+    written last, so a folder without one is no index; one made from the same tables is left as it is. embed: of places;
+    then the index keeps the embeddings of the cells around its photos. Raises GeoError when no photo can be used.
     """
     import faiss
 
     made_from = {"photos": file_sha256(photos_file), "embeddings": file_sha256(embeddings_file), "encoder": encoder}
-    made_from |= _thumbnails_sha256(thumbnails_file)
+    made_from |= _thumbnails_sha256(thumbnails_file) | ({"cells": "1"} if embed else {})
     if manifest := built_from(folder, made_from):
         return manifest
     rows, usable, left_out = _usable(photos_file, embeddings_file)
@@ -82,7 +90,8 @@ def build_index(
     no_manifest(folder)
     write_whole(folder / VECTORS, partial(_write_vectors, index))
     write_table(folder / ROWS, rows.filter(usable))
-    facts = _keep_thumbnails(folder, thumbnails_file, [usable]) | {
+    facts = _keep_thumbnails(folder, thumbnails_file, [usable]) | _keep_cells(folder, rows.filter(usable), embed)
+    facts |= {
         "format": EXACT,
         "encoder": encoder,
         "dim": parts[0].shape[1],
@@ -103,6 +112,7 @@ def build_approximate(
     heads: Heads,
     plan: Plan,
     thumbnails_file: Path | None = None,
+    embed: Embed | None = None,
 ) -> dict[str, Any]:
     """Write an index that searches the image parts approximately and compares the best exactly -> its manifest.
 
@@ -113,7 +123,7 @@ def build_approximate(
     begun = time.monotonic()
     made_from: dict[str, Any] = {"plan": asdict(plan), "encoder": encoder}
     made_from |= {"photos": file_sha256(photos_file), "embeddings": file_sha256(projections_file)}
-    made_from |= _thumbnails_sha256(thumbnails_file)
+    made_from |= _thumbnails_sha256(thumbnails_file) | ({"cells": "1"} if embed else {})
     if manifest := built_from(folder, made_from):
         return manifest
     rows, usable, left_out = _usable(photos_file, projections_file)
@@ -129,7 +139,8 @@ def build_approximate(
         raise GeoError("an approximate index needs another factory than Flat: try HNSW32,SQfp16")
     index, measured = _fill(folder / PROJECTIONS, factory, first, heads, plan.recall)
     write_whole(folder / VECTORS, partial(_write_vectors, index))
-    facts = _keep_thumbnails(folder, thumbnails_file, [usable & ~held, held]) | {
+    facts = _keep_thumbnails(folder, thumbnails_file, [usable & ~held, held])
+    facts |= _keep_cells(folder, rows.take(order), embed) | {
         "format": APPROXIMATE,
         "encoder": encoder,
         "dim": dim,
@@ -267,6 +278,20 @@ def _keep_thumbnails(folder: Path, table: Path | None, orders: list[NDArray[np.b
         return {}
     write_thumbnails(folder, table, orders)
     return {"thumbnails": read_json(table.with_suffix(".json"))["recipe"]["size"]}
+
+
+def _keep_cells(folder: Path, rows: pa.Table, embed: Embed | None) -> dict[str, Any]:
+    """Write the embeddings of the cells around the gallery, if asked -> what the manifest says of them."""
+    if embed is None:
+        return {}
+    vectors = cell_vectors(np.column_stack([rows["lat"].to_numpy(), rows["lon"].to_numpy()]), embed)
+
+    def write(beside: Path) -> None:
+        with beside.open("wb") as file:
+            np.save(file, vectors, allow_pickle=False)
+
+    write_whole(folder / CELLS, write)
+    return {"cells": len(vectors)}
 
 
 def _write_vectors(index: Any, path: Path) -> None:

@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from rag_geotoken.dense import in_blocks
 from rag_geotoken.errors import GeoError
 from rag_geotoken.weights import load_weights, save_weights
 
@@ -237,17 +238,25 @@ class _Siren(nn.Module):
 
 @torch.inference_mode()
 def embed_places(
-    encoder: nn.Module, lat_lon: ArrayLike, batch: int = 4096, advance: Callable[[int], None] | None = None
+    encoder: nn.Module, lat_lon: ArrayLike, batch: int = 512, advance: Callable[[int], None] | None = None
 ) -> NDArray[np.float32]:
-    """Places (N, 2) in degrees -> embeddings (N, dim) of length one; ``advance`` hears of every batch's places."""
+    """Places (N, 2) in degrees -> embeddings (N, dim) of length one; ``advance`` hears of every batch's places.
+
+    A place's embedding does not depend on the others: see :func:`.in_blocks`.
+    """
     places = torch.from_numpy(np.asarray(lat_lon, np.float64).reshape(-1, 2))
     device = next(encoder.parameters()).device
-    blocks = []
-    for block in torch.split(places, batch):
-        blocks.append(normalize(encoder(block.to(device)).float(), dim=-1).cpu())
+
+    left = len(places)
+
+    def embed(block: Tensor) -> Tensor:
+        nonlocal left
         if advance:
-            advance(len(block))
-    result: NDArray[np.float32] = torch.cat(blocks).numpy()
+            advance(min(batch, left))
+        left -= batch
+        return normalize(encoder(block.to(device)).float(), dim=-1).cpu()
+
+    result: NDArray[np.float32] = in_blocks(embed, places, batch).numpy()
     return result
 
 

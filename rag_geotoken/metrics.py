@@ -14,11 +14,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rag_geotoken.errors import GeoError
+from rag_geotoken.types import RADII_KM
 
 Floats = NDArray[np.float64]
 
-RADII_KM = (1, 25, 200, 750, 2500)
-"""Street, city, region, country, continent: the radii of the benchmarks since IM2GPS."""
 
 GEOSCORE_SCALE_KM = 1492.7
 

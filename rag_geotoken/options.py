@@ -1,53 +1,150 @@
-"""What a run may change."""
+"""What a run may change, each option declared once: the command line is made from it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
 
+from rag_geotoken.decision import STRATEGIES
 from rag_geotoken.errors import GeoError
+from rag_geotoken.verifiers import VERIFIERS
 
 PROPOSERS = ("greedy", "beam", "sample")
-VERIFIERS = ("alignment", "reward", "visual")  # and "look", which the ablation leaves out
+POOLED = ("neighbour", *PROPOSERS, "frontier", "gps", "visual", "mllm")
+MODES = ("pool", "free", "zero-shot", "diversify")
+CHOICES = {
+    "propose": PROPOSERS,
+    "sources": POOLED,
+    "verify": tuple(VERIFIERS),
+    "select": STRATEGIES,
+    "mllm_mode": MODES,
+}
+
+
+def option(
+    default: Any, help: str, low: float | None = None, high: float | None = None, flag: str | None = None
+) -> Any:
+    """A field of :class:`Options`: its help, its limits, and its flag where that is not its name."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "flag": flag})
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a run may change: what is retrieved, how cells are proposed, and who verifies the pool.
+    """What a run may change: what is retrieved, how cells are proposed, who verifies the pool, how one is chosen.
 
-    exact: compare every gallery photo, whatever the index. other_authors: no neighbour by the photo's own author, where
-    a source knows it. gps_places: places found by the photo's GPS embedding, none for 0.
-    within: a place and a distance, (lat, lon, km): only cells and neighbours inside count. openings: prefixes that the
-    frontier search opens a photo. max_area_km2: a photo whose posterior is spread over more gets no answer, nor does
-    one whose chance to be within 200 km is below least_confidence.
+    Raises GeoError, before any work, for a name that is none or a number out of range.
     """
 
-    neighbors: int = 20
-    exact: bool = False
-    other_authors: bool = False
-    gps_places: int = 32
-    propose: tuple[str, ...] = ("greedy", "beam", "sample")
-    beam_width: int = 10
-    samples: int = 40
-    temperature: float = 1.0
-    top_p: float = 1.0
-    epsilon: float = 0.0
-    seed: int = 0
-    within: tuple[float, float, float] | None = None
-    verify: tuple[str, ...] = ("alignment",)
-    openings: int = 32
-    max_area_km2: float | None = None
-    least_confidence: float = 0.0
+    neighbors: int = option(20, "Gallery photos retrieved a photo.", 1, 1000)
+    exact: bool = option(False, "Compare all gallery photos, whatever the index.")
+    other_authors: bool = option(False, "No neighbour by the photo's own author, where a source names it.")
+    within: tuple[float, float, float] | None = option(None, "LAT,LON,KM: only places within so many km of there.")
+    gps_places: int = option(32, "Places found by GPS embedding a photo.", 0, 1000)
+    propose: tuple[str, ...] = option(PROPOSERS, "How cells are generated: some of {}, or none.")
+    beam_width: int = option(10, "Cells kept by the beam search.", 1, 1000)
+    samples: int = option(40, "Cells sampled a photo.", 1, 1000)
+    temperature: float = option(1.0, "Of the samples.", 0.01, 10.0)
+    top_p: float = option(1.0, "Sample the likeliest tokens up to this.", 0.01, 1.0)
+    epsilon: float = option(0.0, "Sample no token less likely.", 0.0, 0.99)
+    seed: int = option(0, "Of the samples.", 0)
+    openings: int = option(32, "Prefixes that the frontier search opens a photo.", 0, 10_000)
+    sources: tuple[str, ...] = option((), "Which places may be the answer: some of {}; none for all there are.")
+    verify: tuple[str, ...] = option(("alignment",), "Who verifies: some of {}, or none.")
+    select: str = option("bayes-risk", "How one place of the pool is chosen: {}.")
+    mllm_mode: str = option("pool", "What the multimodal model is asked: {}.")
+    evidence: bool = option(True, "Tell it what is known of each candidate.")
+    near_pictures: bool = option(False, "Show it a neighbour's picture beside each candidate.")
+    answers: int = option(2, "Its answers to each prompt of diversify.", 1, 100)
+    picture_size: int = option(512, "Longer side of the pictures that it is shown, in pixels.", 16, 4096)
+    area: bool = option(False, "State over what area the token model's belief is spread.")
+    max_area_km2: float | None = option(
+        None, "Abstain where the posterior is spread over more km2.", 0.0, flag="--max-area"
+    )
+    least_confidence: float = option(
+        0.0, "Abstain where the chance to be within 200 km is lower.", 0.0, 1.0, flag="--abstain-below"
+    )
 
     def __post_init__(self) -> None:
-        """Raises GeoError for an unknown way to propose or to verify, before any work."""
-        for name in self.propose:
-            if name not in PROPOSERS:
-                raise GeoError(f"cells cannot be proposed by {name!r}: choose {', '.join(PROPOSERS)}")
-        for name in self.verify:
-            check_verifier(name)
+        """Every name and number is checked."""
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            for given in (value,) if isinstance(value, str) else value:
+                if given not in choices:
+                    raise GeoError(f"{name.replace('_', '-')} {given!r} is not known: choose of {', '.join(choices)}")
+        for item in fields(self):
+            value, low, high = getattr(self, item.name), item.metadata["low"], item.metadata["high"]
+            if value is None or low is None:
+                continue
+            if not math.isfinite(value) or value < low or (high is not None and value > high):
+                most = "" if high is None else f" and at most {high:g}"
+                raise GeoError(f"{item.name.replace('_', '-')} {value} is out of range: give at least {low:g}{most}")
+        if self.within is not None:
+            check_within(*self.within)
+        self._check_sources()
+
+    def _check_sources(self) -> None:
+        given = {"gps": self.gps_places > 0, "mllm": self.diverse} | {name: name in self.propose for name in PROPOSERS}
+        for name in self.sources:
+            if not given.get(name, True):
+                raise GeoError(f"sources {name}: nothing finds such places; change propose, gps-places or mllm-mode")
+        if ("frontier" in self.sources and len(self.sources) > 1) or self.sources == ("mllm",):
+            raise GeoError(f"sources {'+'.join(self.sources)}: frontier stands alone, and mllm never does")
+
+    @property
+    def visual(self) -> bool:
+        """Whether pictures are compared, which adds the places that they move the photo to."""
+        return "visual" in self.verify or "visual" in self.sources
+
+    @property
+    def frontier(self) -> bool:
+        """Whether the posterior is asked for."""
+        return self.area or self.max_area_km2 is not None or "frontier" in self.sources
+
+    @property
+    def diverse(self) -> bool:
+        """Whether a multimodal model names places that join the pool."""
+        return self.mllm_mode == "diversify"
+
+    @property
+    def asks_mllm(self) -> bool:
+        """Whether a multimodal model is needed."""
+        return "mllm" in self.verify or self.diverse
+
+    @property
+    def pooled(self) -> tuple[str, ...]:
+        """The sources of the pool that is decided on."""
+        found = ("gps",) * (self.gps_places > 0) + ("visual",) * self.visual + ("mllm",) * self.diverse
+        return self.sources or ("neighbour", *self.propose, *found)
+
+    @property
+    def label(self) -> str:
+        """A short name of the decision: its verifiers in alphabetical order, and the strategy unless the usual one."""
+        return verified_by(self.verify) + (f"-{self.select}" if self.select != Options.select else "")
 
 
-def check_verifier(name: str) -> None:
-    """Raises GeoError for a verifier that there is not."""
-    if name not in (*VERIFIERS, "look", "mllm"):
-        raise GeoError(f"nothing verifies by the name {name!r}: choose of {', '.join(VERIFIERS)}, look, mllm")
+def check_within(lat: float, lon: float, km: float) -> None:
+    """Raises GeoError for a place that is none or a distance out of range."""
+    if not (-90 <= lat <= 90 and -180 <= lon <= 180):
+        raise GeoError(f"within {lat},{lon},{km}: give LAT,LON,KM, latitude -90 to 90, longitude -180 to 180")
+    if not 0 < km <= 20_040:
+        raise GeoError(f"within {lat},{lon},{km}: the distance is {km:g} km: give one above 0, at most 20040")
+
+
+def verified_by(verifiers: Any) -> str:
+    """The verifiers' names in one: alignment+reward, or none."""
+    return "+".join(sorted(verifiers)) or "none"
+
+
+def parse_option(name: str, text: Any) -> Any:
+    """An option as a person writes it -> the field's value: ``visual+alignment``, ``47.1,8.5,300``. Raises GeoError."""
+    if name == "within" and isinstance(text, str):
+        try:
+            lat, lon, km = (float(part) for part in text.split(","))
+        except ValueError:
+            raise GeoError(f"within {text}: give LAT,LON,KM, such as 48.2,16.4,100") from None
+        return lat, lon, km
+    if name in ("propose", "sources", "verify"):
+        names = text.replace("+", ",").split(",") if isinstance(text, str) else text
+        return () if text == "none" else tuple(names)
+    return text

@@ -25,7 +25,9 @@ BYTE_CAP = 50_000_000
 PIXEL_CAP = 100_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # MPO opens as the JPEG that it begins with
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".mpo")
-BLUE_MARBLE, TAR = "blue-marble:", "tar:"
+TAR = "tar:"
+Picture = str | bytes | NDArray[np.uint8] | Image.Image
+"""A path or reference, the bytes of a file, pixels (H, W, 3), or a picture of Pillow."""
 # How a picture becomes a square: its middle, as CLIP has it; the same with an odd margin halved to the even pixel, as
 # torchvision has it; all of it, out of shape.
 Fit = Literal["crop", "crop-even", "squash"]
@@ -50,15 +52,15 @@ Used = TypeVar("Used")
 
 
 def load_pictures(
-    references: Sequence[str | bytes], size: int, fit: Fit = "crop", interpolation: Interpolation = "bicubic"
+    references: Sequence[Picture], size: int, fit: Fit = "crop", interpolation: Interpolation = "bicubic"
 ) -> tuple[NDArray[np.uint8], list[str | None]]:
     """Loads pictures upright, in colour on white, as squares: the middle, resized (bicubic, antialiased) as CLIP's.
 
     Args:
-        references: N paths of picture files, `tar:` references to files in a tar, `blue-marble:` references, or the
-            bytes of a file.
+        references: N paths of picture files, `tar:` references to files in a tar, references that a source draws, the
+            bytes of files, or pictures in memory.
         size: Side of the square in pixels.
-        fit: What becomes of a picture that is no square. A `blue-marble:` reference always is one.
+        fit: What becomes of a picture that is no square. What a source draws always is one.
         interpolation: Of picture files.
 
     Returns:
@@ -66,17 +68,14 @@ def load_pictures(
         why it could not be loaded. Its pixels are zeros then.
 
     Raises:
-        GeoError: the Blue Marble pictures are not there. A bad picture file raises nothing.
+        GeoError: what a source draws from is not there. A bad picture file raises nothing.
     """
     pixels = np.zeros((len(references), size, size, 3), np.uint8)
     errors: list[str | None] = [None] * len(references)
-    cuts = {i: ref for i, ref in enumerate(references) if isinstance(ref, str) and ref.startswith(BLUE_MARBLE)}
-    if cuts:
-        from rag_geotoken.sources.blue_marble import cut_references
-
-        pixels[list(cuts)] = cut_references(list(cuts.values()), size)
-
-    files = [i for i in range(len(references)) if i not in cuts]
+    drawn = draw(references, size)
+    for i, square in drawn.items():
+        pixels[i] = square
+    files = [i for i in range(len(references)) if i not in drawn]
     resampling = Image.Resampling[interpolation.upper()]
     squares = read_pictures([references[i] for i in files], lambda image: _square(image, size, fit, resampling))
     for i, square in zip(files, squares, strict=True):
@@ -87,7 +86,26 @@ def load_pictures(
     return pixels, errors
 
 
-def read_pictures(references: Sequence[str | bytes], use: Callable[[Image.Image], Used]) -> Iterator[Used | str]:
+def draw(references: Sequence[Picture], size: int | None = None, at_most: bool = False) -> dict[int, NDArray[np.uint8]]:
+    """The references that a source draws itself: position -> pixels (size, size, 3).
+
+    size: the source's own unless given; at_most: no larger than that. Raises GeoError as the source does.
+    """
+    from rag_geotoken.sources import source_module
+
+    by_source: dict[Any, list[int]] = {}
+    for i, reference in enumerate(references):
+        module = source_module(reference) if isinstance(reference, str) else None
+        if hasattr(module, "draw"):
+            by_source.setdefault(module, []).append(i)
+    drawn: dict[int, NDArray[np.uint8]] = {}
+    for module, at in by_source.items():
+        side = module.PIXELS if size is None else min(size, module.PIXELS) if at_most else size
+        drawn |= dict(zip(at, module.draw([references[i] for i in at], side), strict=True))
+    return drawn
+
+
+def read_pictures(references: Sequence[Picture], use: Callable[[Image.Image], Used]) -> Iterator[Used | str]:
     """Opens picture files and files in tars, several at a time, and yields in turn what `use` makes of each.
 
     In the place of one that could not be read stands one line that says why. `use` runs while others are decoded.
@@ -168,7 +186,7 @@ class _BadPictureError(Exception):
     """Its message is the reason, for the row of this photo."""
 
 
-def _load(reference: str | bytes, use: Callable[[Image.Image], Used]) -> Used | str:
+def _load(reference: Picture, use: Callable[[Image.Image], Used]) -> Used | str:
     """What `use` makes of the picture, or one line that says what is wrong."""
     try:
         with _open(reference) as image:
@@ -177,24 +195,24 @@ def _load(reference: str | bytes, use: Callable[[Image.Image], Used]) -> Used | 
         reason = str(error)
     except Exception:  # a decoder given broken bytes raises nearly anything: struct.error, IndexError, MemoryError
         reason = "the picture is broken or cut short"
-    name = "bytes" if isinstance(reference, bytes) else UNPRINTABLE.sub(" ", reference)
+    name = UNPRINTABLE.sub(" ", reference) if isinstance(reference, str) else "the picture"
     return f"{name}: {reason}"
 
 
-def _open(path: Path | str | bytes) -> Image.Image:
+def _open(path: Path | Picture) -> Image.Image:
     """Opens a picture, of a file or of a file in a tar, without decoding it; the caps are checked first."""
     cap = min(PIXEL_CAP, Image.MAX_IMAGE_PIXELS or PIXEL_CAP)
     too_large = f"more than {cap // 1_000_000} megapixels"
     try:
-        file: Path | str | BytesIO
-        if isinstance(path, bytes):
-            file = BytesIO(path)
+        if isinstance(path, Image.Image | np.ndarray):
+            image = path.copy() if isinstance(path, Image.Image) else _of_pixels(path)
+        elif isinstance(path, bytes):
+            image = Image.open(BytesIO(path), formats=FORMATS)
         elif str(path).startswith(TAR):
-            file = BytesIO(_read_member(str(path)))
+            image = Image.open(BytesIO(_read_member(str(path))), formats=FORMATS)
         else:
             _check_file(path)
-            file = path
-        image = Image.open(file, formats=FORMATS)
+            image = Image.open(path, formats=FORMATS)
     except (FileNotFoundError, NotADirectoryError):
         raise _BadPictureError("there is no such file") from None
     except PermissionError:
@@ -207,6 +225,12 @@ def _open(path: Path | str | bytes) -> Image.Image:
         image.close()
         raise _BadPictureError(too_large)
     return image
+
+
+def _of_pixels(pixels: NDArray[np.uint8]) -> Image.Image:
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
+        raise _BadPictureError(f"an array of shape {pixels.shape}, {pixels.dtype}: give (height, width, 3), uint8, RGB")
+    return Image.fromarray(pixels)
 
 
 def _check_file(path: Path | str) -> None:

@@ -5,28 +5,15 @@ Cells of a level differ in area by up to a factor of 2.1; the mean of the level 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rag_geotoken.cells import cell_centers, cell_level, parent_ids
 from rag_geotoken.geo import EARTH_RADIUS_KM, haversine_km
-from rag_geotoken.metrics import RADII_KM
+from rag_geotoken.types import RADII_KM, Posterior
 
 Floats = NDArray[np.float64]
 EARTH_KM2 = 4 * np.pi * EARTH_RADIUS_KM**2
-
-
-@dataclass(frozen=True)
-class Posterior:
-    """Disjoint S2 cells of each photo: cells (B, M) uint64 ids, mass (B, M) adding up to 1, largest first.
-
-    Photos with fewer cells are filled up with any at a mass of zero.
-    """
-
-    cells: NDArray[np.uint64]
-    mass: NDArray[np.float32]
 
 
 def area_km2(cells: ArrayLike) -> Floats:

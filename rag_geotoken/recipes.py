@@ -16,7 +16,7 @@ def index_source(text: str) -> str:
         return text
     source = read_recipe(Path(text)).get("source")
     if not isinstance(source, str):
-        raise GeoError(f'{text} names no source: write source = "blue-marble:gallery"')
+        raise GeoError(f'{text} names no source: write source = "folder:my-photos"')
     return source
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from rag_geotoken import files, maps
-from rag_geotoken.metrics import RADII_KM, wilson_interval
+from rag_geotoken.metrics import wilson_interval
+from rag_geotoken.types import RADII_KM
 
 
 def write_report(
@@ -23,6 +24,7 @@ def write_report(
     errors: Mapping[str, Any],
     examples: Sequence[Mapping[str, Any]],
     notes: Sequence[str],
+    about: str = "",
 ) -> None:
     """Write the page, whole or not at all.
 
@@ -31,7 +33,7 @@ def write_report(
         metrics: what `metrics.json` holds: variants (rows of `metrics.summary`), seed, versions (name to version),
             seconds (of the whole run); and, if there, stages (name to seconds), calibration (`metrics.calibration`) and
             abstention (`metrics.abstention`).
-            Rows of :mod:`.verification` have gain, gain_ci95, gap_closed, mended, broken and cost besides.
+            Rows of verified variants may have gain, gain_ci95, gap_closed, mended, broken (numbers) and cost besides.
             A variant named oracle-... is marked as an oracle and competes with none.
         errors: the map: lat, lon, km, each (N,), true places and errors of one variant on the test split; km is NaN
             without an answer. The key name says which variant; without it the best one at 200 km is taken.
@@ -40,11 +42,12 @@ def write_report(
             truth) and candidates (lat, lon, source, weight); and, if there, of the token model's posterior heat, mass
             (H, 2H) as `posterior.heat_map` gives it, and area_km2, its effective area.
         notes: paragraphs for the end of the page, as plain text.
+        about: a paragraph for the top, what the photos are.
 
     Raises:
         GeoError: the map's arrays differ in length, a crop or heat map is none, or the file cannot be written.
     """
-    files.write_text(Path(path), render(metrics, errors, examples, notes))
+    files.write_text(Path(path), render(metrics, errors, examples, notes, about))
 
 
 def render(
@@ -52,6 +55,7 @@ def render(
     errors: Mapping[str, Any],
     examples: Sequence[Mapping[str, Any]],
     notes: Sequence[str],
+    about: str = "",
 ) -> str:
     """The page as text; the arguments are those of `write_report`."""
     from jinja2 import Environment, StrictUndefined
@@ -71,7 +75,7 @@ def render(
         headline=_headline(rows, errors.get("name")),
         error_map=maps.error_map(errors["lat"], errors["lon"], errors["km"]),
         splits=_ablation(rows),
-        gains=[row for row in rows if "gain" in row and row["name"] != "none"],
+        gains=[row for row in rows if "gain" in row],
         examples=[maps.draw_example(example) for example in examples],
         reliability=_reliability(metrics.get("calibration") or {}),
         silence=_silence(metrics.get("abstention") or []),
@@ -82,6 +86,7 @@ def render(
             "stages": {name: float(s) for name, s in stages.items()},
         },
         notes=list(notes),
+        about=about.strip(),
     )
 
 
@@ -91,7 +96,7 @@ def _is_oracle(row: Mapping[str, Any]) -> bool:
 
 def _headline(rows: Sequence[Mapping[str, Any]], name: str | None) -> dict[str, Any]:
     """The variant that the page opens with, beside the nearest neighbour of the same split."""
-    split = "test" if any(row["split"] == "test" for row in rows) else rows[0]["split"]
+    split = rows[0]["split"]
     here = [row for row in rows if row["split"] == split]
     methods = [row for row in here if not _is_oracle(row)] or here
     best = max(methods, key=lambda row: float(row["acc"]["200"]))

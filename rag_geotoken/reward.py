@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from rag_geotoken.metrics import RADII_KM
+from rag_geotoken.types import RADII_KM
 from rag_geotoken.weights import load_weights, save_weights
 
 

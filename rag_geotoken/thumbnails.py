@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from rag_geotoken.errors import GeoError
 from rag_geotoken.files import write_whole
-from rag_geotoken.pictures import BLUE_MARBLE, read_pictures, upright
+from rag_geotoken.pictures import draw, read_pictures, upright
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -54,18 +54,15 @@ class Thumbnails:
 def make_thumbnails(references: Sequence[str], size: int) -> list[bytes]:
     """Pictures behind references, whole and upright, their longer side at most ``size`` px, as WebP without metadata.
 
-    Empty for one that cannot be read. Raises GeoError when the Blue Marble pictures are not there.
+    Empty for one that cannot be read. Raises GeoError when what a source draws from is not there.
     """
     from PIL import Image
 
     made = [b""] * len(references)
-    cuts = [i for i, reference in enumerate(references) if reference.startswith(BLUE_MARBLE)]
-    if cuts:
-        from rag_geotoken.sources.blue_marble import CROP_PIXELS, cut_references
-
-        for i, pixels in zip(cuts, cut_references([references[i] for i in cuts], min(size, CROP_PIXELS)), strict=True):
-            made[i] = _encode(Image.fromarray(pixels), size)
-    files = [i for i, reference in enumerate(references) if not reference.startswith(BLUE_MARBLE)]
+    drawn = draw(references, size, at_most=True)
+    for i, pixels in drawn.items():
+        made[i] = _encode(Image.fromarray(pixels), size)
+    files = [i for i in range(len(references)) if i not in drawn]
     encoded = read_pictures([references[i] for i in files], lambda image: _encode(upright(image), size))
     for i, picture in zip(files, encoded, strict=True):
         made[i] = b"" if isinstance(picture, str) else picture

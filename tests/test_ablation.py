@@ -20,7 +20,8 @@ from rag_geotoken.files import read_json
 from rag_geotoken.geo import haversine_km, pairwise_km
 from rag_geotoken.options import VERIFIERS
 from rag_geotoken.pipeline import Geolocator
-from rag_geotoken.posterior import Posterior, effective_area_km2
+from rag_geotoken.posterior import effective_area_km2
+from rag_geotoken.types import Posterior
 from rag_geotoken.run import ablation
 from rag_geotoken.run.ablation import VARIANTS, Run, decide_all, distances, oracle
 from rag_geotoken.run.tables import (
@@ -42,7 +43,6 @@ from rag_geotoken.types import (
     SOURCES,
     VISUAL,
     Candidates,
-    Matches,
     Neighbors,
     Places,
     Pool,
@@ -161,7 +161,7 @@ def drawn_run(photos: int = 60) -> Run:
     near = middle + rng.normal(0, 0.7, (photos, 5, 2))
     places = Places(near, -np.sort(-rng.uniform(0.2, 0.9, (photos, 5))).astype(np.float32))
     everything = make_pool(neighbors, candidates, TOKENIZER, replace(TUNING, gps_share=0.4), places)
-    matches = Matches(middle + rng.normal(0, 0.7, (photos, 4, 2)), rng.uniform(0, 1, (photos, 4)).astype(np.float32))
+    matches = Places(middle + rng.normal(0, 0.7, (photos, 4, 2)), rng.uniform(0, 1, (photos, 4)).astype(np.float32))
     extended = extend(everything, matches, TUNING)
     # The places' own entries and the moved ones come last, so the others' scores are the same.
     scores = {

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from rag_geotoken.decision.confidence import _disk_chance, calibrated, chances, confidence, fit_calibration
 from rag_geotoken.geo import haversine_km
-from rag_geotoken.metrics import RADII_KM
+from rag_geotoken.types import RADII_KM
 from rag_geotoken.types import Pool
 
 Floats = NDArray[np.float64]

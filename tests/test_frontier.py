@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rag_geotoken.cells import S2Tokenizer, cell_level, parent_ids
 from rag_geotoken.frontier import frontier
-from rag_geotoken.posterior import Posterior
+from rag_geotoken.types import Posterior
 from rag_geotoken.token_model import TokenModel
 
 BATCH = 3

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from rag_geotoken.cells import cell_centers, cell_ids, cell_level, parent_ids
 from rag_geotoken.geo import EARTH_RADIUS_KM, destination, haversine_km
-from rag_geotoken.metrics import RADII_KM
+from rag_geotoken.types import RADII_KM
 from rag_geotoken.posterior import (
     EARTH_KM2,
     Posterior,

@@ -14,7 +14,7 @@ import torch
 from conftest import REWARD, TOKENS, OneLine
 from numpy.typing import NDArray
 
-from rag_geotoken.metrics import RADII_KM
+from rag_geotoken.types import RADII_KM
 from rag_geotoken.options import Options
 from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.reward import RewardConfig, RewardHead

@@ -7,7 +7,7 @@ import pytest
 
 from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.geo import haversine_km
-from rag_geotoken.types import GPS, NEIGHBOUR, SAMPLE, Matches, Neighbors, Pool
+from rag_geotoken.types import GPS, NEIGHBOUR, SAMPLE, Places, Neighbors, Pool
 from rag_geotoken.verifiers.shortlist import AGREE_KM, APART_KM, candidates, evidence, shortlist
 
 TUNING = Tuning(search_weights=(0.5, 1.0, 0.5), alignment_scale=3.0)
@@ -69,7 +69,7 @@ def test_evidence_counts_what_lies_nearby() -> None:
         np.zeros((3, 5), int), rng.uniform([40, 0], [46, 8], (3, 5, 2)), rng.random((3, 5)).astype(np.float32)
     )
     aligned = rng.random(pool.mask.shape).astype(np.float32)
-    matches = Matches(rng.uniform([40, 0], [46, 8], (3, 5, 2)), rng.random((3, 5)).astype(np.float32))
+    matches = Places(rng.uniform([40, 0], [46, 8], (3, 5, 2)), rng.random((3, 5)).astype(np.float32))
     chosen = shortlist(pool, 4)
     found = evidence(chosen, pool, near, aligned, TUNING, matches)
     assert found.match is not None and found.agree is not None

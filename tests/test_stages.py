@@ -15,7 +15,7 @@ from conftest import OPTIONS, OneLine, write_test_photos
 from rag_geotoken.cells import cell_level, parent_ids
 from rag_geotoken.decision.strategies import decide
 from rag_geotoken.files import read_json
-from rag_geotoken.metrics import RADII_KM
+from rag_geotoken.types import RADII_KM
 from rag_geotoken.options import VERIFIERS
 from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.posterior import effective_area_km2

@@ -18,7 +18,7 @@ from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.run import stages
 from rag_geotoken.run.tables import read_embeddings, read_matches, read_neighbors, read_pool
 from rag_geotoken.sources.blue_marble import cut
-from rag_geotoken.types import VISUAL, Matches, Neighbors, Pool
+from rag_geotoken.types import VISUAL, Places, Neighbors, Pool
 from rag_geotoken.verifiers.agreement import NO_MATCH, moved_places, support
 from rag_geotoken.verifiers.registration import Registration, register
 
@@ -146,7 +146,7 @@ def test_one_neighbour_alone_is_taken_to_be_usual() -> None:
 def test_a_pool_is_extended_and_the_extension_undone(pool: Pool) -> None:
     rng = np.random.default_rng(0)
     count = len(pool.mask)
-    matches = Matches(rng.uniform(-50, 50, (count, 4, 2)), rng.uniform(0, 1, (count, 4)).astype(np.float32))
+    matches = Places(rng.uniform(-50, 50, (count, 4, 2)), rng.uniform(0, 1, (count, 4)).astype(np.float32))
     longer = extend(pool, matches, TUNING)
     assert np.exp(longer.log_weight).sum(axis=1) == pytest.approx(1, abs=1e-5)
     assert (longer.source[:, -4:] == VISUAL).all() and longer.mask[:, -4:].all()
@@ -164,7 +164,7 @@ def test_support_is_the_formula(pool: Pool) -> None:
     rng = np.random.default_rng(1)
     count = len(pool.mask)
     places = pool.lat_lon[:, :3] + rng.normal(0, 0.1, (count, 3, 2))
-    matches = Matches(places, rng.uniform(0, 1, (count, 3)).astype(np.float32))
+    matches = Places(places, rng.uniform(0, 1, (count, 3)).astype(np.float32))
     given = support(pool, matches, 12.0)
     photo, entry = 2, int(np.flatnonzero(pool.mask[2])[1])
     km = haversine_km(*pool.lat_lon[photo, entry], *matches.lat_lon[photo].T)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,9 +11,21 @@ import typer
 
 from rag_geotoken.cli.convert import convert_app
 from rag_geotoken.cli.index import index_app
-from rag_geotoken.cli.options import Backbone, Json, Limit, Mllm, MllmConcurrent, MllmModel, Resume, Weights
+from rag_geotoken.cli.options import (
+    Backbone,
+    Json,
+    Limit,
+    Matcher,
+    Mllm,
+    MllmConcurrent,
+    MllmModel,
+    Resume,
+    Weights,
+    takes_options,
+)
 from rag_geotoken.cli.train import bench_app, train_app
 from rag_geotoken.errors import GeoError
+from rag_geotoken.options import Options
 
 app = typer.Typer(
     help="Where on Earth was a photo taken? Retrieve, propose, verify, decide.",
@@ -50,66 +61,35 @@ def demo(
 
     from rag_geotoken.mllm import EMBEDDED_FOLDER
     from rag_geotoken.mllm.start import vllm_server
-    from rag_geotoken.run.demo import ablation_text, run_demo
-    from rag_geotoken.weights import EARTH
+    from rag_geotoken.run.ablate import table_text
+    from rag_geotoken.run.demo import run_demo
 
     serving = vllm_server(EMBEDDED_FOLDER, vllm_python, out / "vllm.log") if vllm_python else nullcontext()
     with serving as server:
         where = server.url if server else None if mllm == "none" else mllm
-        metrics = run_demo(out, test_n, seed, weights or EARTH, mllm=where)
-    typer.echo(ablation_text(metrics))
-    typer.echo(f"{metrics['seconds']:.0f} s in all; look at {out / 'report.html'}")
+        metrics = run_demo(out, test_n=test_n, seed=seed, weights=weights, mllm=where, log=typer.echo)
+    typer.echo(table_text(metrics))
+    typer.echo(f"{metrics['seconds']:.0f} s of work in all; look at {out / 'report.html'}")
 
 
 @app.command()
+@takes_options
 def locate(
     context: typer.Context,
     photos: Annotated[list[str], typer.Argument(help="Pictures, folders, a CSV with a column 'image', or a source.")],
     out: Annotated[Path, typer.Option(help="File: .parquet, .csv, .jsonl, .geojson or .kml.")],
+    options: Options,
     index: Annotated[Path | None, typer.Option(help="Folder of an index; needed without --preset.")] = None,
-    propose: Annotated[str, typer.Option(help="How cells are generated: some of beam,sample,greedy, or none.")] = (
-        "greedy,beam,sample"
-    ),
-    beam_width: Annotated[int, typer.Option(min=1, max=1000)] = 10,
-    samples: Annotated[int, typer.Option(min=1, max=1000)] = 40,
-    temperature: Annotated[float, typer.Option(min=0.01, max=10.0, help="Of the samples.")] = 1.0,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Sample the likeliest tokens up to this.")] = 1.0,
-    epsilon: Annotated[float, typer.Option(min=0.0, max=0.99, help="Sample no token less likely.")] = 0.0,
-    neighbors: Annotated[int, typer.Option(min=1, max=1000, help="Gallery photos retrieved a photo.")] = 20,
-    other_authors: Annotated[
-        bool, typer.Option("--other-authors", help="No neighbour by the photo's own author, where a source names it.")
-    ] = False,
-    exact: Annotated[bool, typer.Option("--exact", help="Compare all gallery photos, whatever the index.")] = False,
-    gps_places: Annotated[int, typer.Option(min=0, max=1000, help="Places found by GPS embedding a photo.")] = 32,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    verify: Annotated[str, typer.Option(help="Who verifies: some of alignment,visual,reward,look,mllm, or none.")] = (
-        "alignment"
-    ),
-    matcher: Annotated[
-        str | None,
-        typer.Option(help="Street photos, --verify visual: EfficientLoFTR or LightGlue, folder or hub."),
-    ] = None,
+    weights: Weights = None,
+    backbone: Backbone = None,
+    matcher: Matcher = None,
     mllm: Mllm = None,
     mllm_model: MllmModel = None,
     mllm_concurrent: MllmConcurrent = None,
-    mllm_mode: Annotated[str, typer.Option(help="What it is asked: pool, free, zero-shot or diversify.")] = "pool",
-    evidence: Annotated[bool, typer.Option(help="Tell it what is known of each candidate.")] = True,
-    near_pictures: Annotated[
-        bool, typer.Option("--near-pictures", help="Show it a neighbour's picture beside each candidate.")
-    ] = False,
     resume: Resume = False,
-    within: Annotated[str | None, typer.Option(help="LAT,LON,KM: only places within so many km of there.")] = None,
-    max_area: Annotated[
-        float | None, typer.Option(min=0.0, help="Abstain where the posterior is spread over more km2.")
-    ] = None,
-    abstain_below: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Abstain where the chance to be within 200 km is lower.")
-    ] = 0.0,
     limit: Limit = None,
     run: Annotated[Path | None, typer.Option(help="Folder of the stage tables; else OUT with ending .run.")] = None,
-    weights: Weights = None,
     preset: Annotated[str | None, typer.Option(help="geoclip: street photos by its gallery, no index.")] = None,
-    backbone: Backbone = None,
     top_k: Annotated[int, typer.Option(min=1, max=1000, help="Places a photo in the answer, with --preset.")] = 5,
 ) -> None:
     """Say where photos were taken. Stage tables are kept beside the answer, so a stopped run goes on.
@@ -124,36 +104,22 @@ def locate(
 
         _say_located(out, *locate_by_gallery(photos, out, folder, backbone, top_k, run, limit))
         return
-    from rag_geotoken.options import Options
-    from rag_geotoken.run.locate import locate_photos, parse_within
-    from rag_geotoken.run.mllm_stage import Asked
+    from rag_geotoken.mllm.session import MllmSession
+    from rag_geotoken.run.export import check_format
+    from rag_geotoken.run.locate import locate_photos, read_photos
+    from rag_geotoken.run.models import Models
 
-    for value in (temperature, top_p, epsilon, max_area or 0.0):
-        if not math.isfinite(value):
-            raise typer.BadParameter(f"{value} is no finite number")
-    if matcher is not None and "visual" not in verify.split(","):
+    if matcher is not None and not options.visual:
         raise typer.BadParameter("--matcher compares pictures: add --verify visual")
-    ways, verifiers = (() if given == "none" else tuple(given.split(",")) for given in (propose, verify))
-    options = Options(
-        neighbors=neighbors,
-        other_authors=other_authors,
-        exact=exact,
-        gps_places=gps_places,
-        propose=ways,
-        beam_width=beam_width,
-        samples=samples,
-        temperature=temperature,
-        top_p=top_p,
-        epsilon=epsilon,
-        seed=seed,
-        within=parse_within(within),
-        verify=verifiers,
-        max_area_km2=max_area,
-        least_confidence=abstain_below,
-    )
-    how = mllm_concurrent, mllm_mode, evidence, near_pictures, resume
-    asked = Asked.open(mllm, mllm_model, *how, verifies="mllm" in verifiers)
-    _say_located(out, *locate_photos(photos, index, out, options, folder, run, limit, backbone, asked, matcher))
+    if mllm is None and (mllm_model or resume or options.mllm_mode != "pool" or options.asks_mllm):
+        raise GeoError("which multimodal model? Give --mllm http://HOST:PORT/v1, a folder, a hub's name or embedded")
+    if mllm is not None and not options.asks_mllm:
+        raise GeoError("--mllm is given and verifies nothing: add --verify mllm, or --mllm-mode diversify")
+    check_format(out)
+    session = None if mllm is None else MllmSession.open(mllm, mllm_model, mllm_concurrent, resume)
+    table = read_photos(photos, limit)
+    models = Models.from_pretrained(index, folder, backbone, matcher, session)
+    _say_located(out, *locate_photos(table, models, options, out, run))
 
 
 def _weights_folder(context: typer.Context, preset: str | None, index: Path | None, weights: Path | None) -> Path:
@@ -208,27 +174,33 @@ def where(
 def ablate(
     out: Annotated[Path, typer.Option(help="Folder of the tables, metrics.json and report.html.")],
     recipe: Annotated[
-        Path | None, typer.Argument(help="TOML: gallery, photos, pools, verify; eval/verification.toml unless given.")
+        Path | None, typer.Argument(help="TOML: photos, variants and more; eval/verification.toml unless given.")
     ] = None,
+    photos: Annotated[str | None, typer.Option(help="A source in the place of the recipe's photos.")] = None,
+    index: Annotated[Path | None, typer.Option(help="An index in the place of the recipe's gallery.")] = None,
+    weights: Weights = None,
+    backbone: Backbone = None,
+    matcher: Matcher = None,
     mllm: Mllm = "embedded",
     mllm_model: MllmModel = None,
     mllm_concurrent: MllmConcurrent = None,
     resume: Resume = False,
-    weights: Weights = None,
 ) -> None:
-    """Cross candidates, retrieved or generated, with who verifies them: gains with intervals, and what they cost.
+    """Cross options of the road and compare: accuracy of every variant, gains with intervals, and what they cost.
 
-    Nothing before the verification is computed twice; run again, it goes on where it was stopped.
+    A recipe lists values for any option of locate; every combination is a variant. What variants have in common is
+    computed once; run again, it goes on where it was stopped.
     """
     from rag_geotoken.files import shipped
     from rag_geotoken.recipes import read_recipe
-    from rag_geotoken.run.verification import ablate, verification_text
-    from rag_geotoken.weights import EARTH
+    from rag_geotoken.run.ablate import Setup, ablate, table_text
 
-    model = mllm or "embedded", mllm_model, mllm_concurrent
     what = read_recipe(recipe or shipped("eval/verification.toml"))
-    metrics = ablate(what, out, model, resume, typer.echo, weights or EARTH)
-    typer.echo(verification_text(metrics))
+    if photos is not None:
+        what["photos"] = {"photos": photos}
+    server = mllm_model, mllm_concurrent
+    setup = Setup(index, weights, backbone, matcher, mllm, *server, resume)
+    typer.echo(table_text(ablate(what, out, setup, typer.echo)))
 
 
 @app.command()

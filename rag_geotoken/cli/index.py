@@ -29,14 +29,14 @@ def index_build(
 ) -> None:
     """Read and encode photos with known places and index them; goes on where it was stopped.
 
-    Sources: blue-marble:gallery[,n=24000][,seed=0], folder:DIR (places from photos.csv or EXIF),
-    mp16-pro:DIR (CSV and tar as downloaded), im2gps3k:DIR, yfcc4k:DIR and hub:NAME (or hub:FOLDER).
+    Sources: folder:DIR (places from photos.csv or EXIF), mp16-pro:DIR (CSV and tar as downloaded), im2gps3k:DIR,
+    yfcc4k:DIR, hub:NAME (or hub:FOLDER) and the embedded satellite views of indexes/.
     Behind a source, ,limit=N takes its first photos, ,limit=N,seed=S a random subset.
     """
     from rag_geotoken.alignment import GeoAlignment
     from rag_geotoken.indexing import Plan
     from rag_geotoken.recipes import index_source
-    from rag_geotoken.run.demo import make_index
+    from rag_geotoken.run.build_index import make_index
     from rag_geotoken.sources import limited
     from rag_geotoken.weights import EARTH
 
@@ -70,10 +70,11 @@ def index_search(
     as_json: Json = False,
 ) -> None:
     """The k gallery photos most like a picture, with their places and scores; a photo never finds itself."""
-    from rag_geotoken.run.locate import neighbors_of, parse_within
+    from rag_geotoken.options import Options, parse_option
+    from rag_geotoken.run.locate import neighbors_of
     from rag_geotoken.weights import EARTH
 
-    only = parse_within(within)
+    only = Options(within=parse_option("within", within)).within
     rows = neighbors_of(folder, photo, k, weights or EARTH, only, not_author, dissimilar, backbone)
     if as_json:
         typer.echo(json.dumps(rows, ensure_ascii=False, indent=2))

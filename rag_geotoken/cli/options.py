@@ -1,17 +1,25 @@
-"""Options that several commands take."""
+"""Options that several commands take, and those of a run, made from :class:`.Options`."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
+
+from rag_geotoken.options import CHOICES, Options, parse_option
 
 Weights = Annotated[Path | None, typer.Option(help="Folder of model weights; the embedded Earth models unless given.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="At most so many photos, the first of each source.")]
 Backbone = Annotated[
     str | None,
     typer.Option(help="CLIP below the weights: a folder, a hub name or open_clip:NAME; else what they name."),
+]
+Matcher = Annotated[
+    str | None, typer.Option(help="Street photos, --verify visual: EfficientLoFTR or LightGlue, folder or hub.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Mllm = Annotated[
@@ -23,3 +31,36 @@ MllmConcurrent = Annotated[
     int | None, typer.Option(min=1, max=1024, help="Requests to a server at a time, 16 unless given.")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Ask the multimodal model again where it failed before.")]
+
+
+def takes_options(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with a parameter ``options: Options`` -> the same with an option for every field of it."""
+    signature, hints = inspect.signature(command), get_type_hints(command, include_extras=True)
+
+    def run(**given: Any) -> None:
+        chosen = {item.name: parse_option(item.name, given.pop(item.name)) for item in fields(Options)}
+        command(**given, options=Options(**chosen))
+
+    plain = [
+        parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
+        for name, parameter in signature.parameters.items()
+        if name != "options"
+    ]
+    run.__signature__ = inspect.Signature([*plain, *map(_parameter, fields(Options))])  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in run.__signature__.parameters.values()}  # type: ignore[attr-defined]
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    return run
+
+
+def _parameter(item: Any) -> inspect.Parameter:
+    """A field of ``Options`` as a parameter that typer reads."""
+    value, limits = item.default, item.metadata
+    flag = limits["flag"] or "--" + item.name.replace("_", "-")
+    help_ = limits["help"].format(", ".join(CHOICES.get(item.name, ())))
+    kind: Any = {"within": str | None, "max_area_km2": float | None}.get(item.name, type(value))
+    if isinstance(value, tuple):
+        kind, value = str, ",".join(value) or "none"
+    numbers = {"min": limits["low"], "max": limits["high"]} if kind in (int, float, float | None) else {}
+    names = [f"{flag}/--no-{flag[2:]}"] if value is True else [flag]
+    annotation = Annotated[kind, typer.Option(*names, help=help_, show_default=value is not None, **numbers)]
+    return inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=annotation)

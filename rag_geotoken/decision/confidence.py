@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rag_geotoken.geo import haversine_km
-from rag_geotoken.metrics import RADII_KM
-from rag_geotoken.types import Pool
+from rag_geotoken.types import RADII_KM, Pool
 
 Floats = NDArray[np.float64]
 

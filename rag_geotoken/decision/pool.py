@@ -8,8 +8,7 @@ from numpy.typing import NDArray
 from rag_geotoken.cells import S2Tokenizer, cell_centers
 from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.geo import haversine_km
-from rag_geotoken.posterior import Posterior
-from rag_geotoken.types import FRONTIER, GPS, NEIGHBOUR, VISUAL, Candidates, Matches, Neighbors, Places, Pool
+from rag_geotoken.types import FRONTIER, GPS, NEIGHBOUR, VISUAL, Candidates, Neighbors, Places, Pool, Posterior
 
 Floats = NDArray[np.float64]
 
@@ -37,10 +36,9 @@ def make_pool(
         cells.append(tokenizer.cell_ids(neighbors.lat_lon[..., 0], neighbors.lat_lon[..., 1]))
     if candidates is not None:
         flat = candidates.tokens.reshape(-1, candidates.tokens.shape[-1])
-        shape = candidates.log_prob.shape
-        ids = tokenizer.tokens_to_ids(flat).reshape(shape)
+        ids = tokenizer.tokens_to_ids(flat).reshape(candidates.log_prob.shape)
         log_prob = np.where(_repeats(ids), -np.inf, candidates.log_prob.astype(np.float64))
-        lat_lon.append(np.stack(tokenizer.decode(flat), axis=-1).reshape(*shape, 2))
+        lat_lon.append(candidates.lat_lon)
         weights.append(log_softmax(log_prob) + np.log(shares[1]))
         sources.append(candidates.source)
         cells.append(ids)
@@ -63,7 +61,7 @@ def _shares(neighbors: bool, candidates: bool, places: bool, tuning: Tuning) -> 
     return first, second, third
 
 
-def extend(pool: Pool, matches: Matches, tuning: Tuning) -> Pool:
+def extend(pool: Pool, matches: Places, tuning: Tuning) -> Pool:
     """A pool with the places to which its neighbours' pictures move the photo, each an entry of its own, at the end.
 
     They have ``visual_share`` of the weight, by a softmax of ``match_scale`` times their scores.
@@ -91,6 +89,13 @@ def join(pool: Pool, lat_lon: Floats, log_weight: Floats, share: float, source: 
     )
 
 
+def generated_pool(candidates: Candidates, source: int, tokenizer: S2Tokenizer, tuning: Tuning) -> Pool:
+    """The cells of one way to generate alone."""
+    keep = candidates.source[0] == source
+    cells = Candidates(*(values[:, keep] for values in vars(candidates).values()))
+    return make_pool(None, cells, tokenizer, tuning)
+
+
 def without(pool: Pool, source: int) -> Pool:
     """A pool less the entries of one source; a cell that another source has too stays."""
     return _masked(pool, pool.mask & (pool.source != source))
@@ -107,7 +112,7 @@ def neighbor_pool(neighbors: Neighbors, scale: float) -> Pool:
     return Pool(neighbors.lat_lon, weight, np.full(weight.shape, NEIGHBOUR, np.int8), np.ones(weight.shape, bool))
 
 
-def moved_pool(matches: Matches, tuning: Tuning) -> Pool:
+def moved_pool(matches: Places, tuning: Tuning) -> Pool:
     """The places to which neighbours' pictures move the photos alone, weighted by a softmax of the matches' scores."""
     weight = log_softmax(tuning.match_scale * matches.scores.astype(np.float64)).astype(np.float32)
     return Pool(matches.lat_lon, weight, np.full(weight.shape, VISUAL, np.int8), np.ones(weight.shape, bool))

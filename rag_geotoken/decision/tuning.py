@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rag_geotoken.errors import GeoError
 from rag_geotoken.files import read_json
-from rag_geotoken.metrics import RADII_KM
+from rag_geotoken.types import RADII_KM
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from io import BytesIO
 
 from PIL import Image
 
-from rag_geotoken.pictures import BLUE_MARBLE, NEEDLE, read_pictures, upright
+from rag_geotoken.pictures import NEEDLE, Picture, draw, read_pictures, upright
 
 SIZE = 512  # px of the longer side
 BYTES = 200_000
@@ -46,30 +46,27 @@ def encode_picture(picture: Image.Image, size: int = SIZE, limit: int = BYTES) -
 
 
 def encode_pictures(
-    references: Sequence[str | bytes], size: int = SIZE, limit: int = BYTES
+    references: Sequence[Picture], size: int = SIZE, limit: int = BYTES
 ) -> tuple[list[bytes | None], list[str | None]]:
     """Pictures behind references, whole (not cut to a square), as ``encode_picture`` makes them.
 
     Args:
-        references: N paths of picture files, `tar:` or `blue-marble:` references, or the bytes of pictures.
-        size: The longest that a longer side may be, in pixels. A `blue-marble:` crop has 64.
+        references: N pictures, as ``load_pictures`` takes them.
+        size: The longest that a longer side may be, in pixels; what a source draws has its own.
         limit: Bytes a picture.
 
     Returns:
         For each the bytes, or None; and None, or one line that says why it could not be loaded.
 
     Raises:
-        GeoError: the Blue Marble pictures are not there. A bad picture file raises nothing.
+        GeoError: what a source draws from is not there. A bad picture file raises nothing.
     """
     encoded: list[bytes | None] = [None] * len(references)
     errors: list[str | None] = [None] * len(references)
-    cuts = {i: name for i, name in enumerate(references) if isinstance(name, str) and name.startswith(BLUE_MARBLE)}
-    if cuts:
-        from rag_geotoken.sources.blue_marble import cut_references
-
-        for i, pixels in zip(cuts, cut_references(list(cuts.values())), strict=True):
-            encoded[i] = encode_picture(Image.fromarray(pixels), size, limit)
-    files = [i for i in range(len(references)) if i not in cuts]
+    drawn = draw(references)
+    for i, pixels in drawn.items():
+        encoded[i] = encode_picture(Image.fromarray(pixels), size, limit)
+    files = [i for i in range(len(references)) if i not in drawn]
     made = read_pictures([references[i] for i in files], lambda image: encode_picture(upright(image), size, limit))
     for i, picture in zip(files, made, strict=True):
         if isinstance(picture, str):

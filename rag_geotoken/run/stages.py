@@ -1,287 +1,291 @@
-"""The road on disk from the neighbours on: each stage a function from tables to a table, resumable, done once.
-
-    photos -> embeddings -> neighbours -> candidates -> pool -> verdicts -> predictions
-                         -> places     -> posterior
-                                       -> matches
-
-A photo that cannot be read has an error in ``embeddings``; it is missing from the tables between and stands again, with
-its error and without coordinates, in ``predictions``.
-"""
+"""What each stage of the road does with a block of photos, and which facts of the models it follows from."""
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable
 from dataclasses import asdict
-from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from hashlib import blake2b
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from rag_geotoken.metrics import RADII_KM
+from rag_geotoken import decoding
+from rag_geotoken.decision import strategies
+from rag_geotoken.decision.pool import (
+    extend,
+    generated_pool,
+    join,
+    keep_within,
+    make_pool,
+    moved_pool,
+    neighbor_pool,
+    only,
+    posterior_pool,
+)  # fmt: skip
+from rag_geotoken.errors import GeoError
+from rag_geotoken.frontier import frontier
+from rag_geotoken.index import COPIES
+from rag_geotoken.lattice import Lattice
+from rag_geotoken.options import Options
 from rag_geotoken.pictures import load_pictures
-from rag_geotoken.run.retrieval import run_stage
-from rag_geotoken.run.tables import (
-    read_candidates,
-    read_embeddings,
-    read_matches,
-    read_neighbors,
-    read_own_places,
-    read_places,
-    read_pool,
-)
-from rag_geotoken.tables import fixed_list, read_table, stage
-from rag_geotoken.types import SOURCES, Predictions
-from rag_geotoken.weights import fingerprint
+from rag_geotoken.posterior import effective_area_km2
+from rag_geotoken.run.models import Models
+from rag_geotoken.types import (
+    BEAM,
+    GREEDY,
+    MLLM,
+    RADII_KM,
+    SAMPLE,
+    SOURCES,
+    Answers,
+    Candidates,
+    Embeddings,
+    MllmVerdict,
+    Neighbors,
+    Places,
+    Pool,
+    Posterior,
+    Tables,
+    Verdict,
+)  # fmt: skip
+from rag_geotoken.verifiers import Verifier
+from rag_geotoken.verifiers.matching import match_all
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from rag_geotoken.options import Options
-    from rag_geotoken.pipeline import Geolocator
-
-Floats = NDArray[np.float64]
-
-
-def propose(folder: Path, geolocator: Geolocator, options: Options) -> Path:
-    """Embeddings and neighbours -> candidates: id, lat, lon, tokens, log_prob (untempered), source."""
-    import pyarrow as pa
-
-    ids, photo, _ = read_embeddings(folder)
-    neighbors = read_neighbors(folder)
-    # A photo's random stream follows from its id, so no block or batch changes its samples.
-    keys = [zlib.crc32(name.encode()) for name in ids]
-    names = ("propose", "beam_width", "samples", "temperature", "top_p", "epsilon", "within", "seed")
-    recipe: dict[str, Any] = {name: value for name, value in asdict(options).items() if name in names}
-    recipe |= {"weights": fingerprint(geolocator.tokens), "propose": list(options.propose)}
-
-    def work(at: slice) -> pa.Table:
-        found = geolocator.propose(photo[at], neighbors[at], options, keys[at])
-        tokens = found.tokens.reshape(-1, found.tokens.shape[-1])
-        lat, lon = geolocator.tokenizer.decode(tokens)
-        return pa.table(
-            {
-                "id": pa.array(np.repeat(ids[at], found.log_prob.shape[1]), pa.string()),
-                "lat": lat,
-                "lon": lon,
-                "tokens": fixed_list(tokens.astype(np.int16)),
-                "log_prob": found.log_prob.ravel(),
-                "source": np.array(SOURCES)[found.source.ravel()],
-            }
-        )
-
-    return run_stage(folder, "candidates", recipe, ["embeddings", "neighbours"], ids, work)
+Facts = dict[str, Any]
+# A source that alone is pooled -> the table that its places come from.
+TABLE_OF = {
+    "neighbour": "neighbours",
+    "greedy": "candidates",
+    "beam": "candidates",
+    "sample": "candidates",
+    "frontier": "posterior",
+    "gps": "places",
+    "visual": "matches",
+}
 
 
-def places(folder: Path, geolocator: Geolocator, options: Options) -> Path:
-    """Embeddings -> places: id, rank, lat, lon, score, those most like the photo's GPS embedding."""
-    import pyarrow as pa
-
-    ids, photo, _ = read_embeddings(folder)
-
-    def work(at: slice) -> pa.Table:
-        found = geolocator.places(photo[at], options.gps_places)
-        n = found.scores.shape[1]
-        return pa.table(
-            {
-                "id": pa.array(np.repeat(ids[at], n), pa.string()),
-                "rank": np.tile(np.arange(1, n + 1, dtype=np.int32), len(found.scores)),
-                "lat": found.lat_lon[..., 0].ravel(),
-                "lon": found.lat_lon[..., 1].ravel(),
-                "score": found.scores.ravel(),
-            }
-        )
-
-    recipe = {"encoder": geolocator.alignment.identity, "gps_places": options.gps_places}
-    return run_stage(folder, "places", recipe, ["embeddings"], ids, work)
+def encoder_id(models: Models, options: Options) -> Facts:
+    """Embeddings follow from the encoder."""
+    return {"encoder": models.alignment.identity}
 
 
-def posterior(folder: Path, geolocator: Geolocator, options: Options) -> Path:
-    """Embeddings and neighbours -> posterior: id, cell (S2 id of any level), mass, the heaviest first."""
-    import pyarrow as pa
-
-    ids, photo, _ = read_embeddings(folder)
-    neighbors = read_neighbors(folder)
-
-    def work(at: slice) -> pa.Table:
-        found = geolocator.posterior(photo[at], neighbors[at], options)
-        kept = found.mass > 0
-        return pa.table(
-            {
-                "id": pa.array(np.repeat(ids[at], kept.sum(axis=1)), pa.string()),
-                "cell": found.cells[kept],
-                "mass": found.mass[kept],
-            }
-        )
-
-    recipe = {"weights": fingerprint(geolocator.tokens), "openings": options.openings}
-    return run_stage(folder, "posterior", recipe, ["embeddings", "neighbours"], ids, work)
+def embed(models: Models, options: Options, tables: Tables) -> Embeddings:
+    """Pictures -> embeddings, zeros where a picture cannot be read."""
+    pixels, errors = models.alignment.load(tables.photos.images)
+    vectors = models.alignment.embed(pixels)
+    vectors[[error is not None for error in errors]] = 0.0
+    return Embeddings(vectors, digests(pixels), errors)
 
 
-def matches(folder: Path, geolocator: Geolocator) -> Path:
-    """Photos' and neighbours' pictures -> matches: id, rank, row, lat, lon, score, in the neighbours' order."""
-    import pyarrow as pa
-
-    ids, _, _ = read_embeddings(folder)
-    neighbors = read_neighbors(folder)
-    photos = read_table(folder / "photos.parquet", ["id", "image"])
-    reference = dict(zip(photos["id"].to_pylist(), photos["image"].to_pylist(), strict=True))
-
-    def work(at: slice) -> pa.Table:
-        pixels, _ = load_pictures([reference[name] for name in ids[at]], geolocator.matcher.size)
-        near = neighbors[at]
-        found = geolocator.match(pixels, near)
-        k = found.scores.shape[1]
-        return pa.table(
-            {
-                "id": pa.array(np.repeat(ids[at], k), pa.string()),
-                "rank": np.tile(np.arange(1, k + 1, dtype=np.int32), len(found.scores)),
-                "row": near.rows.ravel(),
-                "lat": found.lat_lon[..., 0].ravel(),
-                "lon": found.lat_lon[..., 1].ravel(),
-                "score": found.scores.ravel(),
-            }
-        )
-
-    recipe = {"index": geolocator.index.manifest["sha256"], "matcher": geolocator.matcher.identity}
-    return run_stage(folder, "matches", recipe, ["photos", "embeddings", "neighbours"], ids, work)
+def digests(pixels: NDArray[np.uint8]) -> list[str]:
+    """A name for each picture's pixels (B, H, W, 3), 32 hexadecimal digits, by which a photo knows itself."""
+    return [blake2b(picture.tobytes(), digest_size=16).hexdigest() for picture in pixels]
 
 
-def pool(folder: Path, geolocator: Geolocator, options: Options, diversify: bool = False) -> Path:
-    """Neighbours, candidates and places -> pool: id, lat, lon, log_weight, source, one entry a cell.
+def search_id(models: Models, options: Options) -> Facts:
+    """Neighbours follow from the index and from how the parts of an embedding are weighted."""
+    return {"index": models.index.identity, "weights": list(models.tuning.search_weights)}
 
-    Where pictures are compared, the places that the matches move each photo to come last, each an entry of its own.
-    diversify: then a multimodal model's answers to G3's prompts, of ``verdicts-mllm-diversify``.
+
+def search(models: Models, options: Options, tables: Tables) -> Neighbors:
+    """Embeddings -> the k nearest gallery photos; a photo never finds its own pixels.
+
+    Within a region, where fewer photos lie than asked for, the nearest to its middle are taken.
     """
-    import pyarrow as pa
-
-    ids, _, _ = read_embeddings(folder)
-    inputs = ["neighbours"] + ["candidates"] * bool(options.propose) + ["places"] * bool(options.gps_places)
-    neighbors, candidates = read_neighbors(folder), read_candidates(folder) if options.propose else None
-    found = read_places(folder) if options.gps_places else None
-    visual = read_matches(folder) if "visual" in options.verify else None
-    inputs += ["matches"] * (visual is not None) + ["verdicts-mllm-diversify"] * diversify
-    own = read_own_places(folder, "mllm-diversify") if diversify else None
-
-    def work(at: slice) -> pa.Table:
-        made = geolocator.pool(
-            neighbors[at], candidates and candidates[at], found and found[at], options.within, visual and visual[at],
-            None if own is None else own[at],
-        )  # fmt: skip
-        return pa.table(
-            {
-                "id": pa.array(np.repeat(ids[at], made.mask.sum(axis=1)), pa.string()),
-                "lat": made.lat_lon[made.mask][:, 0],
-                "lon": made.lat_lon[made.mask][:, 1],
-                "log_weight": made.log_weight[made.mask],
-                "source": np.array(SOURCES)[made.source[made.mask]],
-            }
-        )
-
-    tuning = geolocator.tuning
-    recipe: dict[str, Any] = {"level": geolocator.tokenizer.level, "within": options.within}
-    recipe |= {name: getattr(tuning, name) for name in ("neighbor_share", "neighbor_scale", "gps_share")}
-    if visual is not None:
-        recipe |= {name: getattr(tuning, name) for name in ("visual_share", "match_scale")}
-    if own is not None:
-        recipe["mllm_share"] = tuning.mllm_share
-    return run_stage(folder, "pool", recipe, inputs, ids, work)
-
-
-def verify(folder: Path, geolocator: Geolocator, verifier: str) -> Path:
-    """Pool -> verdicts-VERIFIER: id, verifier, status, and the scores over the photo's pool entries in their order."""
-    import pyarrow as pa
-
-    ids, photo, _ = read_embeddings(folder)
-    neighbors, entries = read_neighbors(folder), read_pool(folder)
-    found = read_matches(folder) if verifier == "visual" else None
-
-    def work(at: slice) -> pa.Table:
-        part = entries[at]
-        scores = geolocator.verify(verifier, photo[at], neighbors[at], part, found and found[at])
-        lists = [row[kept] for row, kept in zip(scores, part.mask, strict=True)]
-        count = len(lists)
-        return pa.table(
-            {
-                "id": pa.array(ids[at], pa.string()),
-                "verifier": [verifier] * count,
-                "status": ["ok"] * count,
-                "scores": pa.array(lists, pa.list_(pa.float32())),
-            }
-        )
-
-    recipe = {"verifier": verifier, "weights": geolocator.verifier_id(verifier)}
-    return run_stage(
-        folder,
-        f"verdicts-{verifier}",
-        recipe,
-        ["embeddings", "neighbours", "pool"] + ["matches"] * (found is not None),
-        ids,
-        work,
+    k, embeddings = options.neighbors, tables.embeddings
+    return models.index.search(
+        embeddings.vectors,
+        k,
+        models.tuning.search_weights,
+        embeddings.digests,
+        models.index.mask(options.within, at_least=k + COPIES),
+        exact=options.exact,
+        authors=tables.photos.authors if options.other_authors else None,
     )
 
 
-def write_decision(
-    folder: Path,
-    variant: str,
-    geolocator: Geolocator,
-    inputs: list[str],
-    decide: Callable[[], Predictions],
-    area: Floats | None = None,
-    max_area_km2: float | None = None,
-    least_confidence: float = 0.0,
-    verified: NDArray[np.bool_] | None = None,
-) -> Path:
-    """A decision on every readable photo, made unless it is there -> ``predictions-VARIANT`` of all photos.
+def tokens_id(models: Models, options: Options) -> Facts:
+    """What is generated follows from the token model and the cells that it reads of the index."""
+    return {"weights": models.tokens_id, "index": models.index.identity}
 
-    Columns: id, true_lat, true_lon (where the source knows them), lat, lon, source, confidence_1 ... confidence_2500,
-    area_km2 (the posterior's effective area (N,), where it was computed), verified, error. A photo whose area is above
-    ``max_area_km2``, or that is less sure than ``least_confidence`` to be within 200 km, gets no answer, and says so in
-    error. verified (N,): whether a verifier that can fail answered.
-    """
-    import pyarrow as pa
 
-    photos = read_table(folder / "photos.parquet", ["id", "lat", "lon"])
-    errors = read_table(folder / "embeddings.parquet", ["error"])["error"]
-    good = np.flatnonzero(errors.is_null().to_numpy())
-    place = np.full(len(photos), -1)
-    place[good] = np.arange(len(good))
-    ids = photos["id"].to_pylist()
+@torch.inference_mode()
+def propose(models: Models, options: Options, tables: Tables) -> Candidates:
+    """Embeddings and neighbours -> cells, decoded in every way that is asked for."""
+    tokens, memory = models.tokens, models.memory(tables.embeddings, tables.neighbours)
+    lattice = Lattice.within(models.tokenizer, *options.within) if options.within else None
+    decoded: list[tuple[int, decoding.Decoded]] = []
+    for name in options.propose:
+        if name == "greedy":
+            decoded.append((GREEDY, decoding.greedy(tokens, memory, lattice)))
+        elif name == "beam":
+            decoded.append((BEAM, decoding.beam(tokens, memory, options.beam_width, lattice)))
+        else:
+            drawn = decoding.sample(
+                tokens,
+                memory,
+                options.samples,
+                temperature=options.temperature,
+                seed=options.seed,
+                keys=tables.embeddings.keys,
+                top_p=options.top_p,
+                epsilon=options.epsilon,
+                lattice=lattice,
+            )
+            decoded.append((SAMPLE, drawn))
+    cells = torch.cat([d.tokens for _, d in decoded], dim=1).numpy()
+    source = [np.full(d.log_prob.shape, name, np.int8) for name, d in decoded]
+    lat, lon = models.tokenizer.decode(cells.reshape(-1, cells.shape[-1]))
+    return Candidates(
+        cells,
+        torch.cat([d.log_prob for _, d in decoded], dim=1).numpy(),
+        np.concatenate(source, axis=1),
+        np.stack([lat, lon], axis=-1).reshape(*cells.shape[:2], 2),
+    )
 
-    @cache
-    def decided() -> tuple[Predictions, list[str | None]]:
-        decision, reasons = decide(), errors.to_pylist()
-        wide = np.zeros(len(good), bool) if area is None or max_area_km2 is None else area > max_area_km2
-        for i in good[wide].tolist():
-            reasons[i] = f"abstained: the posterior is spread over more than {max_area_km2:g} km2"
-        for i in good[decision.confidence[:, RADII_KM.index(200)] < least_confidence].tolist():
-            reasons[i] = f"abstained: the chance to be within 200 km is below {least_confidence:g}"
-        return decision, reasons
 
-    anybody = any(name.startswith("verdicts") for name in inputs)
-    checked = np.full(len(good), anybody) if verified is None else verified
+def places_id(models: Models, options: Options) -> Facts:
+    """Places found by GPS embedding follow from the encoder and from the regions that the gallery covers."""
+    return {"encoder": models.alignment.identity, "index": models.index.identity}
 
-    def work(at: slice) -> pa.Table:
-        rows, (decision, reasons) = place[at], decided()
-        known = np.array([reason is None for reason in reasons[at]])
 
-        def column(values: NDArray[Any], kind: pa.DataType, known: NDArray[np.bool_] = known) -> pa.Array:
-            return pa.array(values[np.where(rows >= 0, rows, 0)], kind, mask=~known)
+def find_places(models: Models, options: Options, tables: Tables) -> Places:
+    """Embeddings -> the places most like each photo's GPS embedding."""
+    return models.gps_search(tables.embeddings.gps, options.gps_places)
 
-        columns = {"id": pa.array(ids[at], pa.string())}
-        columns |= {f"true_{axis}": photos[axis].combine_chunks()[at.start : at.stop] for axis in ("lat", "lon")}
-        columns |= {axis: column(decision.lat_lon[:, i], pa.float64()) for i, axis in enumerate(("lat", "lon"))}
-        columns["source"] = column(np.array(SOURCES)[decision.source], pa.string())
-        columns |= {f"confidence_{r}": column(decision.confidence[:, i], pa.float64()) for i, r in enumerate(RADII_KM)}
-        spread = np.full(len(good), np.nan) if area is None else area
-        columns["area_km2"] = column(spread, pa.float64(), (rows >= 0) & (area is not None))
-        columns["verified"] = pa.array(known & checked[np.where(rows >= 0, rows, 0)])
-        columns["error"] = pa.array(reasons[at], pa.string())
-        return pa.table(columns)
 
-    recipe = {"variant": variant, "tuning": asdict(geolocator.tuning), "max_area_km2": max_area_km2}
-    recipe |= {"least_confidence": least_confidence} if least_confidence else {}
-    files = [folder / f"{name}.parquet" for name in ["photos", "embeddings", *inputs]]
-    return stage(folder, f"predictions-{variant}", recipe, files, ids, work)
+def believe(models: Models, options: Options, tables: Tables) -> Posterior:
+    """Embeddings and neighbours -> what the token model believes of each photo as a whole."""
+    return frontier(models.tokens, models.memory(tables.embeddings, tables.neighbours), options.openings)
+
+
+def matcher_id(models: Models, options: Options) -> Facts:
+    """Matches follow from the gallery's pictures and from what compares them."""
+    return {"index": models.index.identity, "matcher": models.matcher.identity}
+
+
+def match(models: Models, options: Options, tables: Tables) -> Places:
+    """Pictures and neighbours -> where each neighbour's picture puts the photo, and how well the two fit."""
+    pixels, errors = load_pictures(tables.photos.images, models.matcher.size)
+    if any(errors):
+        raise GeoError(f"a picture is gone since it was encoded: {next(filter(None, errors))}")
+    return match_all(models.matcher, pixels, tables.neighbours, models.index)
+
+
+def mllm_id(models: Models, options: Options) -> Facts:
+    """Places that a multimodal model names follow from it, its prompts and what is retrieved."""
+    from rag_geotoken.verifiers.mllm import session_id
+
+    return session_id(models) | search_id(models, options)
+
+
+def diversify(models: Models, options: Options, tables: Tables) -> MllmVerdict:
+    """Pictures and neighbours -> a multimodal model's answers to G3's prompts, which join the pool."""
+    from rag_geotoken.verifiers.mllm import diverse_places
+
+    return diverse_places(models, options, tables)
+
+
+def pool_id(added: tuple[str, ...], models: Models, options: Options) -> Facts:
+    """A pool follows from what is put together and from the shares and scales of the tuning that this needs."""
+    names = ["neighbor_share", "neighbor_scale", "gps_share"]
+    names += ["visual_share", "match_scale"] * ("matches" in added) + ["mllm_share"] * (
+        "verdicts-mllm-diversify" in added
+    )
+    return {"level": models.tokenizer.level} | {name: getattr(models.tuning, name) for name in names}
+
+
+def pool(models: Models, options: Options, tables: Tables) -> Pool:
+    """Retrieved and generated places together, one entry a cell, then moved ones, then those of a multimodal model."""
+    tuning = models.tuning
+    made = make_pool(
+        tables.neighbours,
+        tables.candidates if options.propose else None,
+        models.tokenizer,
+        tuning,
+        tables.places if options.gps_places else None,
+    )
+    if options.visual:
+        made = extend(made, tables.matches, tuning)
+    if options.diverse:
+        own = tables.diverse.lat_lon
+        made = join(made, own, np.zeros(own.shape[:2]), tuning.mllm_share, MLLM)
+    return keep_within(made, options.within) if options.within else made
+
+
+def judged(options: Options) -> str:
+    """The table that verifiers score: the pool, or that of the one source which is asked for alone."""
+    return TABLE_OF[options.sources[0]] if len(options.sources) == 1 else "pool"
+
+
+def whole_pool(models: Models, options: Options, tables: Tables) -> Pool:
+    """The places that verifiers score: the pool, or those of the one source that is asked for, each its own entry."""
+    if len(options.sources) != 1:
+        return tables.pool
+    tuning, source = models.tuning, options.sources[0]
+    if source == "neighbour":
+        return neighbor_pool(tables.neighbours, tuning.density_scale)
+    if source == "visual":
+        return moved_pool(tables.matches, tuning)
+    if source == "frontier":
+        return posterior_pool(tables.posterior)
+    if source == "gps":
+        return make_pool(None, None, models.tokenizer, tuning, tables.places)
+    return generated_pool(tables.candidates, SOURCES.index(source), models.tokenizer, tuning)
+
+
+def chosen_pool(models: Models, options: Options, tables: Tables) -> Pool:
+    """The places one of which will be the answer."""
+    whole = whole_pool(models, options, tables)
+    kinds = [SOURCES.index(name) for name in options.pooled]
+    return whole if np.isin(whole.source[whole.mask], kinds).all() else only(whole, *kinds)
+
+
+def verdict_id(verifier: Verifier, models: Models, options: Options) -> Facts:
+    """A verdict follows from the verifier's own facts, and where one source is judged alone, from its weights."""
+    one = options.sources if judged(options) != "pool" else ()
+    return verifier.identity(models, options) | ({"source": one[0], "tuning": asdict(models.tuning)} if one else {})
+
+
+def verdict(verifier: Verifier, models: Models, options: Options, tables: Tables) -> Verdict:
+    """A verifier's score of every place; a multimodal model is asked about those alone that may be the answer."""
+    asks_model = verifier.kind is MllmVerdict
+    places = (chosen_pool if asks_model else whole_pool)(models, options, tables)
+    return verifier.scores(models, options, tables, places)
+
+
+def decision_id(models: Models, options: Options) -> Facts:
+    """A decision follows from the tuning, and from which places may be the answer."""
+    return {"pooled": list(options.pooled), "tuning": asdict(models.tuning), "encoder": models.alignment.identity}
+
+
+def decide(models: Models, options: Options, tables: Tables) -> Answers:
+    """The pool and its verdicts -> answers of readable photos; those that are too unsure abstain, and say so."""
+    whole, chosen = whole_pool(models, options, tables), chosen_pool(models, options, tables)
+    scores = {name: found.over(whole.mask) for name, found in tables.verdicts.items() if name != "mllm"}
+    given = strategies.Given(scores, models.tuning, tables.neighbours, models.tokenizer)
+    answers = Answers.of(tables.photos, [None] * len(tables.photos))
+    answers.verified[:] = bool(options.verify)
+    told = tables.verdicts.get("mllm")
+    if isinstance(told, MllmVerdict):
+        from rag_geotoken.verifiers.mllm import decide_told
+
+        decided = decide_told(models, options, tables.embeddings, chosen, given, told)
+        answers.verified[:] = told.answered
+    else:
+        decided = strategies.decide(chosen, given, options.select)
+    for name, values in vars(decided).items():
+        getattr(answers, name)[:] = values
+    if options.frontier:
+        answers.area_km2[:] = effective_area_km2(tables.posterior)
+    return _abstaining(answers, options)
+
+
+def _abstaining(answers: Answers, options: Options) -> Answers:
+    for i, area in enumerate(answers.area_km2.tolist()):
+        if options.max_area_km2 is not None and area > options.max_area_km2:
+            answers.errors[i] = f"abstained: the posterior is spread over more than {options.max_area_km2:g} km2"
+        if answers.confidence[i, RADII_KM.index(200)] < options.least_confidence:
+            answers.errors[i] = f"abstained: the chance to be within 200 km is below {options.least_confidence:g}"
+    return answers

@@ -1,7 +1,16 @@
-"""Sources of photos, written SCHEME:REST: one file a source, each a function to the photos table."""
+"""Sources of photos, written SCHEME:REST: one file a source, each with ``read(rest)``, a function to the photos table.
+
+A source whose pictures are no files has ``draw(references, size)`` besides, which makes pixels of its references, and
+``PIXELS``, the side of the squares that hold all they show. One that keeps some of its photos for evaluation has
+``check_use(rest, use)``. The file of a scheme bears its name.
+"""
 
 from __future__ import annotations
 
+import pkgutil
+from functools import cache
+from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from rag_geotoken.errors import GeoError
@@ -9,12 +18,24 @@ from rag_geotoken.errors import GeoError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SCHEMES = ("blue-marble", "folder", "mp16-pro", "im2gps3k", "yfcc4k", "hub")
+SHARED = {"photos", "metadata", "benchmarks", "tar"}  # files here that are no source
+
+
+@cache
+def schemes() -> tuple[str, ...]:
+    """What may stand before the colon, in alphabetical order."""
+    return tuple(sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(__path__) if m.name not in SHARED))
+
+
+def source_module(text: str) -> ModuleType | None:
+    """The module behind ``SCHEME:REST``, of a source or of a picture's reference; None where the text is none."""
+    scheme, colon, _ = text.partition(":")
+    return import_module(f"{__name__}.{scheme.replace('-', '_')}") if colon and scheme in schemes() else None
 
 
 def is_source(text: str) -> bool:
     """Whether a text is SCHEME:REST of a source, and not a path."""
-    return text.startswith(tuple(f"{scheme}:" for scheme in SCHEMES))
+    return text.partition(":")[0] in schemes() and ":" in text
 
 
 def limited(source: str, limit: int | None) -> str:
@@ -25,30 +46,22 @@ def limited(source: str, limit: int | None) -> str:
 def read_source(source: str) -> pa.Table:
     """Read a source -> photos: id, image (reference), lat, lon, place, author.
 
-    ``blue-marble:SPLIT``, ``folder:DIR``, ``mp16-pro:DIR``, ``im2gps3k:DIR``, ``yfcc4k:DIR`` or ``hub:NAME``; behind it
-    ``,limit=N`` for the first N photos and ``,limit=N,seed=S`` for N random ones. What was left out is in the schema's
-    metadata: `photos.read_left_out`. Raises GeoError for another scheme or what the source says.
+    Behind a source stands ``,limit=N`` for the first N photos and ``,limit=N,seed=S`` for N random ones. What was left
+    out is in the schema's metadata: `photos.read_left_out`. Raises GeoError for another scheme or what the source says.
     """
-    scheme, _, rest = source.partition(":")
-    match scheme:
-        case "blue-marble":
-            from rag_geotoken.sources import blue_marble
+    table: pa.Table = _module(source).read(source.partition(":")[2])
+    return table
 
-            return blue_marble.read(rest)
-        case "folder":
-            from rag_geotoken.sources import folder
 
-            return folder.read(rest)
-        case "mp16-pro":
-            from rag_geotoken.sources import mp16_pro
+def check_use(source: str, use: str) -> None:
+    """Raises GeoError where a source keeps those photos for something else than this use, such as ``train tokens``."""
+    module = _module(source)
+    if hasattr(module, "check_use"):
+        module.check_use(source.partition(":")[2], use)
 
-            return mp16_pro.read(rest)
-        case "im2gps3k" | "yfcc4k":
-            from rag_geotoken.sources import benchmarks
 
-            return benchmarks.read(scheme, rest)
-        case "hub":
-            from rag_geotoken.sources import hub
-
-            return hub.read(rest)
-    raise GeoError(f"no source {source!r}: write {', '.join(f'{name}:...' for name in SCHEMES)}")
+def _module(source: str) -> ModuleType:
+    module = source_module(source)
+    if module is None:
+        raise GeoError(f"no source {source!r}: write {', '.join(f'{name}:...' for name in schemes())}")
+    return module

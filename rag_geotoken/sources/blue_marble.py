@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 SCHEME = "blue-marble:"
-CROP_PIXELS = 64
+CROP_PIXELS = PIXELS = 64
 WIDTH_KM, WIDTH_SPREAD, TURN_DEG, LIGHT = 300.0, 0.2, 30.0, 0.1
 SOUTH, NORTH = -58.0, 76.0
 PICTURES = {"bmng": "bmng.jpg", "relief": "shadedrelief.jpg"}
@@ -49,6 +49,16 @@ def parse(rest: str) -> tuple[str, int, int, int]:
     if values["n"] < 1:
         raise GeoError("blue-marble n=0 asks for no photos: write n=1 or more")
     return split, values["n"], values["seed"], values["limit"] or values["n"]
+
+
+def check_use(rest: str, use: str) -> None:
+    """Raises GeoError where a training would see photos that results are measured on, or that it is chosen by."""
+    fitting = ("validation",) if use == "train tuning" else ("train", "gallery")
+    if use.startswith("train ") and parse(rest)[0] not in fitting:
+        raise GeoError(
+            f"{SCHEME}{rest} is kept for other uses: choose {' or '.join(SCHEME + split for split in fitting)}, or "
+            "photos of your own"
+        )
 
 
 def read(rest: str) -> pa.Table:
@@ -133,6 +143,9 @@ def cut_references(references: list[str], size: int = CROP_PIXELS) -> NDArray[np
         if rows.any():
             pixels[rows] = cut(views[rows], name, size)
     return pixels
+
+
+draw = cut_references
 
 
 def cut(views: NDArray[np.float64], picture: str = "bmng", size: int = CROP_PIXELS) -> NDArray[np.uint8]:

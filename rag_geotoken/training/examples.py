@@ -14,7 +14,8 @@ from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.errors import GeoError
 from rag_geotoken.progress import progress_bar
 from rag_geotoken.run import retrieval
-from rag_geotoken.tables import fixed_list, read_table, stage, to_numpy
+from rag_geotoken.run.resumable import stage
+from rag_geotoken.tables import fixed_list, read_table, to_numpy
 
 STREET_VIEW = "A street view photo taken in {}"  # G3's text of a place
 BLOCK = 4096

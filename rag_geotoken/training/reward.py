@@ -12,12 +12,12 @@ from torch.nn.functional import cross_entropy
 
 from rag_geotoken.errors import GeoError
 from rag_geotoken.geo import haversine_km
-from rag_geotoken.metrics import RADII_KM
 from rag_geotoken.options import Options
 from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.reward import RewardConfig, RewardHead
 from rag_geotoken.training.processes import make_accelerator
 from rag_geotoken.training.schedule import one_cycle
+from rag_geotoken.types import RADII_KM
 
 BLOCK = 256
 

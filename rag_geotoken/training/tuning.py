@@ -15,11 +15,10 @@ from rag_geotoken.decision.pool import extend, make_pool, neighbor_pool
 from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.errors import GeoError
 from rag_geotoken.geo import haversine_km
-from rag_geotoken.metrics import RADII_KM
 from rag_geotoken.options import Options
 from rag_geotoken.pipeline import Geolocator, digests
 from rag_geotoken.sources import read_source
-from rag_geotoken.types import Candidates, Matches, Neighbors, Places, Pool, Predictions
+from rag_geotoken.types import RADII_KM, Candidates, Neighbors, Places, Pool, Predictions
 from rag_geotoken.verifiers.agreement import support
 from rag_geotoken.verifiers.range_plus import likeness
 
@@ -132,7 +131,7 @@ def tune(geolocator: Geolocator, source: str, log: Log) -> Tuning:
 
 def _propose(
     geolocator: Geolocator, references: list[str], log: Log
-) -> list[tuple[Neighbors, Candidates, Places, Matches, Scores]]:
+) -> list[tuple[Neighbors, Candidates, Places, Scores]]:
     """Neighbours, candidates, matches and verifiers' scores of photos, in blocks: what no setting changes."""
     options, parts = Options(), []
     for start in range(0, len(references), 256):

@@ -18,7 +18,7 @@ from rag_geotoken.mllm.prompts import render
 from rag_geotoken.run.tables import read_embeddings, read_matches, read_neighbors, read_pool, read_verdicts
 from rag_geotoken.tables import read_table
 from rag_geotoken.training.verifier_words import BEGIN, END, IMAGE, LETTERS, PATCH, PIXELS
-from rag_geotoken.types import VISUAL, Matches, Pool
+from rag_geotoken.types import VISUAL, Places, Pool
 from rag_geotoken.verifiers.shortlist import (
     COUNT,
     Evidence,
@@ -131,7 +131,7 @@ def read_examples(folder: Path, index: GeoIndex, tuning: Tuning) -> Examples:
     truth = np.column_stack([photos["lat"].to_numpy(), photos["lon"].to_numpy()])
     images, neighbors = photos["image"].to_pylist(), read_neighbors(folder)
 
-    def known(pool: Pool, matches: Matches | None, seen: Examples | None) -> Examples:
+    def known(pool: Pool, matches: Places | None, seen: Examples | None) -> Examples:
         chosen = shortlist(pool, MOST)
         found = evidence(chosen, pool, neighbors, aligned, tuning, matches)
         rows = nearby_rows(chosen, neighbors)

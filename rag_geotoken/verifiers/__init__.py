@@ -1,1 +1,46 @@
-"""Verifiers: each gives every place of a pool a score."""
+"""Verifiers: each gives every place of a pool a score, by one kind of evidence.
+
+A verifier is a module with an object ``VERIFIER``; a new one is its file and its line below.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Protocol, cast
+
+if TYPE_CHECKING:
+    from rag_geotoken.options import Options
+    from rag_geotoken.run.models import Models
+    from rag_geotoken.types import Pool, Tables, Verdict
+
+# What `--verify` calls it -> its module.
+VERIFIERS = {
+    "alignment": "alignment",
+    "reward": "reward",
+    "visual": "visual",
+    "look": "range_plus",
+    "mllm": "mllm",
+}
+
+
+class Verifier(Protocol):
+    """One kind of evidence for the places of a pool.
+
+    reads: the tables that its scores follow from besides the pool. version: raised when its code gives other scores.
+    kind: of its verdicts.
+    """
+
+    reads: tuple[str, ...]
+    version: int
+    kind: type[Verdict]
+
+    def identity(self, models: Models, options: Options) -> dict[str, object]:
+        """What the scores follow from besides the tables, as JSON values. GeoError where something is missing."""
+
+    def scores(self, models: Models, options: Options, tables: Tables, pool: Pool) -> Verdict:
+        """A score (B, C) for every entry of the photos' pools, zero where there is none."""
+
+
+def load_verifier(name: str) -> Verifier:
+    """The verifier of that name, imported when it is first asked for."""
+    return cast(Verifier, import_module(f"{__name__}.{VERIFIERS[name]}").VERIFIER)

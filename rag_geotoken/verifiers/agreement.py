@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rag_geotoken.geo import EARTH_RADIUS_KM, from_unit, haversine_km, to_unit
-from rag_geotoken.types import Matches, Pool
+from rag_geotoken.types import Places, Pool
 from rag_geotoken.verifiers.registration import Registration
 
 # A view's turn, and the logarithm of its width over the usual one, spread so: what is believed of photo and neighbours.
@@ -47,7 +47,7 @@ def moved_places(found: Registration, places: Floats, width_km: float) -> Floats
     return result
 
 
-def support(pool: Pool, matches: Matches, within_km: float) -> NDArray[np.float32]:
+def support(pool: Pool, matches: Places, within_km: float) -> NDArray[np.float32]:
     """How well the matches of each photo support its pool's entries -> (B, C), zero where there is none.
 
     ``log(NO_MATCH + sum over neighbours k of score_k exp(-(distance to the moved place k / within_km)^2 / 2))``.

@@ -18,7 +18,7 @@ from torch.nn.functional import interpolate
 from rag_geotoken.encoders.shared import brief, find_folder, quiet
 from rag_geotoken.errors import GeoError
 from rag_geotoken.mllm.folder import FILES, WEIGHTS, model_identity
-from rag_geotoken.types import Matches
+from rag_geotoken.types import Places
 
 SIDE = 480  # px of a square picture, a multiple of the models' strides
 PAIRS = 4  # in one pass of the model
@@ -60,9 +60,9 @@ class KeypointMatcher:
             raise GeoError(f"{folder} lacks weights of a keypoint matcher, such as {missing[0]}: get it again")
         return cls(model.eval(), model_identity(folder))
 
-    def match(self, pixels: NDArray[np.uint8], near: NDArray[np.uint8], places: NDArray[np.float64]) -> Matches:
+    def match(self, pixels: NDArray[np.uint8], near: NDArray[np.uint8], places: NDArray[np.float64]) -> Places:
         """Every neighbour puts the photo where it was itself taken."""
-        return Matches(places, self.scores(pixels, near))
+        return Places(places, self.scores(pixels, near))
 
     @torch.inference_mode()
     def scores(self, photos: NDArray[np.uint8], near: NDArray[np.uint8]) -> NDArray[np.float32]:

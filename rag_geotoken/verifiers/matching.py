@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rag_geotoken.index import GeoIndex
-from rag_geotoken.types import Matches, Neighbors
+from rag_geotoken.types import Neighbors, Places
 from rag_geotoken.verifiers.agreement import moved_places
 from rag_geotoken.verifiers.registration import PIXELS, register
 
@@ -22,12 +22,12 @@ class Matcher(Protocol):
     photos: int
     identity: str
 
-    def match(self, pixels: Pixels, near: Pixels, places: NDArray[np.float64]) -> Matches:
+    def match(self, pixels: Pixels, near: Pixels, places: NDArray[np.float64]) -> Places:
         """Photos (B, S, S, 3), their neighbours' pictures (B, K, S', S', 3) and places (B, K, 2) -> matches."""
         ...
 
 
-class FromAbove:
+class AerialMatcher:
     """Pictures of the ground seen from straight above, north mostly up, ``width_km`` wide in the middle."""
 
     size, photos = PIXELS, 64
@@ -36,13 +36,13 @@ class FromAbove:
         """width_km: see :func:`.moved_places`."""
         self.width_km, self.identity = width_km, f"from above, {width_km:g} km"
 
-    def match(self, pixels: Pixels, near: Pixels, places: NDArray[np.float64]) -> Matches:
+    def match(self, pixels: Pixels, near: Pixels, places: NDArray[np.float64]) -> Places:
         """Every neighbour moves the photo to where, by how the two overlap, it was taken."""
         found = register(pixels, near)
-        return Matches(moved_places(found, places, self.width_km), found.alike)
+        return Places(moved_places(found, places, self.width_km), found.alike)
 
 
-def match_all(matcher: Matcher, pixels: Pixels, neighbors: Neighbors, index: GeoIndex) -> Matches:
+def match_all(matcher: Matcher, pixels: Pixels, neighbors: Neighbors, index: GeoIndex) -> Places:
     """Photos (B, S, S, 3) against the pictures of their neighbours, read from the index a few photos at a time."""
     lat_lon, scores = neighbors.lat_lon.copy(), np.zeros(neighbors.scores.shape, np.float32)
     for start in range(0, len(pixels), matcher.photos):
@@ -50,4 +50,4 @@ def match_all(matcher: Matcher, pixels: Pixels, neighbors: Neighbors, index: Geo
         near = index.pictures(neighbors.rows[at], matcher.size)
         found = matcher.match(pixels[at], near, neighbors.lat_lon[at])
         lat_lon[at], scores[at] = found.lat_lon, found.scores
-    return Matches(lat_lon, scores)
+    return Places(lat_lon, scores)

@@ -15,7 +15,6 @@ from rag_geotoken.mllm.prompts import render
 from rag_geotoken.mllm.request import Reply, Request
 from rag_geotoken.verifiers.shortlist import Shortlist
 
-MODES = ("pool", "free", "zero-shot", "diversify")
 LETTERS, NONE = "ABCDEFGHIJ", "Z"
 TURNS = 4  # orders of the candidates at most: one output token each
 SIMILAR = (0, 5, 10, 15)  # G3's prompts: so many places of similar photos, and as many of dissimilar ones

@@ -1,13 +1,21 @@
-"""What a place looks like: RANGE's estimate of an image embedding where there is no photo."""
+"""RANGE's estimate of an image embedding where there is no photo, and how alike a photo is to it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rag_geotoken.geo import to_unit
+from rag_geotoken.index import GeoIndex
+from rag_geotoken.types import Pool, Tables, Verdict
+
+if TYPE_CHECKING:
+    from rag_geotoken.options import Options
+    from rag_geotoken.run.models import Models
 
 Vectors = NDArray[np.float32]
 BANK = 100_000  # rows at most
@@ -62,3 +70,38 @@ def likeness(photo: Vectors, looks: Vectors) -> Vectors:
     """The cosine (N,) of each image embedding (N, dim) of length one with an estimated one (N, dim)."""
     cosine: Vectors = np.einsum("nd,nd->n", photo, looks) / np.linalg.norm(looks, axis=1)
     return cosine
+
+
+def bank_of(index: GeoIndex, embed: Callable[[NDArray[np.float64]], Vectors]) -> Look:
+    """A gallery as a bank, a seeded draw of it where it is large; ``embed``: places -> embeddings."""
+    count = len(index.rows)
+    rows = np.arange(count) if count <= BANK else np.random.default_rng(0).choice(count, BANK, replace=False)
+    rows = np.sort(rows)
+    return Look(index.lat_lon[rows], embed(index.lat_lon[rows]), index.image_parts(rows))
+
+
+class RangePlus:
+    """The cosine of the photo's image embedding with what RANGE makes of the place."""
+
+    reads, version, kind = ("embeddings",), 1, Verdict
+
+    def identity(self, models: Models, options: Options) -> dict[str, object]:
+        """The encoder, the bank and how its two parts are mixed."""
+        mix = models.tuning.look_beta, models.tuning.look_semantic, models.tuning.look_spatial
+        return {"weights": models.alignment.identity, "index": models.index.identity, "mix": list(mix)}
+
+    def scores(self, models: Models, options: Options, tables: Tables, pool: Pool) -> Verdict:
+        """(B, C) cosines."""
+        scores, tuning, spots = np.zeros(pool.mask.shape, np.float32), models.tuning, pool.lat_lon[pool.mask]
+        looks = models.range_bank.of(
+            spots,
+            models.alignment.embed_places(spots),
+            beta=tuning.look_beta,
+            semantic=tuning.look_semantic,
+            spatial=tuning.look_spatial,
+        )
+        scores[pool.mask] = likeness(tables.embeddings.image[np.nonzero(pool.mask)[0]], looks)
+        return Verdict(scores, pool.mask)
+
+
+VERIFIER = RangePlus()

@@ -57,9 +57,12 @@ def register(photos: NDArray[np.uint8], near: NDArray[np.uint8]) -> Registration
     """
     parts = []
     for start in range(0, len(photos), CHUNK):
-        photo, other = _planes(photos[start : start + CHUNK]), _planes(near[start : start + CHUNK])
+        # Always so many photos, or the same photo would be rounded otherwise alone than among others.
+        at = np.minimum(np.arange(start, start + CHUNK), len(photos) - 1)
+        photo, other = _planes(photos[at]), _planes(near[at])
         parts.append(_measure(_refine(photo, other, _search(photo, other))))
-    return Registration(*(np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])))
+    columns = {name: np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])}
+    return Registration(**{name: values[: len(photos)] for name, values in columns.items()})
 
 
 @dataclass(frozen=True)

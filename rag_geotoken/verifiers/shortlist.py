@@ -12,7 +12,7 @@ from rag_geotoken.decision.pool import log_softmax
 from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.geo import haversine_km, pairwise_km
 from rag_geotoken.places import place_text
-from rag_geotoken.types import BEAM, GREEDY, SAMPLE, Matches, Neighbors, Pool
+from rag_geotoken.types import BEAM, GREEDY, SAMPLE, Neighbors, Places, Pool
 
 COUNT = 6  # places; on validation photos one of them is within 200 km of the truth as often as 99.9 %
 APART_KM, AGREE_KM = 100.0, 25.0
@@ -91,7 +91,7 @@ def evidence(
     neighbors: Neighbors,
     aligned: NDArray[np.float32],
     tuning: Tuning,
-    matches: Matches | None = None,
+    matches: Places | None = None,
 ) -> Evidence:
     """What is known of a shortlist's places from the pool, the neighbours and the alignment's scores (B, C).
 

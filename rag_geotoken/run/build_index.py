@@ -1,0 +1,104 @@
+"""From a source to an index: photos, embeddings or projections, thumbnails, then the index itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from rag_geotoken.alignment import GeoAlignment
+from rag_geotoken.errors import GeoError
+from rag_geotoken.files import check_writable
+from rag_geotoken.indexing import Plan, build_approximate, build_index
+from rag_geotoken.run.resumable import run_stage
+from rag_geotoken.run.stages import digests
+from rag_geotoken.run.walk import write_photos
+from rag_geotoken.tables import fixed_list, read_table
+from rag_geotoken.thumbnails import QUALITY, make_thumbnails
+from rag_geotoken.types import Embeddings, Photos
+
+
+def make_index(
+    folder: Path, source: str, alignment: GeoAlignment, plan: Plan | None = None, thumbnails: int | None = None
+) -> dict[str, Any]:
+    """Read a source, encode its photos and write the index -> its manifest; what is done stays done.
+
+    plan: what it may cost; an exact index where that is enough. thumbnails: keep the pictures too, their longer side so
+    many pixels. Stage tables lie beside it in ``stages``.
+    """
+    check_writable(folder)
+    tables, plan = folder / "stages", plan or Plan()
+    photos = write_photos(tables, source)
+    small = _thumbnails(tables, thumbnails) if thumbnails else None
+    if plan.choose(len(read_table(photos, ["id"])), alignment.config.dim) == "Flat":
+        return build_index(
+            folder, photos, _embeddings(tables, alignment), alignment.identity, small, alignment.embed_places
+        )
+    projections = project(tables, alignment)
+    return build_approximate(
+        folder, photos, projections, alignment.identity, alignment.heads, plan, small, alignment.embed_places
+    )
+
+
+def _embeddings(folder: Path, alignment: GeoAlignment) -> Path:
+    """Photos -> embeddings, as the road has them."""
+    photos = Photos.from_table(read_table(folder / "photos.parquet"))
+
+    def work(at: slice) -> pa.Table:
+        pixels, errors = alignment.load(photos.images[at])
+        vectors = alignment.embed(pixels)
+        vectors[[error is not None for error in errors]] = 0.0
+        return Embeddings(vectors, digests(pixels), errors).to_table(photos.ids[at])
+
+    return run_stage(folder, "embeddings", {"encoder": alignment.identity}, ["photos"], photos.ids, work)
+
+
+def project(folder: Path, alignment: GeoAlignment) -> Path:
+    """Photos -> projections: the one vector that the three parts of an embedding follow from, in half precision.
+
+    Columns id, projection (dim), digest, error: a sixth of the bytes of embeddings.
+    """
+    photos = Photos.from_table(read_table(folder / "photos.parquet"))
+
+    def work(at: slice) -> pa.Table:
+        pixels, errors = alignment.load(photos.images[at])
+        vectors = alignment.project(pixels).astype(np.float16)
+        vectors[[error is not None for error in errors]] = 0.0
+        told = {"digest": digests(pixels), "error": pa.array(errors, pa.string())}
+        return pa.table({"id": pa.array(photos.ids[at], pa.string()), "projection": fixed_list(vectors)} | told)
+
+    recipe = {"encoder": alignment.encoder_identity}
+    return run_stage(folder, "projections", recipe, ["photos"], photos.ids, work)
+
+
+def _thumbnails(folder: Path, size: int) -> Path:
+    """Photos -> thumbnails: id and the picture as WebP, its longer side at most ``size`` px; empty where unreadable."""
+    photos = Photos.from_table(read_table(folder / "photos.parquet"))
+
+    def work(at: slice) -> pa.Table:
+        made = make_thumbnails(photos.images[at], size)
+        return pa.table({"id": pa.array(photos.ids[at], pa.string()), "picture": pa.array(made, pa.binary())})
+
+    return run_stage(folder, "thumbnails", {"size": size, "quality": QUALITY}, ["photos"], photos.ids, work)
+
+
+def index_for_training(folder: Path, source: str, alignment: GeoAlignment) -> Path:
+    """The index of a source at a place where a training keeps it, made where it is missing -> its folder.
+
+    Raises GeoError, and leaves everything as it is, where another index lies there.
+    """
+    from rag_geotoken.index_files import MANIFEST
+
+    if (folder / MANIFEST).is_file():
+        known = folder / "stages" / "photos.json"
+        from rag_geotoken.files import read_json
+
+        if not known.is_file() or read_json(known)["recipe"]["source"] != source:
+            raise GeoError(
+                f"{folder} holds an index of other photos than {source}: add --index {folder} to train with it, or "
+                "choose another --out"
+            )
+    make_index(folder, source, alignment)
+    return folder

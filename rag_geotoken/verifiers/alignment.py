@@ -1,0 +1,33 @@
+"""G3's geo-verification: how alike a photo and a place are in the space that both are embedded in."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rag_geotoken.types import Pool, Tables, Verdict
+
+if TYPE_CHECKING:
+    from rag_geotoken.options import Options
+    from rag_geotoken.run.models import Models
+
+
+class Alignment:
+    """The cosine of the photo's GPS embedding with the place's."""
+
+    reads, version, kind = ("embeddings",), 1, Verdict
+
+    def identity(self, models: Models, options: Options) -> dict[str, object]:
+        """The encoder of photos and places."""
+        return {"weights": models.alignment.identity}
+
+    def scores(self, models: Models, options: Options, tables: Tables, pool: Pool) -> Verdict:
+        """(B, C) cosines."""
+        scores = np.zeros(pool.mask.shape, np.float32)
+        places = models.alignment.embed_places(pool.lat_lon[pool.mask])
+        scores[pool.mask] = np.einsum("nd,nd->n", tables.embeddings.gps[np.nonzero(pool.mask)[0]], places)
+        return Verdict(scores, pool.mask)
+
+
+VERIFIER = Alignment()

@@ -1,0 +1,178 @@
+"""A multimodal model as a verifier: what it is shown of a pool, what its answers say, and what follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rag_geotoken.decision import strategies
+from rag_geotoken.decision.strategies import Given
+from rag_geotoken.errors import GeoError
+from rag_geotoken.mllm.pictures import encode_pictures
+from rag_geotoken.mllm.prompts import prompts_sha256
+from rag_geotoken.mllm.session import MllmSession
+from rag_geotoken.options import verified_by
+from rag_geotoken.types import Embeddings, MllmVerdict, Pool, Predictions, Tables
+from rag_geotoken.verifiers import questions
+from rag_geotoken.verifiers.router import route
+from rag_geotoken.verifiers.shortlist import (
+    Evidence,
+    Shortlist,
+    candidates,
+    evidence,
+    nearby_rows,
+    place_texts,
+    shortlist,
+)
+
+if TYPE_CHECKING:
+    from rag_geotoken.options import Options
+    from rag_geotoken.run.models import Models
+
+Floats = NDArray[np.float64]
+
+
+class Mllm:
+    """Log-probabilities of the places by what a multimodal model answers, or places of its own.
+
+    ``mllm_mode``: pool asks which of the candidates it is; free for any place, the candidates as hints; zero-shot for
+    any place; diversify adds the answers to G3's prompts to the pool, and then asks which of the candidates it is.
+    """
+
+    reads, version, kind = ("embeddings", "neighbours"), 1, MllmVerdict
+
+    def identity(self, models: Models, options: Options) -> dict[str, object]:
+        """The model, its prompts, the candidates, and what the evidence in words follows from."""
+        facts = session_id(models) | {"pooled": list(options.pooled), "encoder": models.alignment.identity}
+        if options.evidence:
+            facts |= {name: getattr(models.tuning, name) for name in ("alignment_scale", "search_weights")}
+        return facts | ({"index": models.index.identity} if options.near_pictures else {})
+
+    def scores(self, models: Models, options: Options, tables: Tables, pool: Pool) -> MllmVerdict:
+        """(B, C) log-probabilities of a shortlist's places, spread over the entries that they stand for."""
+        pictures = _pictures(options, tables)
+        if options.mllm_mode == "zero-shot":
+            prompts = [[questions.zero_shot_request(picture)] for picture in pictures]
+            return _verdict(questions.ask_place(prompts, _session(models).ask, 1), pool.mask)
+        chosen = shortlist(pool)
+        shown, near = _shown(models, options, tables, pool, chosen)
+        if options.mllm_mode == "free":
+            prompts = [
+                [questions.free_request(picture, places, seen)]
+                for picture, places, seen in zip(pictures, shown, near, strict=True)
+            ]
+            return _verdict(questions.ask_place(prompts, _session(models).ask, 1), pool.mask)
+        found = questions.ask_pool(pictures, chosen, shown, _session(models).ask, near)
+        log_probs = found.log_probs.astype(np.float32)
+        return _verdict(found, pool.mask, chosen.spread(log_probs[:, :-1], log_probs[:, -1]))
+
+
+VERIFIER = Mllm()
+
+
+def session_id(models: Models) -> dict[str, object]:
+    """What a multimodal model's answers follow from. Raises GeoError where there is none."""
+    return {"model": _session(models).model, "prompts": prompts_sha256()}
+
+
+def diverse_places(models: Models, options: Options, tables: Tables) -> MllmVerdict:
+    """G3's prompts with places of similar and dissimilar photos: answers that are to join the pool."""
+    embeddings, weights = tables.embeddings, models.tuning.search_weights
+    far = models.index.search(embeddings.vectors, questions.SIMILAR[-1], weights, dissimilar=True)
+    prompts = [
+        questions.diverse_requests(picture, near, away, options.answers)
+        for picture, near, away in zip(_pictures(options, tables), tables.neighbours.lat_lon, far.lat_lon, strict=True)
+    ]
+    most = options.answers * len(questions.SIMILAR)
+    return _verdict(questions.ask_place(prompts, _session(models).ask, most), np.zeros((len(prompts), 1), bool))
+
+
+def decide_told(
+    models: Models, options: Options, embeddings: Embeddings, pool: Pool, given: Given, told: MllmVerdict
+) -> Predictions:
+    """The decision with a model's verdict beside other verifiers' scores; without it, where it gave none.
+
+    A place of its own (``free``, ``zero-shot``) is the answer where the router prefers it.
+    """
+    asked = replace(given, scores={**given.scores, "mllm": told.over(pool.mask)})
+    chooses = options.mllm_mode in ("pool", "diversify")
+    if chooses and told.answered.all():
+        return strategies.decide(pool, asked, options.select)
+    without = strategies.decide(pool, given, options.select)
+    if chooses:
+        decided = strategies.decide(pool, asked, options.select)
+    else:
+        own = told.lat_lon[:, 0]
+        gain = gain_of(models, embeddings, own, without)
+        decided = route(pool, without, own, told.confidence[:, 0], gain, models.tuning, verified_by(given.scores))
+    pick = told.answered
+    return Predictions(
+        np.where(pick[:, None], decided.lat_lon, without.lat_lon),
+        np.where(pick[:, None], decided.confidence, without.confidence),
+        np.where(pick, decided.source, without.source).astype(np.int8),
+    )
+
+
+def gain_of(models: Models, embeddings: Embeddings, own: Floats, decided: Predictions) -> Floats:
+    """How much more alike photos are to the model's places (B, 2) than to the decided ones, in cosines (B,)."""
+    spots = np.where(np.isfinite(own), own, 0.0)
+    theirs, ours = (models.alignment.embed_places(places) for places in (spots, decided.lat_lon))
+    gain: Floats = np.einsum("bd,bd->b", embeddings.gps, theirs - ours).astype(np.float64)
+    return gain
+
+
+def _session(models: Models) -> MllmSession:
+    if models.mllm is None:
+        raise GeoError("which multimodal model? Give --mllm http://HOST:PORT/v1, a folder, a hub's name or embedded")
+    return models.mllm
+
+
+def _pictures(options: Options, tables: Tables) -> list[bytes]:
+    """The photos as the model is shown them."""
+    encoded, errors = encode_pictures(tables.photos.images, options.picture_size)
+    if any(errors):
+        raise GeoError(f"a picture is gone since it was encoded: {next(filter(None, errors))}")
+    return [picture or b"" for picture in encoded]
+
+
+def _verdict(
+    found: questions.Verdicts, mask: NDArray[np.bool_], scores: NDArray[np.float32] | None = None
+) -> MllmVerdict:
+    """What was said, with scores (B, C) of the entries, zeros where the mode gives none."""
+    given = np.zeros(mask.shape, np.float32) if scores is None else np.where(mask, scores, 0.0).astype(np.float32)
+    costs = found.requests, found.prompt_tokens, found.output_tokens
+    return MllmVerdict(given, mask, found.status, found.lat_lon, found.confidence, found.raw, *costs)
+
+
+def _shown(
+    models: Models, options: Options, tables: Tables, pool: Pool, chosen: Shortlist
+) -> tuple[list[list[dict[str, Any]]], list[dict[str, bytes]]]:
+    """Each photo's candidates as prompts show them, and the pictures that they name."""
+    known: Evidence | None = None
+    if options.evidence:
+        from rag_geotoken.verifiers.alignment import VERIFIER as ALIGNMENT
+
+        aligned = ALIGNMENT.scores(models, options, tables, pool).scores
+        matches = tables.matches if options.visual else None
+        known = evidence(chosen, pool, tables.neighbours, aligned, models.tuning, matches)
+    shown = [candidates(chosen, i, texts, known) for i, texts in enumerate(place_texts(chosen))]
+    near: list[dict[str, bytes]] = [{} for _ in shown]
+    if options.near_pictures:
+        rows = nearby_rows(chosen, tables.neighbours)
+        pictures = _encoded(models, options, rows)
+        for i, j in zip(*np.nonzero(rows >= 0), strict=True):
+            if rows[i, j] in pictures:
+                shown[i][j]["picture"] = f"near {j}"
+                near[i][f"near {j}"] = pictures[int(rows[i, j])]
+    return shown, near
+
+
+def _encoded(models: Models, options: Options, rows: NDArray[np.int64]) -> Mapping[int, bytes]:
+    """The gallery's pictures of rows (B, M), -1 for none, that can be read."""
+    wanted = np.unique(rows[rows >= 0])
+    encoded, _ = encode_pictures(models.index.picture_files(wanted), options.picture_size)
+    return {row: picture for row, picture in zip(wanted.tolist(), encoded, strict=True) if picture}
