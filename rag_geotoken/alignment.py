@@ -30,7 +30,7 @@ from rag_geotoken.errors import GeoError
 from rag_geotoken.files import file_sha256
 from rag_geotoken.location import HarmonicConfig, HarmonicEncoder, LocationConfig, UnitVectorEncoder, embed_places, mlp
 from rag_geotoken.location import LocationEncoder as LocationEncoder
-from rag_geotoken.pictures import load_pictures
+from rag_geotoken.pictures import Picture, load_pictures
 from rag_geotoken.weights import fingerprint, load_weights, save_weights
 
 EARTH_BACKBONE = "earth"
@@ -154,7 +154,7 @@ class GeoAlignment(nn.Module):
         facts = json.dumps(self.backbone.identity(), sort_keys=True)
         return f"{self.backbone.folder.name}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
 
-    def load(self, references: Sequence[str]) -> tuple[NDArray[np.uint8], list[str | None]]:
+    def load(self, references: Sequence[Picture]) -> tuple[NDArray[np.uint8], list[str | None]]:
         """N pictures as the encoder takes them (N, size, size, 3), and what is wrong with each: ``load_pictures``."""
         return self.backbone.load(references) if self.frozen else load_pictures(references, self.size)
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from rag_geotoken import geo, metrics
 from rag_geotoken.errors import GeoError
+from rag_geotoken.types import RADII_KM
 
 Floats = NDArray[np.float64]
 
@@ -73,7 +74,7 @@ def evaluate_csv(
 
 def format_evaluation(result: dict[str, Any]) -> str:
     """What `evaluate_csv` returned, as a few lines to read."""
-    radii = [str(r) for r in metrics.RADII_KM]
+    radii = [str(r) for r in RADII_KM]
     median = "none (most photos have no answer)" if result["median_km"] is None else f"{result['median_km']:,.1f} km"
     rows = [
         ("within", [f"{r} km" for r in radii]),

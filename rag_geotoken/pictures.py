@@ -73,8 +73,8 @@ def load_pictures(
     pixels = np.zeros((len(references), size, size, 3), np.uint8)
     errors: list[str | None] = [None] * len(references)
     drawn = draw(references, size)
-    for i, square in drawn.items():
-        pixels[i] = square
+    for i, made in drawn.items():
+        pixels[i] = made
     files = [i for i in range(len(references)) if i not in drawn]
     resampling = Image.Resampling[interpolation.upper()]
     squares = read_pictures([references[i] for i in files], lambda image: _square(image, size, fit, resampling))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from rag_geotoken.errors import GeoError
 from rag_geotoken.files import write_whole
-from rag_geotoken.pictures import draw, read_pictures, upright
+from rag_geotoken.pictures import Picture, draw, read_pictures, upright
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -51,7 +51,7 @@ class Thumbnails:
         return cls(data, offsets)
 
 
-def make_thumbnails(references: Sequence[str], size: int) -> list[bytes]:
+def make_thumbnails(references: Sequence[Picture], size: int) -> list[bytes]:
     """Pictures behind references, whole and upright, their longer side at most ``size`` px, as WebP without metadata.
 
     Empty for one that cannot be read. Raises GeoError when what a source draws from is not there.

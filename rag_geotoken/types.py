@@ -383,8 +383,9 @@ class Answers(Predictions):
         """Read back what :meth:`to_table` made."""
         decided = _columns(table, "lat", "lon"), _columns(table, *(f"confidence_{r}" for r in RADII_KM))
         area, verified = _columns(table, "area_km2")[:, 0], table["verified"].to_numpy(zero_copy_only=False)
-        told = table["error"].to_pylist(), table["id"].to_pylist(), _columns(table, "true_lat", "true_lon")
-        return cls(*decided, _numbers(table["source"].fill_null(SOURCES[0])), area, verified, *told)
+        errors, names = table["error"].to_pylist(), table["id"].to_pylist()
+        source, truth = _numbers(table["source"].fill_null(SOURCES[0])), _columns(table, "true_lat", "true_lon")
+        return cls(*decided, source, area, verified, errors, names, truth)
 
     @classmethod
     def of(cls, photos: Photos, errors: Sequence[str | None]) -> Answers:

@@ -16,6 +16,9 @@ bench_app = typer.Typer(help="Measure speed and rightness against plain peers, i
 
 Recipe = Annotated[Path | None, typer.Argument(help="TOML recipe; the embedded models' own unless given.")]
 Out = Annotated[Path, typer.Option(help="Folder of the weights.")]
+Index = Annotated[
+    Path | None, typer.Option(help="Gallery to train with; else one of the recipe's gallery, kept in OUT-index.")
+]
 
 
 @train_app.command("alignment")
@@ -36,30 +39,30 @@ def train_heads(recipe: Recipe = None, out: Out = Path("runs/weights")) -> None:
 
 
 @train_app.command("tokens")
-def train_tokens(recipe: Recipe = None, out: Out = Path("runs/weights")) -> None:
+def train_tokens(recipe: Recipe = None, out: Out = Path("runs/weights"), index: Index = None) -> None:
     """Train the token model on the alignment in OUT (about 15 minutes on 2 cores)."""
-    _train("tokens", recipe, out)
+    _train("tokens", recipe, out, index)
 
 
 @train_app.command("reward")
-def train_reward(recipe: Recipe = None, out: Out = Path("runs/weights")) -> None:
+def train_reward(recipe: Recipe = None, out: Out = Path("runs/weights"), index: Index = None) -> None:
     """Train the reward head on pools of gallery photos, for the models in OUT (a few minutes)."""
-    _train("reward", recipe, out)
+    _train("reward", recipe, out, index)
 
 
 @train_app.command("tuning")
-def train_tuning(recipe: Recipe = None, out: Out = Path("runs/weights")) -> None:
+def train_tuning(recipe: Recipe = None, out: Out = Path("runs/weights"), index: Index = None) -> None:
     """Choose the pool's weights and scales on validation photos, for the models in OUT."""
-    _train("tuning", recipe, out)
+    _train("tuning", recipe, out, index)
 
 
 @train_app.command("verifier")
-def train_verifier(recipe: Recipe = None, out: Out = Path("runs/weights")) -> None:
+def train_verifier(recipe: Recipe = None, out: Out = Path("runs/weights"), index: Index = None) -> None:
     """Train the small multimodal model that verifies pools, for the models in OUT (about half an hour on 2 cores).
 
     It is written into OUT-verifier, which transformers loads and vLLM serves.
     """
-    _train("verifier", recipe, out)
+    _train("verifier", recipe, out, index)
 
 
 @train_app.command("mllm")
@@ -69,6 +72,7 @@ def train_mllm(
     mllm: Mllm = None,
     mllm_model: MllmModel = None,
     mllm_concurrent: MllmConcurrent = None,
+    index: Index = None,
 ) -> None:
     """Choose on validation photos what a multimodal model's verdicts are worth, for the models in OUT.
 
@@ -77,14 +81,14 @@ def train_mllm(
     from rag_geotoken.recipes import training_recipe
     from rag_geotoken.training.run import train_mllm
 
-    train_mllm(training_recipe(recipe), out, mllm, mllm_model, mllm_concurrent)
+    train_mllm(training_recipe(recipe), out, mllm, mllm_model, mllm_concurrent, index)
 
 
-def _train(what: str, recipe: Path | None, out: Path) -> None:
+def _train(what: str, recipe: Path | None, out: Path, index: Path | None = None) -> None:
     from rag_geotoken.recipes import training_recipe
     from rag_geotoken.training.run import train
 
-    train(what, training_recipe(recipe, "g3" if what == "heads" else "earth"), out)
+    train(what, training_recipe(recipe, "g3" if what == "heads" else "earth"), out, index)
 
 
 @bench_app.command("index")

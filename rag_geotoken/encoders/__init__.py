@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from rag_geotoken.encoders.clip import ClipEncoder
     from rag_geotoken.encoders.open_clip import OpenClipEncoder
+    from rag_geotoken.pictures import Picture
 
 OPEN_CLIP = "open_clip:"
 
@@ -27,7 +28,7 @@ class Backbone(Protocol):
     dim: int
     size: int
 
-    def load(self, references: Sequence[str]) -> tuple[NDArray[np.uint8], list[str | None]]:
+    def load(self, references: Sequence[Picture]) -> tuple[NDArray[np.uint8], list[str | None]]:
         """N references -> pixels (N, size, size, 3), and for each None or what is wrong: see ``load_pictures``."""
 
     def images(self, pixels: NDArray[np.uint8], batch: int = ...) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from rag_geotoken.encoders.shared import MEAN, STD, brief, colour_statistics, find_folder, in_batches, normalized, quiet
 from rag_geotoken.errors import GeoError
 from rag_geotoken.files import file_sha256, read_json
-from rag_geotoken.pictures import load_pictures
+from rag_geotoken.pictures import Picture, load_pictures
 
 CLIP_LARGE = "openai/clip-vit-large-patch14"
 WEIGHTS = "model*.safetensors"
@@ -41,7 +41,7 @@ class ClipEncoder:
         """
         return cls(find_folder(str(name), FILES, [WEIGHTS], "--backbone DIR"))
 
-    def load(self, references: Sequence[str]) -> tuple[NDArray[np.uint8], list[str | None]]:
+    def load(self, references: Sequence[Picture]) -> tuple[NDArray[np.uint8], list[str | None]]:
         """Pictures as this model wants them, and what is wrong with each: see ``load_pictures``."""
         return load_pictures(references, self.size)
 

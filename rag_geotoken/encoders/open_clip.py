@@ -18,7 +18,7 @@ from torch import Tensor
 from rag_geotoken.encoders.shared import MEAN, STD, brief, colour_statistics, find_folder, in_batches, normalized
 from rag_geotoken.errors import GeoError
 from rag_geotoken.files import file_sha256, read_json
-from rag_geotoken.pictures import Fit, load_pictures
+from rag_geotoken.pictures import Fit, Picture, load_pictures
 
 HUB, LOCAL = "hf-hub:", "local-dir:"
 CONFIG = "open_clip_config.json"
@@ -83,7 +83,7 @@ class OpenClipEncoder:
             "open_clip:MODEL/TAG, such as open_clip:ViT-L-14/openai"
         )
 
-    def load(self, references: Sequence[str]) -> tuple[NDArray[np.uint8], list[str | None]]:
+    def load(self, references: Sequence[Picture]) -> tuple[NDArray[np.uint8], list[str | None]]:
         """Pictures as this model wants them, and what is wrong with each: see ``load_pictures``.
 
         Of an upright RGB picture these are the pixels of open_clip's own transform, unless it is over 16 times as long

@@ -271,7 +271,8 @@ def _add_gain(result: Result, before: Floats, best: Floats, bounds: Floats) -> N
 
 def _distances(run: RunFolder, name: str) -> Floats:
     found: Answers = run.result(name, Answers)
-    return haversine_km(*found.true_lat_lon.T, *found.lat_lon.T)
+    truth, answers = found.true_lat_lon, found.lat_lon
+    return haversine_km(truth[:, 0], truth[:, 1], answers[:, 0], answers[:, 1])
 
 
 def oracle(run: RunFolder, options: Options, files: dict[str, str]) -> Floats:
@@ -400,7 +401,13 @@ def _example(
     crops, _ = load_pictures([run.photos.images[row]], 64)
     others = models.index.pictures(rows, 64)
     near = [
-        {"crop": crop, "lat": lat, "lon": lon, "score": float(s), "km": float(haversine_km(*truth, lat, lon))}
+        {
+            "crop": crop,
+            "lat": lat,
+            "lon": lon,
+            "score": float(s),
+            "km": float(haversine_km(truth[0], truth[1], lat, lon)),
+        }
         for crop, (lat, lon), s in zip(others, neighbors.lat_lon[at].tolist(), neighbors.scores[at], strict=False)
     ]
     entries = [
@@ -424,7 +431,7 @@ def _example(
         **heat,
         "area_km2": float(answers.area_km2[row]) if options.frontier else None,
         "answer": (lat, lon),
-        "km": float(haversine_km(*truth, lat, lon)),
+        "km": float(haversine_km(truth[0], truth[1], lat, lon)),
         "confidence": dict(zip(RADII_KM, answers.confidence[row].tolist(), strict=True)),
     }
 

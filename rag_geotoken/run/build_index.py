@@ -10,11 +10,14 @@ import pyarrow as pa
 
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.errors import GeoError
-from rag_geotoken.files import check_writable
+from rag_geotoken.files import check_writable, read_json
+from rag_geotoken.index import GeoIndex
+from rag_geotoken.index_files import MANIFEST
 from rag_geotoken.indexing import Plan, build_approximate, build_index
-from rag_geotoken.run.resumable import run_stage
-from rag_geotoken.run.stages import digests
+from rag_geotoken.run.resumable import run_stage, stage
+from rag_geotoken.run.stages import digests as digests_of
 from rag_geotoken.run.walk import write_photos
+from rag_geotoken.sources.photos import SCHEMA
 from rag_geotoken.tables import fixed_list, read_table
 from rag_geotoken.thumbnails import QUALITY, make_thumbnails
 from rag_geotoken.types import Embeddings, Photos
@@ -50,7 +53,7 @@ def _embeddings(folder: Path, alignment: GeoAlignment) -> Path:
         pixels, errors = alignment.load(photos.images[at])
         vectors = alignment.embed(pixels)
         vectors[[error is not None for error in errors]] = 0.0
-        return Embeddings(vectors, digests(pixels), errors).to_table(photos.ids[at])
+        return Embeddings(vectors, digests_of(pixels), errors).to_table(photos.ids[at])
 
     return run_stage(folder, "embeddings", {"encoder": alignment.identity}, ["photos"], photos.ids, work)
 
@@ -66,7 +69,7 @@ def project(folder: Path, alignment: GeoAlignment) -> Path:
         pixels, errors = alignment.load(photos.images[at])
         vectors = alignment.project(pixels).astype(np.float16)
         vectors[[error is not None for error in errors]] = 0.0
-        told = {"digest": digests(pixels), "error": pa.array(errors, pa.string())}
+        told = {"digest": digests_of(pixels), "error": pa.array(errors, pa.string())}
         return pa.table({"id": pa.array(photos.ids[at], pa.string()), "projection": fixed_list(vectors)} | told)
 
     recipe = {"encoder": alignment.encoder_identity}
@@ -84,17 +87,26 @@ def _thumbnails(folder: Path, size: int) -> Path:
     return run_stage(folder, "thumbnails", {"size": size, "quality": QUALITY}, ["photos"], photos.ids, work)
 
 
+def gallery_tables(folder: Path, index: GeoIndex) -> None:
+    """An index's own photos as the tables photos and embeddings of a run."""
+    rows = index.rows.select(SCHEMA.names)
+    stage(folder, "photos", {"gallery": index.identity}, [], ["all"], lambda _: rows)
+    ids, digests = rows["id"].to_pylist(), index.rows["digest"].to_pylist()
+
+    def work(at: slice) -> pa.Table:
+        vectors, names = index.vectors(np.arange(at.start, at.stop)), digests[at]
+        return Embeddings(vectors, names, [None] * len(names)).to_table(ids[at])
+
+    run_stage(folder, "embeddings", {"gallery": index.identity}, ["photos"], ids, work)
+
+
 def index_for_training(folder: Path, source: str, alignment: GeoAlignment) -> Path:
     """The index of a source at a place where a training keeps it, made where it is missing -> its folder.
 
     Raises GeoError, and leaves everything as it is, where another index lies there.
     """
-    from rag_geotoken.index_files import MANIFEST
-
     if (folder / MANIFEST).is_file():
         known = folder / "stages" / "photos.json"
-        from rag_geotoken.files import read_json
-
         if not known.is_file() or read_json(known)["recipe"]["source"] != source:
             raise GeoError(
                 f"{folder} holds an index of other photos than {source}: add --index {folder} to train with it, or "

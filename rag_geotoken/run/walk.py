@@ -120,7 +120,12 @@ class RunFolder:
         return good
 
     def walk(
-        self, options: Options, shared: Options | None = None, label: str | None = None, until: str = "predictions"
+        self,
+        options: Options,
+        shared: Options | None = None,
+        label: str | None = None,
+        until: str = "predictions",
+        given: Sequence[str] = (),
     ) -> dict[str, str]:
         """Make the tables that the options ask for -> stage to table.
 
@@ -129,16 +134,19 @@ class RunFolder:
             shared: Of the stages before it, where variants of the decision share them; else the same.
             label: Of the predictions, else by the options.
             until: The last stage.
+            given: Stages whose tables lie there already, however they were made.
 
         Raises:
             GeoError: No picture can be read, or a stage fails.
         """
         steps = [(step, shared or options) for step in road(shared or options) if not step.own]
         steps += [(step, options) for step in road(options) if step.own]
-        files = {"photos": "photos"}
-        for step, given in steps:
+        files = {name: name for name in ("photos", *given)}
+        for step, settings in steps:
+            if step.name in given:
+                continue
             name = f"{step.name}-{label or options.label}" if step.name == "predictions" else step.name
-            files[step.name] = self._make(step, given, files, name)
+            files[step.name] = self._make(step, settings, files, name)
             if step.name == until:
                 break
         return files
@@ -151,7 +159,8 @@ class RunFolder:
 
     def tables(self, options: Options, files: dict[str, str]) -> Tables:
         """What :meth:`walk` made with these options before the decision, of the readable photos."""
-        return self._tables(self._steps(options, files)[:-1], files, slice(0, len(self.readable)))
+        steps = [step for step in self._steps(options, files) if step.name != "predictions"]
+        return self._tables(steps, files, slice(0, len(self.readable)))
 
     def _make(self, step: Stage, options: Options, files: dict[str, str], name: str) -> str:
         file, new = self._name(step, options, files, name)

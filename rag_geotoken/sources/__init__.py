@@ -60,6 +60,18 @@ def check_use(source: str, use: str) -> None:
         module.check_use(source.partition(":")[2], use)
 
 
+def view_source(source: str) -> tuple[ModuleType, str]:
+    """The module of a source that draws views afresh, and their split. Raises GeoError for any other source.
+
+    It has ``draw_views(split, n, seed)``, which are places first, ``cut(views)``, their pixels, and ``is_unseen(lat,
+    lon)``, where no training may look.
+    """
+    module, rest = _module(source), source.partition(":")[2]
+    if not hasattr(module, "draw_views"):
+        raise GeoError(f"{source} draws no views afresh, which this training needs")
+    return module, module.parse(rest)[0]
+
+
 def _module(source: str) -> ModuleType:
     module = source_module(source)
     if module is None:

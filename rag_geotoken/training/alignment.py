@@ -1,9 +1,9 @@
-"""Train the Geo-alignment on Blue Marble views, drawn afresh at every step from a seed."""
+"""Train the Geo-alignment on satellite views, drawn afresh at every step from a seed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.geo import destination
 from rag_geotoken.places import place_text
-from rag_geotoken.sources import blue_marble
+from rag_geotoken.sources import view_source
 from rag_geotoken.training.contrast import gps_loss, text_loss
 from rag_geotoken.training.loop import Kept, Log, run_steps
 from rag_geotoken.training.processes import make_accelerator
@@ -25,28 +25,30 @@ CHECKS = 36  # weights and a checkpoint are kept so often
 NEARBY = 3  # wrong places near the right one, a photo: they make the embedding sharp below the batch's spacing
 TEXT_WEIGHT = 0.2
 Floats = NDArray[np.float64]
+Unseen = Callable[[Floats, Floats], NDArray[np.bool_]]
 
 
 def train_alignment(
-    out: Path, identity: str, *, steps: int, batch: int, rate: float, seed: int, log: Log
+    out: Path, identity: str, *, source: str, steps: int, batch: int, rate: float, seed: int, log: Log
 ) -> GeoAlignment:
-    """Train from nothing on ``steps * batch`` views of the split ``train``, write the weights into ``out`` -> them.
+    """Train from nothing on ``steps * batch`` views of a source, write the weights into ``out`` -> them.
 
     No view lies in a cell kept for ``unseen``, and no test or validation photo is drawn. AdamW, one cosine cycle.
     ``OUT-alignment-checkpoint.safetensors`` lets a stopped training with the same identity go on, to the same weights.
     """
     torch.manual_seed(seed)
-    views = blue_marble.draw_views("train", steps * batch, seed)
+    views_of, split = view_source(source)
+    views = views_of.draw_views(split, steps * batch, seed)
     model = _Losses(GeoAlignment()).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     adam = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.02)
-    draws = enumerate(_draws(views, batch, np.random.default_rng(seed)))
+    draws = enumerate(_draws(views, batch, np.random.default_rng(seed), views_of.is_unseen))
     last: dict[str, float] = {}
 
     def loss(model: nn.Module, step: int) -> Tensor:
         drawn, wrong = next(
             draw for at, draw in draws if at == step
         )  # what is behind a resumed training is drawn again
-        pixels, places = torch.from_numpy(blue_marble.cut(drawn)), drawn[:, :2]
+        pixels, places = torch.from_numpy(views_of.cut(drawn)), drawn[:, :2]
         texts = place_text(places[:, 0], places[:, 1])
         gps, text = model(pixels, torch.from_numpy(places), torch.from_numpy(wrong), texts)
         last.update(step=step, gps=gps.item(), text=text.item())
@@ -73,14 +75,14 @@ def train_alignment(
     return GeoAlignment.from_pretrained(out)
 
 
-def _draws(views: Floats, batch: int, rng: np.random.Generator) -> Iterator[tuple[Floats, Floats]]:
+def _draws(views: Floats, batch: int, rng: np.random.Generator, unseen: Unseen) -> Iterator[tuple[Floats, Floats]]:
     """The views (batch, 5) of each step, and wrong places near them (batch * NEARBY, 2)."""
     for start in range(0, len(views), batch):
         drawn = views[start : start + batch]
-        yield drawn, nearby_places(drawn[:, :2], NEARBY, rng)
+        yield drawn, nearby_places(drawn[:, :2], NEARBY, rng, unseen)
 
 
-def nearby_places(places: Floats, count: int, rng: np.random.Generator) -> Floats:
+def nearby_places(places: Floats, count: int, rng: np.random.Generator, unseen: Unseen) -> Floats:
     """Places (N, 2) -> (N * count, 2): log-uniformly 10 to 1,000 km away, none in a cell kept for ``unseen``.
 
     One that falls into such a cell is replaced by another, so that nothing is ever taught about these cells.
@@ -88,7 +90,7 @@ def nearby_places(places: Floats, count: int, rng: np.random.Generator) -> Float
     lat, lon = np.repeat(places, count, axis=0).T
     distance = np.exp(rng.uniform(math.log(10.0), math.log(1000.0), lat.size))
     there = np.column_stack(destination(lat, lon, rng.uniform(0.0, 360.0, lat.size), distance))
-    allowed = np.flatnonzero(~blue_marble.is_unseen(there[:, 0], there[:, 1]))
+    allowed = np.flatnonzero(~unseen(there[:, 0], there[:, 1]))
     return there[np.where(np.isin(np.arange(lat.size), allowed), np.arange(lat.size), rng.choice(allowed, lat.size))]
 
 

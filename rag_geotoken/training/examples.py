@@ -13,8 +13,9 @@ from torch import Tensor
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.errors import GeoError
 from rag_geotoken.progress import progress_bar
-from rag_geotoken.run import retrieval
+from rag_geotoken.run.build_index import project
 from rag_geotoken.run.resumable import stage
+from rag_geotoken.run.walk import write_photos
 from rag_geotoken.tables import fixed_list, read_table, to_numpy
 
 STREET_VIEW = "A street view photo taken in {}"  # G3's text of a place
@@ -51,8 +52,8 @@ class Examples:
 
 def write_examples(folder: Path, source: str, alignment: GeoAlignment) -> None:
     """A source -> the stage tables photos, projections and texts; the first two are what an index is made from."""
-    photos = retrieval.write_photos(folder, source)
-    retrieval.encode(folder, alignment, projections=True)
+    photos = write_photos(folder, source)
+    project(folder, alignment)
     names = read_table(photos, ["place"])["place"].unique().drop_null().to_pylist() or [""]
 
     def work(at: slice) -> pa.Table:

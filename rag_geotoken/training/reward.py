@@ -13,29 +13,30 @@ from torch.nn.functional import cross_entropy
 from rag_geotoken.errors import GeoError
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.options import Options
-from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.reward import RewardConfig, RewardHead
+from rag_geotoken.run.models import Models
+from rag_geotoken.run.walk import answered
 from rag_geotoken.training.processes import make_accelerator
 from rag_geotoken.training.schedule import one_cycle
-from rag_geotoken.types import RADII_KM
+from rag_geotoken.types import RADII_KM, Embeddings, Photos, Pool, Tables
 
 BLOCK = 256
 
 
 def train_reward(
-    geolocator: Geolocator, photos: int, epochs: int, batch: int, rate: float, seed: int, log: Callable[[str], None]
+    models: Models, photos: int, epochs: int, batch: int, rate: float, seed: int, log: Callable[[str], None]
 ) -> RewardHead:
     """Train on the pools of ``photos`` gallery photos, the token model as it is; a tenth is kept to look at.
 
     No photo finds itself among its neighbours. Cross-entropy over the bins of error, every entry alike. Raises GeoError
     when the gallery holds fewer photos, or they are too few to keep one or to fill a batch.
     """
-    rows = np.random.default_rng(seed).permutation(geolocator.index.faiss_index.ntotal)
+    rows = np.random.default_rng(seed).permutation(models.index.faiss_index.ntotal)
     held = photos // 10
     if photos > len(rows) or held < 1 or photos - held < batch:
         raise GeoError(f"photos = {photos}, batch = {batch} do not fit: the gallery has {len(rows)} photos, a tenth of "
                        "those asked for is held out, and the rest must fill a batch")  # fmt: skip
-    states, bins, mask = pools_of(geolocator, rows[:photos], log)
+    states, bins, mask = pools_of(models, rows[:photos], log)
     accelerator = make_accelerator()
     torch.manual_seed(seed)
     head = RewardHead(RewardConfig(states.shape[-1]))
@@ -63,16 +64,19 @@ def train_reward(
     return head.cpu().eval()
 
 
-def pools_of(geolocator: Geolocator, rows: NDArray[np.int64], log: Callable[[str], None]) -> tuple[Tensor, ...]:
+def pools_of(models: Models, rows: NDArray[np.int64], log: Callable[[str], None]) -> tuple[Tensor, ...]:
     """Gallery photos (N,) -> their pools: the entries' last states (N, C, d) half, bins (N, C), and mask (N, C)."""
-    index, options, parts = geolocator.index, Options(), []
+    index, parts = models.index, []
+    options = Options(gps_places=0, verify=())
     for start in range(0, len(rows), BLOCK):
         own = rows[start : start + BLOCK]
-        photo, truth = index.vectors(own), index.lat_lon[own]
-        near = geolocator.search(photo, options.neighbors, index.rows["digest"].take(own).to_pylist())
-        pool = geolocator.pool(near, geolocator.propose(photo, near, options, own.tolist()))
+        truth, digests = index.lat_lon[own], index.rows["digest"].take(own).to_pylist()
+        names = [str(row) for row in own.tolist()]
+        tables = Tables(Photos.of(names, names))
+        tables.put("embeddings", Embeddings(index.vectors(own), digests, [None] * len(own)))
+        pool: Pool = answered(models, options, tables, until="pool")
         km = haversine_km(truth[:, :1], truth[:, 1:], pool.lat_lon[..., 0], pool.lat_lon[..., 1])
-        states = geolocator.states(photo, near, pool).half()
+        states = models.states(tables.embeddings, tables.neighbours, pool).half()
         parts.append((states, torch.from_numpy(np.searchsorted(RADII_KM, km)), torch.from_numpy(pool.mask)))
         if start // BLOCK % 8 == 0:
             log(f"pools of {start + len(own)} of {len(rows)} photos")

@@ -20,19 +20,18 @@ from rag_geotoken.files import check_writable, file_sha256, write_json
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.location import LocationEncoder
 from rag_geotoken.options import Options
-from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.reward import RewardHead
-from rag_geotoken.run import retrieval, stages
-from rag_geotoken.run.demo import make_index
-from rag_geotoken.sources import blue_marble
+from rag_geotoken.run.build_index import gallery_tables, index_for_training
+from rag_geotoken.run.models import Models
+from rag_geotoken.run.walk import RunFolder, write_photos
+from rag_geotoken.sources import check_use
 from rag_geotoken.token_model import TokenConfig, TokenModel
 from rag_geotoken.training.processes import world_size
 from rag_geotoken.weights import fingerprint
 
 Log = Callable[[str], None]
-GALLERY = "blue-marble:gallery"
 SETTINGS: dict[str, dict[str, Any]] = {
-    "alignment": {"steps": int, "batch": int, "rate": float, "seed": int},
+    "alignment": {"source": str, "steps": int, "batch": int, "rate": float, "seed": int},
     "heads": {
         "source": str,
         "backbone": str,
@@ -55,7 +54,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "seed": int,
     },
     "reward": {"photos": int, "epochs": int, "batch": int, "rate": float, "seed": int},
-    "tuning": {"source": str},
+    "tuning": {"source": str, "grid": dict},
     "verifier": {
         "source": str,
         "held_out": int,
@@ -68,22 +67,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
 }
 LEAST = {"seed": 0, "rate": 1e-9, "decay": 0.0}  # every other number at least 1
-# What may be drawn from the Earth: photos that results are measured on are never trained on or chosen by, and photos
-# that tuning chooses by are not trained on.
-SPLITS = {
-    "tokens": ("train", "gallery"),
-    "heads": ("train", "gallery"),
-    "tuning": ("validation",),
-    "verifier": ("train", "gallery"),
-}
 
 
-def train(what: str, recipe: dict[str, Any], out: Path) -> None:
+def train(what: str, recipe: dict[str, Any], out: Path, index: Path | None = None) -> None:
     """Train ``alignment``, ``heads``, ``tokens``, ``reward``, ``tuning`` or ``verifier`` with the recipe's section.
 
     ``alignment`` (of satellite views) or ``heads`` (on a frozen backbone) is the first, the others follow in this order
-    in one folder; the gallery's index is kept beside it in ``OUT-index``, the multimodal verifier in ``OUT-verifier``.
-    Raises GeoError when an earlier one is missing, the recipe does not fit or its source is kept for something else.
+    in one folder; the multimodal verifier goes to ``OUT-verifier``. index: the gallery they are trained with; else one
+    of the recipe's ``gallery`` is kept in ``OUT-index``. Raises GeoError when an earlier one is missing, the recipe
+    does not fit, its source is kept for something else, or OUT-index holds another index.
     """
     settings, out = _settings(recipe, what), out.resolve()  # so that "." has a name
     if what not in ("tokens", "heads") and world_size() > 1:
@@ -97,25 +89,27 @@ def train(what: str, recipe: dict[str, Any], out: Path) -> None:
         check_writable(out)
         train_alignment(out, _identity({"alignment": settings}), **settings, log=log)
         return
-    if what in ("tokens", "heads"):
-        (_train_tokens if what == "tokens" else _train_heads)(settings, out, log)
+    if what == "heads":
+        _train_heads(settings, out, log)
         return
-    alignment = GeoAlignment.from_pretrained(out)
-    index = _gallery(alignment, out)
-    tokens = TokenModel.from_pretrained(out)
+    if what == "tokens":
+        _train_tokens(settings, recipe, out, index, log)
+        return
+    alignment, tokens = GeoAlignment.from_pretrained(out), TokenModel.from_pretrained(out)
+    gallery = _gallery(alignment, recipe, out, index)
     if what == "verifier":
-        _train_verifier(settings, Geolocator(alignment, tokens, index, load_tuning(out)), out, log)
+        _train_verifier(settings, Models(alignment, tokens, gallery, load_tuning(out)), out, log)
         return
     if what == "reward":
         from rag_geotoken.training.reward import train_reward
 
-        geolocator = Geolocator(alignment, tokens, index, Tuning())
-        train_reward(geolocator, **settings, log=log).save_pretrained(out, half=True)
+        models = Models(alignment, tokens, gallery, Tuning())
+        train_reward(models, **settings, log=log).save_pretrained(out, half=True)
         return
     from rag_geotoken.training.tuning import tune
 
-    geolocator = Geolocator(alignment, tokens, index, Tuning(), RewardHead.from_pretrained(out))
-    write_json(out / "tuning.json", asdict(tune(geolocator, **settings, log=log)))
+    models = Models(alignment, tokens, gallery, Tuning(), RewardHead.from_pretrained(out))
+    write_json(out / "tuning.json", asdict(tune(models, **settings, log=log)))
 
 
 def _log() -> Log:
@@ -124,16 +118,21 @@ def _log() -> Log:
     return lambda line: print(f"{time.monotonic() - begun:7.0f} s  {line}", file=sys.stderr, flush=True)
 
 
-def _gallery(alignment: GeoAlignment, out: Path) -> GeoIndex:
-    """The index that all but the alignment are trained with, made where it is missing."""
+def _gallery(alignment: GeoAlignment, recipe: dict[str, Any], out: Path, index: Path | None) -> GeoIndex:
+    """The index that all but the alignment are trained with; a given one is only read, another made where missing."""
     check_writable(out)
-    folder = out.with_name(f"{out.name}-index")
-    make_index(folder, GALLERY, alignment)
-    return GeoIndex.load(folder)
+    if index is None:
+        source = recipe.get("gallery")
+        if not isinstance(source, str):
+            raise GeoError('the recipe names no gallery: give --index DIR, or write gallery = "SCHEME:REST" into it')
+        index = index_for_training(out.with_name(f"{out.name}-index"), source, alignment)
+    gallery = GeoIndex.load(index, alignment.heads)
+    gallery.check_encoder(alignment.identity)
+    return gallery
 
 
-def _train_tokens(settings: dict[str, Any], out: Path, log: Log) -> None:
-    """Photos through the stages photos, embeddings and neighbours, then the training itself."""
+def _train_tokens(settings: dict[str, Any], recipe: dict[str, Any], out: Path, index: Path | None, log: Log) -> None:
+    """Photos through the stages up to their neighbours, then the training itself."""
     from rag_geotoken.training.processes import make_accelerator
     from rag_geotoken.training.tokens import read_photos, train_tokens
 
@@ -141,20 +140,23 @@ def _train_tokens(settings: dict[str, Any], out: Path, log: Log) -> None:
     config = TokenConfig(dim=alignment.config.dim, neighbor_positions=settings["neighbor_positions"])
     TokenModel(config)  # refuses what cannot be built, before the long work
     # "gallery" is GeoToken's way: the index's own photos, each without itself among its neighbours.
-    own = settings["source"] == "gallery"
-    photos = out.with_name(f"{out.name}-index") / "stages" if own else out.with_name(f"{out.name}-photos")
+    own, folder = settings["source"] == "gallery", out.with_name(f"{out.name}-photos")
+    options = Options(neighbors=config.neighbors, propose=(), gps_places=0, verify=())
     accelerator = make_accelerator()
     with accelerator.main_process_first():  # the others find every table made
-        index = _gallery(alignment, out)
-        if not own:
-            retrieval.write_photos(photos, settings["source"])
-            retrieval.encode(photos, alignment)
-        retrieval.search(photos, index, config.neighbors, Tuning().search_weights)
-    tables = [file_sha256(photos / f"{name}.parquet") for name in ("photos", "embeddings", "neighbours")]
-    facts = {"settings": settings, "config": asdict(config), "tables": tables, "index": index.manifest["sha256"]}
-    train_on, validation = read_photos(photos, index, config, settings["held_out"], settings["seed"])
+        gallery = _gallery(alignment, recipe, out, index)
+        if own:
+            gallery_tables(folder, gallery)
+        else:
+            write_photos(folder, settings["source"])
+        run = RunFolder(folder, Models(alignment, None, gallery, Tuning()))
+        files = run.walk(options, until="neighbours", given=("embeddings",) * own)
+    tables = [file_sha256(folder / f"{name}.parquet") for name in ("photos", "embeddings", "neighbours")]
+    facts = {"settings": settings, "config": asdict(config), "tables": tables, "index": gallery.identity}
+    photos = run.tables(options, files)
+    train_on, validation = read_photos(photos, gallery, config, settings["held_out"], settings["seed"])
     numbers = {name: settings[name] for name in ("epochs", "batch", "rate", "seed")}
-    train_tokens(config, index, train_on, validation, out, _identity(facts), **numbers, log=log)
+    train_tokens(config, gallery, train_on, validation, out, _identity(facts), **numbers, log=log)
     accelerator.end_training()
 
 
@@ -185,43 +187,45 @@ def _train_heads(settings: dict[str, Any], out: Path, log: Log) -> None:
 
 
 def train_mllm(
-    settings: dict[str, Any], out: Path, where: str | None, model: str | None, concurrent: int | None
+    recipe: dict[str, Any],
+    out: Path,
+    where: str | None,
+    model: str | None,
+    concurrent: int | None,
+    index: Path | None = None,
 ) -> None:
     """Choose what a multimodal model's verdicts are worth on photos with places, for the models in ``out``.
 
-    where, model, concurrent: as :func:`.open_client` takes them; None is the verifier trained beside ``out``. Replaces
-    tuning.json; the photos' tables and the model's answers are kept in ``OUT-mllm``.
+    where, model, concurrent: as :func:`.open_client` takes them; None is the verifier trained beside ``out``. index:
+    see :func:`train`. Replaces tuning.json; the photos' tables and the model's answers are kept in ``OUT-mllm``.
     """
-    from rag_geotoken.mllm import open_client
+    from rag_geotoken.mllm.session import MllmSession
     from rag_geotoken.training.mllm import tune_mllm
 
-    settings, out = _settings(settings, "tuning"), out.resolve()
-    client = open_client(where or str(out.with_name(f"{out.name}-verifier")), model, concurrent)
-    _gallery(GeoAlignment.from_pretrained(out), out)
-    geolocator = Geolocator.from_pretrained(out.with_name(f"{out.name}-index"), out)
-    tuned = tune_mllm(out.with_name(f"{out.name}-mllm"), settings["source"], geolocator, client, _log())
+    settings, out = _settings(recipe, "tuning"), out.resolve()
+    session = MllmSession.open(where or str(out.with_name(f"{out.name}-verifier")), model, concurrent)
+    alignment = GeoAlignment.from_pretrained(out)
+    gallery = _gallery(alignment, recipe, out, index)
+    models = Models(alignment, TokenModel.from_pretrained(out), gallery, load_tuning(out), mllm=session)
+    tuned = tune_mllm(out.with_name(f"{out.name}-mllm"), settings["source"], models, _log())
     write_json(out / "tuning.json", asdict(tuned))
 
 
-def _train_verifier(settings: dict[str, Any], geolocator: Geolocator, out: Path, log: Log) -> None:
+def _train_verifier(settings: dict[str, Any], models: Models, out: Path, log: Log) -> None:
     """Photos through the stages up to the alignment's verdicts, then the training itself."""
     from rag_geotoken.training.verifier import train_verifier
     from rag_geotoken.training.verifier_examples import read_examples
 
     folder, photos = (out.with_name(f"{out.name}-{name}") for name in ("verifier", "verifier-photos"))
     check_writable(folder)
-    options, tuning = Options(verify=("visual",)), geolocator.tuning
-    retrieval.write_photos(photos, settings["source"])
-    retrieval.encode(photos, geolocator.alignment)
-    retrieval.search(photos, geolocator.index, options.neighbors, tuning.search_weights)
-    stages.matches(photos, geolocator)
-    for stage in (stages.propose, stages.places, stages.pool):
-        stage(photos, geolocator, options)
-    verdicts = stages.verify(photos, geolocator, "alignment")
-    examples = read_examples(photos, geolocator.index, tuning)
-    identity = _identity({"settings": settings, "photos": file_sha256(verdicts)})
-    numbers = {name: value for name, value in settings.items() if name != "source"}
-    train_verifier(examples, geolocator.alignment, folder, identity, **numbers, log=log)
+    write_photos(photos, settings["source"])
+    run, options = RunFolder(photos, models), Options(verify=("alignment", "visual"))
+    files = run.walk(options, until="verdicts-alignment")
+    if len(run.readable) < len(run.photos):
+        raise GeoError(f"{photos.name}: give pictures that can be read")
+    examples = read_examples(run.tables(options, files), models.index, models.tuning)
+    identity = _identity({"settings": settings, "photos": file_sha256(photos / "verdicts-alignment.parquet")})
+    train_verifier(examples, models.alignment, folder, identity, **settings, log=log)
 
 
 def _identity(facts: dict[str, Any]) -> str:
@@ -236,11 +240,8 @@ def _settings(recipe: dict[str, Any], what: str) -> dict[str, Any]:
         raise GeoError(f"the recipe's section [{what}] has {given or 'nothing'}: give it {', '.join(wanted)}")
     for name, kind in wanted.items():
         value = section[name]
-        if type(value) is not kind or (kind is not str and not LEAST.get(name, 1) <= value < math.inf):
+        if type(value) is not kind or (kind in (int, float) and not LEAST.get(name, 1) <= value < math.inf):
             raise GeoError(f"the recipe's [{what}] {name} = {value!r} does not fit: give {kind.__name__}, above zero")
-    scheme, _, rest = section.get("source", "").partition(":")
-    if scheme == "blue-marble" and blue_marble.parse(rest)[0] not in SPLITS[what]:
-        fitting = " or ".join(f"blue-marble:{split}" for split in SPLITS[what])
-        raise GeoError(f"the recipe's [{what}] source {section['source']} is kept for other uses: choose {fitting}, or "
-                       "photos of your own")  # fmt: skip
+    if section.get("source", "gallery") != "gallery":
+        check_use(section["source"], f"train {what}")
     return section

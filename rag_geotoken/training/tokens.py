@@ -15,12 +15,11 @@ from rag_geotoken.cells import S2Tokenizer
 from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.errors import GeoError
 from rag_geotoken.index import GeoIndex
-from rag_geotoken.run.tables import read_embeddings, read_neighbors
-from rag_geotoken.tables import read_table
 from rag_geotoken.token_model import TokenConfig, TokenModel
 from rag_geotoken.training.loop import Kept, Log, run_steps
 from rag_geotoken.training.processes import make_accelerator
 from rag_geotoken.training.schedule import batch_of, one_cycle
+from rag_geotoken.types import Tables
 
 CHECKS = 10  # looks at the validation photos in a training, each with a checkpoint
 
@@ -138,8 +137,10 @@ class Losses(nn.Module):
         return torch.stack([cross_entropy(logit.float(), target[:, t]) for t, logit in enumerate(logits)])
 
 
-def read_photos(folder: Path, index: GeoIndex, config: TokenConfig, held_out: int, seed: int) -> tuple[Photos, Photos]:
-    """Photos to train on, from a folder's tables up to its neighbours, and ``held_out`` of the gallery to validate.
+def read_photos(
+    tables: Tables, index: GeoIndex, config: TokenConfig, held_out: int, seed: int
+) -> tuple[Photos, Photos]:
+    """Photos to train on, from tables up to their neighbours, and ``held_out`` of the gallery to validate.
 
     Where the gallery is trained on, the held-out photos and all that show the same pixels are left out. A photo is
     never its own neighbour: GeoToken skips the first hit, here whatever has the photo's own pixels is passed over.
@@ -151,16 +152,12 @@ def read_photos(folder: Path, index: GeoIndex, config: TokenConfig, held_out: in
     digests = index.rows["digest"].take(rows).to_pylist()
     near = index.search(vectors, config.neighbors, Tuning().search_weights, digests).rows
     validation = _photos(vectors, near, tokenizer.encode(*index.lat_lon[rows].T))
-    ids, vectors, own = read_embeddings(folder)
-    photos = read_table(folder / "photos.parquet", ["id", "lat", "lon"])
-    lat_lon = zip(photos["lat"].to_pylist(), photos["lon"].to_pylist(), strict=True)
-    place_of = dict(zip(photos["id"].to_pylist(), lat_lon, strict=True))
-    places = np.array([place_of[name] for name in ids], np.float64)
-    kept = np.isfinite(places).all(axis=1) & ~np.isin(own, digests)
+    places = tables.photos.lat_lon
+    kept = np.isfinite(places).all(axis=1) & ~np.isin(tables.embeddings.digests, digests)
     if not kept.any():
-        raise GeoError(f"{folder.name} has no photo with a place that is not held out: hold out fewer")
-    near = read_neighbors(folder).rows
-    return _photos(vectors[kept], near[kept], tokenizer.encode(*places[kept].T)), validation
+        raise GeoError("no photo with a place is left to train on: hold out fewer")
+    own = tables.embeddings.vectors[kept]
+    return _photos(own, tables.neighbours.rows[kept], tokenizer.encode(*places[kept].T)), validation
 
 
 def _photos(vectors: NDArray[np.float32], neighbors: NDArray[np.int64], tokens: NDArray[np.int64]) -> Photos:

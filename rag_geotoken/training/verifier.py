@@ -18,7 +18,7 @@ from transformers import LlavaForConditionalGeneration
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.errors import GeoError
 from rag_geotoken.pictures import load_pictures
-from rag_geotoken.sources import blue_marble
+from rag_geotoken.sources import view_source
 from rag_geotoken.training.loop import Kept, Log, run_steps
 from rag_geotoken.training.processes import make_accelerator
 from rag_geotoken.training.schedule import one_cycle
@@ -40,6 +40,7 @@ def train_verifier(
     out: Path,
     identity: str,
     *,
+    source: str,
     held_out: int,
     vocabulary: int,
     steps: int,
@@ -72,14 +73,15 @@ def train_verifier(
     others = [p for p in losses.parameters() if p.requires_grad and p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
     adam = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
-    seen = blue_marble.draw_views("train", steps * views, seed)
+    views_of, split = view_source(source)
+    seen = views_of.draw_views(split, steps * views, seed)
     batches = Batches(processor, examples, photos, batch, seed)
     parts = np.array_split(np.arange(photos, photos + held_out), math.ceil(held_out / batch))
     looked = [batches.pack([examples.plain(i, np.random.default_rng(i)) for i in part]) for part in parts]
 
     def loss(model: nn.Module, step: int) -> Tensor:
         drawn = seen[step * views : (step + 1) * views]
-        pixels = np.concatenate([batches.of(step).pixels, blue_marble.cut(drawn)])
+        pixels = np.concatenate([batches.of(step).pixels, views_of.cut(drawn)])
         places = alignment.embed_places(drawn[:, :2])
         asked, lines, sight = model(batches.of(step), batches.pictures(pixels), torch.from_numpy(places))
         total: Tensor = asked + LINE_WEIGHT * lines + SIGHT_WEIGHT * sight

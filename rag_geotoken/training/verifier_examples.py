@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,10 +14,8 @@ from rag_geotoken.errors import GeoError
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.mllm.prompts import render
-from rag_geotoken.run.tables import read_embeddings, read_matches, read_neighbors, read_pool, read_verdicts
-from rag_geotoken.tables import read_table
 from rag_geotoken.training.verifier_words import BEGIN, END, IMAGE, LETTERS, PATCH, PIXELS
-from rag_geotoken.types import VISUAL, Places, Pool
+from rag_geotoken.types import VISUAL, Places, Pool, Tables
 from rag_geotoken.verifiers.shortlist import (
     COUNT,
     Evidence,
@@ -119,17 +116,15 @@ def _letter(away: list[float]) -> str:
     return LETTERS[int(np.argmin(away))] if away and min(away) <= RIGHT_KM else LETTERS[-1]
 
 
-def read_examples(folder: Path, index: GeoIndex, tuning: Tuning) -> Examples:
-    """A run's tables up to the alignment's verdicts -> examples. ``tuning``: that of the pool.
+def read_examples(tables: Tables, index: GeoIndex, tuning: Tuning) -> Examples:
+    """Tables up to the alignment's verdicts -> examples. ``tuning``: that of the pool.
 
-    Raises GeoError when a picture cannot be read or its place is not known.
+    Raises GeoError when a place is not known.
     """
-    photos = read_table(folder / "photos.parquet", ["image", "lat", "lon"])
-    if photos["lat"].null_count or len(read_embeddings(folder)[0]) < len(photos):
-        raise GeoError(f"{folder.name}: give pictures that can be read and whose places are known")
-    whole, aligned = read_pool(folder), read_verdicts(folder, read_pool(folder), "alignment")
-    truth = np.column_stack([photos["lat"].to_numpy(), photos["lon"].to_numpy()])
-    images, neighbors = photos["image"].to_pylist(), read_neighbors(folder)
+    truth, whole, neighbors = tables.photos.lat_lon, tables.pool, tables.neighbours
+    if not np.isfinite(truth).all():
+        raise GeoError("training a verifier needs photos whose places are known")
+    aligned = tables.verdicts["alignment"].over(whole.mask)
 
     def known(pool: Pool, matches: Places | None, seen: Examples | None) -> Examples:
         chosen = shortlist(pool, MOST)
@@ -137,6 +132,7 @@ def read_examples(folder: Path, index: GeoIndex, tuning: Tuning) -> Examples:
         rows = nearby_rows(chosen, neighbors)
         shown = iter(index.rows["image"].take(rows[rows >= 0]).to_pylist())
         near = [[next(shown) if there else None for there in row] for row in (rows >= 0).tolist()]
+        images = [str(image) for image in tables.photos.images]
         return Examples(images, truth, chosen, found, place_texts(chosen), near, seen)
 
-    return known(without(whole, VISUAL), None, known(whole, read_matches(folder), None))
+    return known(without(whole, VISUAL), None, known(whole, tables.matches, None))
