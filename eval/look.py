@@ -26,14 +26,13 @@ from rag_geotoken.dense import affine
 from rag_geotoken.files import write_json
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.metrics import accuracy, bootstrap
-from rag_geotoken.types import RADII_KM
 from rag_geotoken.options import Options
 from rag_geotoken.pictures import load_pictures
 from rag_geotoken.pipeline import Geolocator, digests
 from rag_geotoken.sources import read_source
 from rag_geotoken.tables import versions
 from rag_geotoken.training.tuning import LOOK
-from rag_geotoken.types import GPS, NEIGHBOUR, Pool
+from rag_geotoken.types import GPS, NEIGHBOUR, RADII_KM, Pool
 from rag_geotoken.verifiers.range_plus import Look
 
 SOURCE = "blue-marble:validation,n=3000,seed=1"

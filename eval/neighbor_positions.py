@@ -24,7 +24,6 @@ from rag_geotoken.files import write_json
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.metrics import accuracy, bootstrap
-from rag_geotoken.types import RADII_KM
 from rag_geotoken.options import Options
 from rag_geotoken.pictures import load_pictures
 from rag_geotoken.pipeline import Geolocator
@@ -34,7 +33,7 @@ from rag_geotoken.tables import versions
 from rag_geotoken.token_model import TokenModel
 from rag_geotoken.training.run import train
 from rag_geotoken.training.tokens import Losses, read_photos, validate
-from rag_geotoken.types import Predictions
+from rag_geotoken.types import RADII_KM, Predictions
 from rag_geotoken.weights import EARTH
 
 POSITIONS = ("sequence", "none", "spherical")

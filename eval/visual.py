@@ -28,7 +28,6 @@ from rag_geotoken.dense import affine
 from rag_geotoken.files import write_json
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.metrics import accuracy, bootstrap
-from rag_geotoken.types import RADII_KM
 from rag_geotoken.options import Options
 from rag_geotoken.pictures import load_pictures
 from rag_geotoken.pipeline import Geolocator, digests
@@ -36,7 +35,7 @@ from rag_geotoken.sources import read_source
 from rag_geotoken.tables import versions
 from rag_geotoken.training.tuning import VISUAL as CHOSEN
 from rag_geotoken.training.tuning import VISUAL_CONFIDENCE
-from rag_geotoken.types import VISUAL, Places, Pool, Predictions
+from rag_geotoken.types import RADII_KM, VISUAL, Places, Pool, Predictions
 from rag_geotoken.verifiers.agreement import moved_places, support
 from rag_geotoken.verifiers.registration import (
     CHUNK,

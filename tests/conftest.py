@@ -22,13 +22,17 @@ from rag_geotoken.convert import convert_geoclip
 from rag_geotoken.decision.pool import make_pool
 from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.errors import GeoError
-from rag_geotoken.files import write_json
+from rag_geotoken.files import shipped, write_json
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.mllm.start import VllmServer, vllm_server
 from rag_geotoken.options import Options
 from rag_geotoken.pipeline import Geolocator
+from rag_geotoken.recipes import read_recipe
 from rag_geotoken.reward import RewardConfig, RewardHead
-from rag_geotoken.run.demo import make_index, run_road
+from rag_geotoken.run.ablate import Variant, read_variants, walk_variants
+from rag_geotoken.run.build_index import make_index
+from rag_geotoken.run.demo import RECIPE
+from rag_geotoken.run.walk import RunFolder
 from rag_geotoken.sources import read_source
 from rag_geotoken.tables import write_table
 from rag_geotoken.token_model import TokenConfig, TokenModel
@@ -44,6 +48,17 @@ TOKENS = TokenConfig(
 REWARD = RewardConfig(d_model=TOKENS.d_model, hidden=16)
 ROWS = 200
 OPTIONS = Options(neighbors=6, beam_width=4, samples=6, openings=8)
+SMALL = {"neighbors": 6, "beam_width": 4, "samples": 6, "openings": 8}
+
+
+def demo_variants() -> list[Variant]:
+    """The demo's variants, but for those that ask a multimodal model, with ``SMALL`` options."""
+    recipe = read_recipe(shipped(RECIPE))
+    variants = read_variants(recipe | {"options": recipe["options"] | SMALL}).variants
+    return [variant for variant in variants if not variant.options.asks_mllm]
+
+
+VARIANTS = demo_variants()
 
 # Of the pools below: B photos, K neighbours, N candidates each, cells of about 100 km.
 PHOTOS, K, N = 6, 8, 12
@@ -145,7 +160,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, geolocator: Geolocator)
     """All stages and all variants of the ablation on those photos, with ``OPTIONS``. Not to be changed: copy it."""
     folder = tmp_path_factory.mktemp("run")
     write_test_photos(folder)
-    run_road(folder, geolocator, OPTIONS)
+    walk_variants(RunFolder(folder, geolocator), VARIANTS)
     return folder
 
 
@@ -212,7 +227,8 @@ def candidates(neighbors: Neighbors) -> Candidates:
     _, cell = np.unique(tokens.reshape(-1, tokens.shape[-1]), axis=0, return_inverse=True)
     log_prob = np.random.default_rng(2).uniform(-9, -1, cell.max() + 1)[cell].reshape(PHOTOS, N)
     source = np.tile(np.array([GREEDY, *[BEAM] * 4, *[SAMPLE] * 7], np.int8), (PHOTOS, 1))
-    return Candidates(tokens, log_prob.astype(np.float32), source)
+    lat_lon = np.stack(TOKENIZER.decode(tokens.reshape(-1, tokens.shape[-1])), axis=-1).reshape(*tokens.shape[:2], 2)
+    return Candidates(tokens, log_prob.astype(np.float32), source, lat_lon)
 
 
 @pytest.fixture(scope="session")

@@ -12,17 +12,6 @@ import numpy as np
 import pytest
 from conftest import TUNING, OneLine
 from numpy.typing import NDArray
-
-from rag_geotoken.cells import S2Tokenizer
-from rag_geotoken.decision import strategies as selection
-from rag_geotoken.decision.pool import extend, make_pool, moved_pool, neighbor_pool, posterior_pool, without
-from rag_geotoken.files import read_json
-from rag_geotoken.geo import haversine_km, pairwise_km
-from rag_geotoken.options import VERIFIERS
-from rag_geotoken.pipeline import Geolocator
-from rag_geotoken.posterior import effective_area_km2
-from rag_geotoken.types import Posterior
-from rag_geotoken.run import ablation
 from rag_geotoken.run.ablation import VARIANTS, Run, decide_all, distances, oracle
 from rag_geotoken.run.tables import (
     read_candidates,
@@ -34,6 +23,16 @@ from rag_geotoken.run.tables import (
     read_predictions,
     read_verdicts,
 )
+
+from rag_geotoken.cells import S2Tokenizer
+from rag_geotoken.decision import strategies as selection
+from rag_geotoken.decision.pool import extend, make_pool, moved_pool, neighbor_pool, posterior_pool, without
+from rag_geotoken.files import read_json
+from rag_geotoken.geo import haversine_km, pairwise_km
+from rag_geotoken.options import VERIFIERS
+from rag_geotoken.pipeline import Geolocator
+from rag_geotoken.posterior import effective_area_km2
+from rag_geotoken.run import ablation
 from rag_geotoken.tables import read_table
 from rag_geotoken.types import (
     BEAM,
@@ -46,6 +45,7 @@ from rag_geotoken.types import (
     Neighbors,
     Places,
     Pool,
+    Posterior,
     Predictions,
 )
 from rag_geotoken.verifiers.agreement import support

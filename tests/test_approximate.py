@@ -21,7 +21,7 @@ from rag_geotoken.geo import to_unit
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.indexing import Plan
 from rag_geotoken.pipeline import Geolocator
-from rag_geotoken.run.demo import make_index
+from rag_geotoken.run.build_index import make_index
 from rag_geotoken.tables import read_table, to_numpy
 
 N, K = 600, 10

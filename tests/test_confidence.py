@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from rag_geotoken.decision.confidence import _disk_chance, calibrated, chances, confidence, fit_calibration
 from rag_geotoken.geo import haversine_km
-from rag_geotoken.types import RADII_KM
-from rag_geotoken.types import Pool
+from rag_geotoken.types import RADII_KM, Pool
 
 Floats = NDArray[np.float64]
 Hits = NDArray[np.bool_]

@@ -15,8 +15,7 @@ from rag_geotoken.cells import S2Tokenizer
 from rag_geotoken.decision.confidence import _disk_chance, calibrated
 from rag_geotoken.decision.strategies import decide, log_probability, minimum_bayes_risk, snap, verified_by
 from rag_geotoken.geo import haversine_km
-from rag_geotoken.types import RADII_KM
-from rag_geotoken.types import BEAM, NEIGHBOUR, Neighbors, Pool, Predictions
+from rag_geotoken.types import BEAM, NEIGHBOUR, RADII_KM, Neighbors, Pool, Predictions
 
 Floats = NDArray[np.float64]
 PAIRS = {

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from rag_geotoken.cells import S2Tokenizer, cell_level, parent_ids
 from rag_geotoken.frontier import frontier
-from rag_geotoken.types import Posterior
 from rag_geotoken.token_model import TokenModel
+from rag_geotoken.types import Posterior
 
 BATCH = 3
 # Vocabularies (6, 16, 16), (6, 16, 4), (6, 4, 4), (6, 64): openings to the end are those of all prefixes but the root.

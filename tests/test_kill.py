@@ -10,7 +10,7 @@ from pathlib import Path
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.indexing import Plan
-from rag_geotoken.run.demo import make_index
+from rag_geotoken.run.build_index import make_index
 from rag_geotoken.tables import read_table
 
 SOURCE, PLAN = "blue-marble:gallery,n=700", Plan("IVF8,SQfp16")
@@ -19,7 +19,7 @@ BUILD = f"""
 import sys
 from pathlib import Path
 from rag_geotoken.alignment import GeoAlignment
-from rag_geotoken.run.demo import make_index
+from rag_geotoken.run.build_index import make_index
 from rag_geotoken.indexing import Plan
 out, weights = map(Path, sys.argv[1:])
 make_index(out, {SOURCE!r}, GeoAlignment.from_pretrained(weights), Plan({PLAN.factory!r}))

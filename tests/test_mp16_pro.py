@@ -17,7 +17,7 @@ from rag_geotoken.cli.app import main
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.pictures import load_pictures
 from rag_geotoken.run import retrieval
-from rag_geotoken.run.demo import make_index
+from rag_geotoken.run.build_index import make_index
 from rag_geotoken.sources import is_source, limited, metadata, read_source
 from rag_geotoken.sources.photos import SCHEMA, LeftOut, read_left_out
 from rag_geotoken.tables import read_table

@@ -20,8 +20,7 @@ from rag_geotoken.decision.pool import (
     temper,
 )
 from rag_geotoken.geo import haversine_km
-from rag_geotoken.types import Posterior
-from rag_geotoken.types import FRONTIER, NEIGHBOUR, SOURCES, Candidates, Neighbors, Pool
+from rag_geotoken.types import FRONTIER, NEIGHBOUR, SOURCES, Candidates, Neighbors, Pool, Posterior
 
 
 def entries(pool: Pool, row: int) -> list[tuple[float, float, str, float]]:

@@ -14,12 +14,11 @@ import torch
 from conftest import REWARD, TOKENS, OneLine
 from numpy.typing import NDArray
 
-from rag_geotoken.types import RADII_KM
 from rag_geotoken.options import Options
 from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.reward import RewardConfig, RewardHead
 from rag_geotoken.sources.blue_marble import cut, draw_views
-from rag_geotoken.types import Neighbors, Pool
+from rag_geotoken.types import RADII_KM, Neighbors, Pool
 from rag_geotoken.weights import fingerprint
 
 

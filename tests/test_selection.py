@@ -25,8 +25,7 @@ from rag_geotoken.decision.strategies import (
 )
 from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.geo import destination, haversine_km
-from rag_geotoken.types import RADII_KM
-from rag_geotoken.types import NEIGHBOUR, SOURCES, Neighbors, Pool, Predictions
+from rag_geotoken.types import NEIGHBOUR, RADII_KM, SOURCES, Neighbors, Pool, Predictions
 
 Strategy = Callable[[Pool, Tuning], Predictions]
 Place = tuple[float, float]

@@ -7,7 +7,7 @@ import pytest
 
 from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.geo import haversine_km
-from rag_geotoken.types import GPS, NEIGHBOUR, SAMPLE, Places, Neighbors, Pool
+from rag_geotoken.types import GPS, NEIGHBOUR, SAMPLE, Neighbors, Places, Pool
 from rag_geotoken.verifiers.shortlist import AGREE_KM, APART_KM, candidates, evidence, shortlist
 
 TUNING = Tuning(search_weights=(0.5, 1.0, 0.5), alignment_scale=3.0)

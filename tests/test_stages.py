@@ -11,15 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from conftest import OPTIONS, OneLine, write_test_photos
-
-from rag_geotoken.cells import cell_level, parent_ids
-from rag_geotoken.decision.strategies import decide
-from rag_geotoken.files import read_json
-from rag_geotoken.types import RADII_KM
-from rag_geotoken.options import VERIFIERS
-from rag_geotoken.pipeline import Geolocator
-from rag_geotoken.posterior import effective_area_km2
-from rag_geotoken.run import retrieval, stages
 from rag_geotoken.run.tables import (
     read_candidates,
     read_embeddings,
@@ -31,8 +22,16 @@ from rag_geotoken.run.tables import (
     read_predictions,
     read_verdicts,
 )
+
+from rag_geotoken.cells import cell_level, parent_ids
+from rag_geotoken.decision.strategies import decide
+from rag_geotoken.files import read_json
+from rag_geotoken.options import VERIFIERS
+from rag_geotoken.pipeline import Geolocator
+from rag_geotoken.posterior import effective_area_km2
+from rag_geotoken.run import retrieval, stages
 from rag_geotoken.tables import read_table, write_table
-from rag_geotoken.types import SOURCES, Predictions
+from rag_geotoken.types import RADII_KM, SOURCES, Predictions
 from rag_geotoken.weights import fingerprint
 
 PHOTOS, BROKEN = 30, 2

@@ -18,7 +18,7 @@ from rag_geotoken.files import read_json, write_json
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.indexing import Plan
 from rag_geotoken.pictures import load_pictures
-from rag_geotoken.run.demo import make_index
+from rag_geotoken.run.build_index import make_index
 from rag_geotoken.sources.blue_marble import cut, draw_views
 from rag_geotoken.thumbnails import BYTES, OFFSETS
 

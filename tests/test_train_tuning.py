@@ -16,11 +16,11 @@ from tiny_training import no_choice, quiet
 from rag_geotoken.decision.confidence import fit_calibration
 from rag_geotoken.decision.tuning import Tuning, load_tuning
 from rag_geotoken.files import write_json
-from rag_geotoken.types import RADII_KM
 from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.sources.blue_marble import cut, draw_views
 from rag_geotoken.training import tuning as training
 from rag_geotoken.training.tuning import tune
+from rag_geotoken.types import RADII_KM
 
 Floats = NDArray[np.float64]
 SOURCE = "blue-marble:validation,n=30"

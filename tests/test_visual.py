@@ -11,14 +11,14 @@ import pyarrow as pa
 import pytest
 from conftest import OPTIONS, TUNING, OneLine
 from numpy.typing import NDArray
+from rag_geotoken.run.tables import read_embeddings, read_matches, read_neighbors, read_pool
 
 from rag_geotoken.decision.pool import extend, without
 from rag_geotoken.geo import destination, haversine_km
 from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.run import stages
-from rag_geotoken.run.tables import read_embeddings, read_matches, read_neighbors, read_pool
 from rag_geotoken.sources.blue_marble import cut
-from rag_geotoken.types import VISUAL, Places, Neighbors, Pool
+from rag_geotoken.types import VISUAL, Neighbors, Places, Pool
 from rag_geotoken.verifiers.agreement import NO_MATCH, moved_places, support
 from rag_geotoken.verifiers.registration import Registration, register
 

@@ -150,7 +150,12 @@ def ablate(recipe: Mapping[str, Any], out: Path, setup: Setup, log: Log) -> dict
             raise GeoError("the recipe asks a multimodal model: give --mllm, or leave such variants out")
         session = MllmSession.open(setup.mllm, setup.mllm_model, setup.mllm_concurrent, setup.resume)
     models = _open(plan, out, setup, session)
-    runs = {split: _walk(plan, split, source, out / split, models) for split, source in plan.photos.items()}
+    runs = dict[str, tuple[RunFolder, Made]]()
+    for split, source in plan.photos.items():
+        write_photos(out / split, source)
+        run = RunFolder(out / split, models)
+        mine = [variant for variant in plan.variants if not variant.splits or split in variant.splits]
+        runs[split] = run, walk_variants(run, mine)
     if reused := [f"{run.folder.name}/{name}" for run, _ in runs.values() for name in run.reused]:
         log(f"{len(reused)} tables reused, as an earlier run left them")
     facts: list[object] = [VERSION, recipe_of(plan)]
@@ -186,19 +191,15 @@ def _open(plan: Recipe, out: Path, setup: Setup, session: MllmSession | None) ->
 Made = dict[str, dict[str, str]]  # variant -> stage -> table
 
 
-def _walk(plan: Recipe, split: str, source: str, folder: Path, models: Models) -> tuple[RunFolder, Made]:
-    """The road on a split, once for every set of options that differ before the decision."""
-    write_photos(folder, source)
-    run, made = RunFolder(folder, models), Made()
-    mine = [variant for variant in plan.variants if not variant.splits or split in variant.splits]
-    groups: dict[str, list[Variant]] = {}
-    for variant in mine:
+def walk_variants(run: RunFolder, variants: list[Variant]) -> Made:
+    """The road in a run's folder, once for every set of options that differ before the decision."""
+    groups, made = dict[str, list[Variant]](), Made()
+    for variant in variants:
         groups.setdefault(_road_key(variant.options), []).append(variant)
     for group in groups.values():
         shared = _shared(group)
-        for variant in group:
-            made[variant.name] = run.walk(variant.options, shared, variant.name)
-    return run, {variant.name: made[variant.name] for variant in mine}
+        made |= {variant.name: run.walk(variant.options, shared, variant.name) for variant in group}
+    return {variant.name: made[variant.name] for variant in variants}
 
 
 def _road_key(options: Options) -> str:

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from rag_geotoken.run.tables import read_pool
 
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.cli.app import main
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.mllm import EMBEDDED_FOLDER
 from rag_geotoken.mllm.start import VllmServer, vllm_server
-from rag_geotoken.run.demo import make_index
-from rag_geotoken.run.tables import read_pool
+from rag_geotoken.run.build_index import make_index
 from rag_geotoken.sources.blue_marble import cut, draw_views
 from rag_geotoken.tables import read_table, to_numpy
 from rag_geotoken.weights import EARTH
