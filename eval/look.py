@@ -20,19 +20,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rag_geotoken.decision import strategies as selection
+from rag_geotoken.decision import strategies
 from rag_geotoken.decision.pool import without
+from rag_geotoken.decision.strategies import Given
 from rag_geotoken.dense import affine
 from rag_geotoken.files import write_json
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.metrics import accuracy, bootstrap
 from rag_geotoken.options import Options
-from rag_geotoken.pictures import load_pictures
-from rag_geotoken.pipeline import Geolocator, digests
+from rag_geotoken.recipes import training_recipe
+from rag_geotoken.run.models import Models
+from rag_geotoken.run.walk import answered, embedded
 from rag_geotoken.sources import read_source
 from rag_geotoken.tables import versions
-from rag_geotoken.training.tuning import LOOK
-from rag_geotoken.types import GPS, NEIGHBOUR, RADII_KM, Pool
+from rag_geotoken.types import GPS, NEIGHBOUR, RADII_KM, Photos, Pool
+from rag_geotoken.verifiers import load_verifier
 from rag_geotoken.verifiers.range_plus import Look
 
 SOURCE = "blue-marble:validation,n=3000,seed=1"
@@ -58,7 +60,7 @@ def main() -> None:
         "command": "python eval/look.py --json eval/results/look.json",
         "photos": SOURCE,
         "speed": speed(),
-        **compare(Geolocator.from_pretrained(given.index)),
+        **compare(Models.from_pretrained(given.index)),
         "versions": versions(),
     }
     for name, figures in [*result["variants"].items(), *result["differences"].items()]:
@@ -68,42 +70,40 @@ def main() -> None:
         write_json(given.json, result)
 
 
-def compare(geolocator: Geolocator) -> dict[str, Any]:
+def compare(models: Models) -> dict[str, Any]:
     """Share of the photos within each radius by variant, and intervals of the paired differences, percent."""
-    table, options, tuning = read_source(SOURCE), Options(), geolocator.tuning
-    truth = np.column_stack([table["lat"].to_numpy(), table["lon"].to_numpy()])
+    photos, options, tuning = Photos.from_table(read_source(SOURCE)), Options(verify=("alignment",)), models.tuning
+    grid = training_recipe(None)["tuning"]["grid"]["look"]
     parts: list[tuple[Pool, Scores]] = []
     spent, entries = 0.0, 0
-    for start in range(0, len(truth), 256):
-        pixels = load_pictures(table["image"][start : start + 256].to_pylist(), 64)[0]
-        photo = geolocator.encode(pixels)
-        near = geolocator.search(photo, options.neighbors, digests(pixels))
-        cells = geolocator.propose(photo, near, options, list(range(start, start + len(photo))))
-        pool = geolocator.pool(near, cells, geolocator.places(photo, options.gps_places))
-        scores = {"alignment": geolocator.verify("alignment", photo, near, pool)}
+    for start in range(0, len(photos), 256):
+        tables = embedded(models, options, photos[start : start + 256])
+        aligned = answered(models, options, tables, until="verdicts-alignment").scores
+        pool, near = tables.pool, tables.neighbours
         begun = time.monotonic()
-        scores["look"] = geolocator.verify("look", photo, near, pool)
+        look = load_verifier("look").scores(models, options, tables, pool).scores
         spent, entries = spent + time.monotonic() - begun, entries + int(pool.mask.sum())
-        own = np.zeros_like(scores["look"])  # a pool begins with the neighbours
-        own[:, : options.neighbors] = np.einsum("bd,bkd->bk", photo[:, 0], geolocator.index.vectors(near.rows)[:, :, 0])
-        scores["own"] = np.where(pool.source == NEIGHBOUR, own, scores["look"])
-        parts.append((pool, scores))
+        own = np.zeros_like(look)  # a pool begins with the neighbours
+        images = models.index.vectors(near.rows)[:, :, 0]
+        own[:, : options.neighbors] = np.einsum("bd,bkd->bk", tables.embeddings.image, images)
+        own = np.where(pool.source == NEIGHBOUR, own, look)
+        parts.append((pool, {"alignment": aligned, "look": look, "own": own}))
 
     def away(gps: bool, verifiers: tuple[str, ...], look: str = "look", scale: float = tuning.look_scale) -> Any:
         found = []
         for pool, scores in parts:
             given = {name: scores[look if name == "look" else name] for name in verifiers}
             chosen = pool if gps else without(pool, GPS)
-            found.append(selection.decide(chosen, given, replace(tuning, look_scale=scale)).lat_lon)
-        return haversine_km(*truth.T, *np.concatenate(found).T)
+            found.append(strategies.decide(chosen, Given(given, replace(tuning, look_scale=scale))).lat_lon)
+        return haversine_km(*photos.lat_lon.T, *np.concatenate(found).T)
 
     km = {"+".join([base, *v]): away("gps" in base, v) for base in ("pool", "pool+gps") for v in VERIFIERS}
-    by_scale = {scale: away(True, ("look",), "own", scale) for scale in LOOK["look_scale"]}
+    by_scale = {scale: away(True, ("look",), "own", scale) for scale in grid["look_scale"]}
     best = max(by_scale, key=lambda scale: float(np.mean(list(accuracy(by_scale[scale]).values()))))
     km["pool+gps+look, candidates only"] = by_scale[best]
     drawn, names = bootstrap(np.stack(list(km.values())), seed=0), list(km)
     return {
-        "look": {name: getattr(tuning, name) for name in LOOK} | {"candidates_only_scale": best},
+        "look": {name: getattr(tuning, name) for name in grid} | {"candidates_only_scale": best},
         "entries": entries,
         "verify_seconds": round(spent, 1),
         "variants": {name: {r: round(v, 2) for r, v in accuracy(values).items()} for name, values in km.items()},

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +17,25 @@ import numpy as np
 import torch
 
 from rag_geotoken.alignment import GeoAlignment
-from rag_geotoken.decision import strategies as selection
 from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.files import write_json
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.metrics import accuracy, bootstrap
 from rag_geotoken.options import Options
-from rag_geotoken.pictures import load_pictures
-from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.recipes import training_recipe
+from rag_geotoken.run.models import Models
+from rag_geotoken.run.walk import RunFolder, in_memory
 from rag_geotoken.sources import read_source
 from rag_geotoken.tables import versions
 from rag_geotoken.token_model import TokenModel
 from rag_geotoken.training.run import train
 from rag_geotoken.training.tokens import Losses, read_photos, validate
-from rag_geotoken.types import RADII_KM, Predictions
+from rag_geotoken.types import RADII_KM, Photos
 from rag_geotoken.weights import EARTH
 
 POSITIONS = ("sequence", "none", "spherical")
+SELECT = {"greedy": "log-probability", "beam": "log-probability", "sample": "bayes-risk"}
 SOURCE = "blue-marble:validation,n=3000"
 
 
@@ -81,24 +80,17 @@ def compare(out: Path, kept: Path, recipe: dict[str, Any]) -> dict[str, Any]:
     alignment, index = GeoAlignment.from_pretrained(out), GeoIndex.load(out.with_name(f"{out.name}-index"))
     tokens = TokenModel.from_pretrained(kept)
     settings = recipe["tokens"]
-    photos = out.with_name(f"{out.name}-photos")
-    _, held_out = read_photos(photos, index, tokens.config, settings["held_out"], settings["seed"])
+    models = Models(alignment, tokens, index, Tuning())
+    run = RunFolder(out.with_name(f"{out.name}-photos"), models)  # with the tables that the training left there
+    options = Options(neighbors=tokens.config.neighbors, propose=(), gps_places=0, verify=())
+    tables = run.tables(options, run.walk(options, until="neighbours"))
+    _, held_out = read_photos(tables, index, tokens.config, settings["held_out"], settings["seed"])
     losses = validate(Losses(tokens, index), held_out, settings["batch"])
-    geolocator = Geolocator(alignment, tokens, index, Tuning())
-    table = read_source(SOURCE)
-    truth = np.column_stack([table["lat"].to_numpy(), table["lon"].to_numpy()])
-    km = {name: np.empty(len(truth)) for name in ("greedy", "beam", "sample")}
-    references = table["image"].to_pylist()
-    for start in range(0, len(references), 256):
-        at = slice(start, start + 256)
-        photo = geolocator.encode(load_pictures(references[at], 64)[0])
-        near = geolocator.search(photo, Options().neighbors)
-        for name in km:
-            options, keys = replace(Options(), propose=(name,)), list(range(start, start + len(photo)))
-            pool = geolocator.pool(None, geolocator.propose(photo, near, options, keys))
-            choose = selection.minimum_bayes_risk if name == "sample" else selection.log_probability
-            found: Predictions = choose(pool, geolocator.tuning)
-            km[name][at] = haversine_km(*truth[at].T, *found.lat_lon.T)
+    photos, km = Photos.from_table(read_source(SOURCE)), {}
+    for name, select in SELECT.items():
+        options = Options(propose=(name,), gps_places=0, sources=(name,), verify=(), select=select)
+        found = in_memory(models, options, photos)
+        km[name] = haversine_km(*photos.lat_lon.T, *found.lat_lon.T)
     intervals = bootstrap(np.stack(list(km.values())), seed=0).accuracy
     return {
         "parameters": sum(p.numel() for p in tokens.parameters()),

@@ -22,25 +22,25 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rag_geotoken.decision import strategies as selection
+from rag_geotoken.decision import strategies
 from rag_geotoken.decision.pool import moved_pool, without
+from rag_geotoken.decision.strategies import Given
 from rag_geotoken.dense import affine
 from rag_geotoken.files import write_json
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.metrics import accuracy, bootstrap
 from rag_geotoken.options import Options
-from rag_geotoken.pictures import load_pictures
-from rag_geotoken.pipeline import Geolocator, digests
+from rag_geotoken.recipes import training_recipe
+from rag_geotoken.run.models import Models
+from rag_geotoken.run.walk import answered, embedded
 from rag_geotoken.sources import read_source
 from rag_geotoken.tables import versions
-from rag_geotoken.training.tuning import VISUAL as CHOSEN
-from rag_geotoken.training.tuning import VISUAL_CONFIDENCE
-from rag_geotoken.types import RADII_KM, VISUAL, Places, Pool, Predictions
+from rag_geotoken.types import RADII_KM, VISUAL, Photos, Places, Pool, Predictions
 from rag_geotoken.verifiers.agreement import moved_places, support
+from rag_geotoken.verifiers.matching import AerialMatcher
 from rag_geotoken.verifiers.registration import (
     CHUNK,
     KEPT,
-    PIXELS,
     RADIUS,
     REACH,
     SCALES,
@@ -63,6 +63,23 @@ COMPARED = [  # the first minus the second
 SPARSER_KM, RIGHT_KM = (50, 100, 150), 5.0
 TIMED = 256  # photos
 Scores = dict[str, NDArray[np.float32]]
+Pixels = NDArray[np.uint8]
+
+
+class Measuring(AerialMatcher):
+    """The matcher of the road, which keeps how it found pictures to lie, and the first ``TIMED`` photos' pictures."""
+
+    def __init__(self, width_km: float) -> None:
+        super().__init__(width_km)
+        self.found: list[Registration] = []
+        self.pictures: list[tuple[Pixels, Pixels]] = []
+
+    def match(self, pixels: Pixels, near: Pixels, places: NDArray[np.float64]) -> Places:
+        """As the road does it."""
+        self.found.append(register(pixels, near))
+        if sum(len(shown) for shown, _ in self.pictures) < TIMED:
+            self.pictures.append((pixels, near))
+        return _matches(self.found[-1], places, self.width_km)
 
 
 def main() -> None:
@@ -74,7 +91,7 @@ def main() -> None:
     result = {
         "command": "python eval/visual.py --json eval/results/visual.json",
         "photos": SOURCE,
-        **compare(Geolocator.from_pretrained(given.index)),
+        **compare(Models.from_pretrained(given.index)),
         "versions": versions(),
     }
     for name, figures in [*result["variants"].items(), *result["differences"].items()]:
@@ -84,48 +101,44 @@ def main() -> None:
         write_json(given.json, result)
 
 
-def compare(geolocator: Geolocator) -> dict[str, Any]:
+def compare(models: Models) -> dict[str, Any]:
     """Share of the photos within each radius by variant, and intervals of the paired differences, percent."""
-    table, options, tuning = read_source(SOURCE), Options(), geolocator.tuning
-    truth = np.column_stack([table["lat"].to_numpy(), table["lon"].to_numpy()])
+    photos, options, tuning = (
+        Photos.from_table(read_source(SOURCE)),
+        Options(verify=("alignment", "visual")),
+        models.tuning,
+    )
+    truth, grid, measuring = photos.lat_lon, training_recipe(None)["tuning"]["grid"], Measuring(tuning.view_km)
+    models = models.replace(matcher=measuring)
     parts: list[tuple[Pool, Scores]] = []
-    found: list[Registration] = []
-    pictures: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]] = []
-    places: list[NDArray[np.float64]] = []
-    for start in range(0, len(truth), TIMED):
-        pixels = load_pictures(table["image"][start : start + TIMED].to_pylist(), PIXELS)[0]
-        photo = geolocator.encode(pixels)
-        near = geolocator.search(photo, options.neighbors, digests(pixels))
-        cells = geolocator.propose(photo, near, options, list(range(start, start + len(photo))))
-        others = geolocator.index.pictures(near.rows, PIXELS)
-        found.append(register(pixels, others))
-        matches = _matches(found[-1], near.lat_lon, tuning.view_km)
-        pool = geolocator.pool(near, cells, geolocator.places(photo, options.gps_places), matches=matches)
-        given = {name: geolocator.verify(name, photo, near, pool, matches) for name in ("alignment", "visual")}
-        parts.append((pool, given))
-        places.append(near.lat_lon)
-        if not pictures:
-            pictures.append((pixels, others))
-    registration = Registration(*(np.concatenate([vars(r)[name] for r in found]) for name in vars(found[0])))
-    neighbors = np.concatenate(places)
-    matches = _matches(registration, neighbors, tuning.view_km)
+    near: list[NDArray[np.float64]] = []
+    moved: list[Places] = []
+    for start in range(0, len(photos), TIMED):
+        tables = embedded(models, options, photos[start : start + TIMED])
+        answered(models, options, tables, until="verdicts-visual")
+        parts.append((tables.pool, {name: found.scores for name, found in tables.verdicts.items()}))
+        near.append(tables.neighbours.lat_lon)
+        moved.append(tables.matches)
+    found = measuring.found
+    registration = Registration(*(np.concatenate([vars(each)[name] for each in found]) for name in vars(found[0])))
+    neighbors, matches = np.concatenate(near), Places.join(moved)
     away = haversine_km(truth[:, :1], truth[:, 1:], neighbors[..., 0], neighbors[..., 1])
 
     def decided(verifiers: tuple[str, ...]) -> Predictions:
         answers = []
         for pool, given in parts:
             chosen = pool if "visual" in verifiers else without(pool, VISUAL)
-            answers.append(selection.decide(chosen, {name: given[name] for name in verifiers}, tuning))
-        return Predictions(*(np.concatenate([vars(each)[name] for each in answers]) for name in vars(answers[0])))
+            answers.append(strategies.decide(chosen, Given({name: given[name] for name in verifiers}, tuning)))
+        return Predictions.join(answers)
 
     def consensus(those: Places) -> NDArray[np.float64]:
-        moved = moved_pool(those, tuning)
-        return selection.decide(moved, {"visual": support(moved, those, tuning.visual_km)}, tuning).lat_lon
+        pool = moved_pool(those, tuning)
+        return strategies.decide(pool, Given({"visual": support(pool, those, tuning.visual_km)}, tuning)).lat_lon
 
     by_verifiers = {"+".join(["pool+gps", *names]): decided(names) for names in VERIFIERS}
     answers = {name: each.lat_lon for name, each in by_verifiers.items()}
-    best = moved_pool(matches, tuning)
-    answers["visual-best"] = selection.highest(best, matches.scores, tuning).lat_lon
+    alike = Given({"visual": matches.scores}, tuning)
+    answers["visual-best"] = strategies.highest(moved_pool(matches, tuning), alike).lat_lon
     answers["visual-consensus"] = consensus(matches)
     for km in SPARSER_KM:
         fewer = replace(registration, alike=np.where(away < km, 0, registration.alike).astype(np.float32))
@@ -134,7 +147,7 @@ def compare(geolocator: Geolocator) -> dict[str, Any]:
     drawn, names = bootstrap(np.stack(list(distance.values())), seed=0), list(distance)
     sure, right = by_verifiers["pool+gps+alignment+visual"].confidence, distance["pool+gps+alignment+visual"]
     return {
-        "tuning": {name: getattr(tuning, name) for name in (*CHOSEN, *VISUAL_CONFIDENCE, "view_km")},
+        "tuning": {name: getattr(tuning, name) for name in (*grid["visual"], *grid["visual_confidence"], "view_km")},
         "variants": {name: {r: round(v, 2) for r, v in accuracy(km).items()} for name, km in distance.items()},
         "median_km": {name: round(float(np.median(km)), 3) for name, km in distance.items()},
         "ci95": {name: _pairs(drawn.accuracy[i]) for i, name in enumerate(names)},
@@ -144,7 +157,7 @@ def compare(geolocator: Geolocator) -> dict[str, Any]:
             for i, r in enumerate(RADII_KM)
         },
         "matches": _quality(matches, away, truth),
-        "speed": speed(*pictures[0], neighbors[:TIMED]),
+        "speed": speed(*(np.concatenate(part) for part in zip(*measuring.pictures, strict=True)), neighbors[:TIMED]),
     }
 
 
@@ -167,7 +180,7 @@ def _quality(matches: Places, away: NDArray[np.float64], truth: NDArray[np.float
     return result
 
 
-def speed(pixels: NDArray[np.uint8], others: NDArray[np.uint8], places: NDArray[np.float64]) -> dict[str, Any]:
+def speed(pixels: Pixels, others: Pixels, places: NDArray[np.float64]) -> dict[str, Any]:
     """Milliseconds a photo, the best of three, beside what its arithmetic and its transforms alone would take."""
     found = register(pixels, others)
     registering = min(_seconds(lambda: register(pixels, others)) for _ in range(3))

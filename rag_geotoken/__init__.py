@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,11 @@ if TYPE_CHECKING:
     from rag_geotoken.options import Options as Options
     from rag_geotoken.pipeline import Geolocator as Geolocator
     from rag_geotoken.types import Prediction as Prediction
+
+# Idle OpenMP threads give their core away soon: beside a busy process, spinning ones make everything several times as
+# slow. Read when torch is loaded, so it counts only where this package is imported first; what a user set stays.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 _PUBLIC = {
     "GeoError": "errors",

@@ -16,7 +16,7 @@ MODES = ("pool", "free", "zero-shot", "diversify")
 CHOICES = {
     "propose": PROPOSERS,
     "sources": POOLED,
-    "verify": tuple(VERIFIERS),
+    "verify": VERIFIERS,
     "select": STRATEGIES,
     "mllm_mode": MODES,
 }

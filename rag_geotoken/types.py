@@ -37,7 +37,7 @@ class Rows:
 
     @classmethod
     def join(cls, parts: Sequence[Self]) -> Self:
-        """The parts' photos one after the other. Arrays whose second axis differs are padded behind, with zeros."""
+        """The parts' photos one after the other."""
         return cls(*(_joined([getattr(part, f.name) for part in parts]) for f in fields(cls)))  # type: ignore[arg-type]
 
 
@@ -468,12 +468,9 @@ def _some(values: Any, at: At) -> Any:
 
 
 def _joined(parts: list[Any]) -> Any:
-    if not isinstance(parts[0], np.ndarray):
-        return [value for part in parts for value in part]
-    if parts[0].ndim > 1:
-        width = max(part.shape[1] for part in parts)
-        parts = [np.pad(p, [(0, 0), (0, width - p.shape[1]), *[(0, 0)] * (p.ndim - 2)]) for p in parts]
-    return np.concatenate(parts)
+    if isinstance(parts[0], np.ndarray):
+        return np.concatenate(parts)
+    return [value for part in parts for value in part]
 
 
 def _ranked(

@@ -51,7 +51,7 @@ def decide(pool: Pool, given: Given, select: str = "bayes-risk") -> Predictions:
     """
     tuning = given.tuning.with_pictures() if "visual" in given.scores else given.tuning
     for name, values in given.scores.items():
-        pool = reweigh(pool, values, getattr(tuning, f"{name}_scale"))
+        pool = reweigh(pool, values, _scale(tuning, name))
     strategy: Callable[[Pool, Given], Chosen] = globals()[select.replace("-", "_")]
     chosen = strategy(pool, replace(given, tuning=tuning))
     sure = confidence(temper(pool, tuning.confidence_scale), chosen.lat_lon, tuning.confidence_km)
@@ -91,7 +91,7 @@ def highest(pool: Pool, given: Given) -> Chosen:
     """
     if not given.scores:
         raise GeoError("select highest takes the place that verifiers score highest: name one in verify")
-    scores = sum(getattr(given.tuning, f"{name}_scale") * values for name, values in given.scores.items())
+    scores = sum(_scale(given.tuning, name) * values for name, values in given.scores.items())
     return _entry(pool, np.where(pool.mask, scores, -np.inf).argmax(axis=1))
 
 
@@ -151,6 +151,11 @@ def _densest(pool: Pool, tuning: Tuning) -> NDArray[np.int64]:
     density = _expected(pool, lambda km: np.exp(-0.5 * (km / tuning.density_km) ** 2))
     best: NDArray[np.int64] = np.where(pool.mask, density, -1.0).argmax(axis=1)
     return best
+
+
+def _scale(tuning: Tuning, verifier: str) -> float:
+    """How sharply a verifier's scores count; one that no tuning knows gives nats."""
+    return float(getattr(tuning, f"{verifier}_scale", 1.0))
 
 
 def _entry(pool: Pool, best: NDArray[np.int64]) -> Chosen:
