@@ -103,12 +103,9 @@ def main() -> None:
 
 def compare(models: Models) -> dict[str, Any]:
     """Share of the photos within each radius by variant, and intervals of the paired differences, percent."""
-    photos, options, tuning = (
-        Photos.from_table(read_source(SOURCE)),
-        Options(verify=("alignment", "visual")),
-        models.tuning,
-    )
-    truth, grid, measuring = photos.lat_lon, training_recipe(None)["tuning"]["grid"], Measuring(tuning.view_km)
+    photos, grid = Photos.from_table(read_source(SOURCE)), training_recipe(None)["tuning"]["grid"]
+    options, tuning, truth = Options(verify=("alignment", "visual")), models.tuning, photos.lat_lon
+    measuring = Measuring(tuning.view_km)
     models = models.replace(matcher=measuring)
     parts: list[tuple[Pool, Scores]] = []
     near: list[NDArray[np.float64]] = []
@@ -146,6 +143,7 @@ def compare(models: Models) -> dict[str, Any]:
     distance = {name: haversine_km(*truth.T, *lat_lon.T) for name, lat_lon in answers.items()}
     drawn, names = bootstrap(np.stack(list(distance.values())), seed=0), list(distance)
     sure, right = by_verifiers["pool+gps+alignment+visual"].confidence, distance["pool+gps+alignment+visual"]
+    pixels, others = (np.concatenate(part) for part in zip(*measuring.pictures, strict=True))
     return {
         "tuning": {name: getattr(tuning, name) for name in (*grid["visual"], *grid["visual_confidence"], "view_km")},
         "variants": {name: {r: round(v, 2) for r, v in accuracy(km).items()} for name, km in distance.items()},
@@ -157,7 +155,7 @@ def compare(models: Models) -> dict[str, Any]:
             for i, r in enumerate(RADII_KM)
         },
         "matches": _quality(matches, away, truth),
-        "speed": speed(*(np.concatenate(part) for part in zip(*measuring.pictures, strict=True)), neighbors[:TIMED]),
+        "speed": speed(pixels, others, neighbors[: len(pixels)]),
     }
 
 

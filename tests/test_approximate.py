@@ -158,7 +158,7 @@ def test_the_manifest_says_what_was_measured(index: GeoIndex, folders: dict[str,
     assert facts["recall@20"] >= 0.9 and facts["queries"] == N // 10 and facts["rows"] == N
     assert facts["effort_name"] == ("efSearch" if facts["factory"].startswith("HNSW") else "nprobe")
     assert facts["effort"] >= 1 and facts["build_seconds"] >= 0
-    assert set(facts["bytes"]) == {"index.faiss", "rows.parquet", "projections.npy"}
+    assert set(facts["bytes"]) == {"index.faiss", "rows.parquet", "projections.npy", "cells.npy"}
     assert facts["memory_bytes"] == facts["bytes"]["index.faiss"]
 
 
@@ -183,19 +183,22 @@ def test_building_again_does_nothing_and_another_plan_does(copy: Path, alignment
     GeoIndex.load(copy)
 
 
+@pytest.mark.parametrize("name", ["projections.npy", "cells.npy"])
 @pytest.mark.parametrize("harm", ["cut", "changed", "missing"])
-def test_broken_projections_are_named(copy: Path, harm: str, one_line: OneLine) -> None:
-    path = copy / "projections.npy"
+def test_broken_vectors_are_named(copy: Path, name: str, harm: str, one_line: OneLine) -> None:
+    path = copy / name
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
     path.unlink()
     if harm != "missing":
         path.write_bytes(content[:-100] if harm == "cut" else content)
-    with one_line("projections.npy.*build the index again"):
+    with one_line(f"{name}.*build the index again"):
         GeoIndex.load(copy)
 
 
-@pytest.mark.parametrize("change", [{"dim": 16}, {"rows": N - 1}, {"refine": 0}, {"effort": "x"}, {"refine": None}])
+@pytest.mark.parametrize(
+    "change", [{"dim": 16}, {"rows": N - 1}, {"cells": 3}, {"refine": 0}, {"effort": "x"}, {"refine": None}]
+)
 def test_a_manifest_that_does_not_fit_is_named(copy: Path, change: dict[str, object], one_line: OneLine) -> None:
     path = copy / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))

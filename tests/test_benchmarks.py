@@ -10,6 +10,7 @@ from miniatures import jpeg, write_csv
 
 from rag_geotoken.options import Options
 from rag_geotoken.pictures import load_pictures
+from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.run.locate import locate_photos, read_photos
 from rag_geotoken.sources import read_source
 from rag_geotoken.sources.photos import SCHEMA, read_left_out
@@ -59,11 +60,11 @@ def test_yfcc4k_names_its_authors_in_either_way(tmp_path: Path, column: str) -> 
 
 
 def test_a_missing_picture_keeps_its_row_to_the_end(
-    tmp_path: Path, index_folder: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, geolocator: Geolocator, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = f"im2gps3k:{test_set(tmp_path, missing=4)}"
     out, options = tmp_path / "out.parquet", Options(neighbors=3, propose=(), verify=())
-    done, failed = locate_photos([source], index_folder, out, options, weights, tmp_path / "run")
+    done, failed = locate_photos(read_photos([source]), geolocator, options, out, tmp_path / "run")
     assert done == 5 and len(failed) == 1 and "there is no such file" in failed[0] and IDS[4] in failed[0]
     line = f"{source}: 1 of 6 pictures are missing in {tmp_path / 'im2gps3ktest'}"
     assert line in capsys.readouterr().err.splitlines()

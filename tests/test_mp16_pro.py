@@ -16,8 +16,8 @@ from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.cli.app import main
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.pictures import load_pictures
-from rag_geotoken.run import retrieval
 from rag_geotoken.run.build_index import make_index
+from rag_geotoken.run.walk import write_photos
 from rag_geotoken.sources import is_source, limited, metadata, read_source
 from rag_geotoken.sources.photos import SCHEMA, LeftOut, read_left_out
 from rag_geotoken.tables import read_table
@@ -159,7 +159,7 @@ def test_a_tar_cut_off_in_the_middle_gives_what_is_whole(folder: Path, capsys: p
     with tarfile.open(tar) as file:
         member = [member for member in file if member.isreg()][10]
     tar.write_bytes(tar.read_bytes()[: member.offset_data + 3000])
-    retrieval.write_photos(folder / "run", f"mp16-pro:{folder}")
+    write_photos(folder / "run", f"mp16-pro:{folder}")
     table = read_table(folder / "run" / "photos.parquet")
     assert table["id"].to_pylist() == ids[:10]
     assert load_pictures(table["image"].to_pylist(), 8)[1] == [None] * 10

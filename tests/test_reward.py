@@ -6,7 +6,6 @@ import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -17,8 +16,10 @@ from numpy.typing import NDArray
 from rag_geotoken.options import Options
 from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.reward import RewardConfig, RewardHead
+from rag_geotoken.run.walk import answered, embedded
 from rag_geotoken.sources.blue_marble import cut, draw_views
-from rag_geotoken.types import RADII_KM, Neighbors, Pool
+from rag_geotoken.types import RADII_KM, Photos, Tables
+from rag_geotoken.verifiers import load_verifier
 from rag_geotoken.weights import fingerprint
 
 
@@ -27,22 +28,25 @@ def head(weights: Path) -> RewardHead:
     return RewardHead.from_pretrained(weights)
 
 
-class Road(NamedTuple):
-    """What four photos have become before they are verified."""
-
-    photo: NDArray[np.float32]
-    neighbors: Neighbors
-    pool: Pool
+OPTIONS = Options(neighbors=6, beam_width=4, samples=9, gps_places=0)
 
 
 @pytest.fixture(scope="module")
-def road(geolocator: Geolocator) -> Road:
-    photo = geolocator.encode(cut(draw_views("validation", 4, 0)))
-    neighbors = geolocator.search(photo, 6)
-    candidates = geolocator.propose(photo, neighbors, Options(beam_width=4, samples=9))
-    pool = geolocator.pool(neighbors, candidates)
+def tables(geolocator: Geolocator) -> Tables:
+    """What four photos have become before they are verified."""
+    pixels = cut(draw_views("validation", 4, 0))
+    tables = embedded(geolocator, OPTIONS, Photos.of(list(pixels), [str(i) for i in range(4)]))
+    pool = answered(geolocator, OPTIONS, tables, until="pool")
     assert (~pool.mask).any() and pool.mask.sum(axis=1).min() > 5
-    return Road(photo, neighbors, pool)
+    return tables
+
+
+def scores_of(name: str, models: Geolocator, tables: Tables) -> NDArray[np.float32]:
+    verdict = load_verifier(name).scores(models, OPTIONS, tables, tables.pool)
+    scores, mask = verdict.scores, tables.pool.mask
+    assert scores.shape == mask.shape and scores.dtype == np.float32 and (verdict.mask == mask).all()
+    assert (scores[~mask] == 0).all()
+    return scores
 
 
 # the head
@@ -109,69 +113,70 @@ def test_settings_that_do_not_fit_are_named(settings: str, weights: Path, tmp_pa
 # verification
 
 
-def test_alignment_scores_are_cosines_one_by_one(geolocator: Geolocator, road: Road) -> None:
-    scores = geolocator.verify("alignment", *road)
-    assert scores.shape == road.pool.mask.shape and scores.dtype == np.float32
-    assert (scores[~road.pool.mask] == 0).all()
-    for b, c in np.argwhere(road.pool.mask).tolist():
-        place = geolocator.alignment.embed_places(road.pool.lat_lon[b, c])[0]
-        gps = road.photo[b, 1]
+def test_alignment_scores_are_cosines_one_by_one(geolocator: Geolocator, tables: Tables) -> None:
+    pool, scores = tables.pool, scores_of("alignment", geolocator, tables)
+    for b, c in np.argwhere(pool.mask).tolist():
+        place = geolocator.alignment.embed_places(pool.lat_lon[b, c])[0]
+        gps = tables.embeddings.gps[b]
         cosine = float(gps @ place) / math.sqrt(float(gps @ gps) * float(place @ place))
         assert scores[b, c] == pytest.approx(cosine, abs=1e-5)
-    assert np.ptp(scores[road.pool.mask]) > 0.01
+    assert np.ptp(scores[pool.mask]) > 0.01
 
 
-def test_reward_scores_follow_from_states_one_by_one(geolocator: Geolocator, road: Road, head: RewardHead) -> None:
-    scores = geolocator.verify("reward", *road)
-    assert scores.shape == road.pool.mask.shape and scores.dtype == np.float32
-    assert (scores[~road.pool.mask] == 0).all()
+def test_reward_scores_follow_from_states_one_by_one(geolocator: Geolocator, tables: Tables, head: RewardHead) -> None:
+    pool, scores = tables.pool, scores_of("reward", geolocator, tables)
     with torch.inference_mode():
-        for b, c in np.argwhere(road.pool.mask).tolist():
-            memory = geolocator.memory(road.photo[b : b + 1], road.neighbors[b : b + 1])
-            cell = torch.from_numpy(geolocator.tokenizer.encode(*road.pool.lat_lon[b, c : c + 1].T))
+        for b, c in np.argwhere(pool.mask).tolist():
+            memory = geolocator.memory(tables.embeddings[b : b + 1], tables.neighbours[b : b + 1])
+            cell = torch.from_numpy(geolocator.tokenizer.encode(*pool.lat_lon[b, c : c + 1].T))
             last = geolocator.tokens.states(memory, cell)[0, -1]
             chances = head(last).softmax(-1).tolist()
             expected = math.log(sum(sum(chances[: r + 1]) for r in range(5)) / 5)
             assert scores[b, c] == pytest.approx(expected, abs=1e-4)
-    assert np.ptp(scores[road.pool.mask]) > 0.01
+    assert np.ptp(scores[pool.mask]) > 0.01
 
 
-def test_states_of_other_photos_change_nothing(geolocator: Geolocator, road: Road) -> None:
-    whole = geolocator.states(*road)
-    assert whole.shape == (*road.pool.mask.shape, TOKENS.d_model)
+def test_states_of_other_photos_change_nothing(geolocator: Geolocator, tables: Tables) -> None:
+    def states(some: Tables) -> torch.Tensor:
+        return geolocator.states(some.embeddings, some.neighbours, some.pool)
+
+    whole = states(tables)
+    assert whole.shape == (*tables.pool.mask.shape, TOKENS.d_model)
     for b in range(4):
-        here = slice(b, b + 1)
-        alone = geolocator.states(road.photo[here], road.neighbors[here], road.pool[here])
-        kept = torch.from_numpy(road.pool.mask[b])
+        alone, kept = states(tables[b : b + 1]), torch.from_numpy(tables.pool.mask[b])
         torch.testing.assert_close(alone[0][kept], whole[b][kept], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("names", [(), ("alignment",), ("reward",), ("alignment", "reward")], ids="+".join)
 def test_every_set_of_verifiers_decides(geolocator: Geolocator, names: Sequence[str]) -> None:
-    pixels = cut(draw_views("validation", 3, 1))
-    decided = geolocator.locate(pixels, Options(neighbors=6, samples=5, verify=tuple(names)))
-    assert np.isfinite(decided.lat_lon).all() and ((decided.confidence >= 0) & (decided.confidence <= 1)).all()
+    pixels = list(cut(draw_views("validation", 3, 1)))
+    answers = geolocator(pixels, Options(neighbors=6, samples=5, verify=tuple(names)))
+    assert len(answers) == 3 and all(answer.verified == bool(names) for answer in answers)
+    for answer in answers:
+        assert answer.error is None and answer.lat is not None and answer.lon is not None
+        assert math.isfinite(answer.lat) and math.isfinite(answer.lon)
+        assert answer.confidence is not None and all(0 <= chance <= 1 for chance in answer.confidence)
 
 
 @pytest.mark.parametrize("name", ["sometimes", "", "Alignment"])
-def test_an_unknown_verifier_is_refused(name: str, geolocator: Geolocator, road: Road, one_line: OneLine) -> None:
-    with one_line(f"nothing verifies by the name '{name}': choose of alignment, reward"):
-        geolocator.verify(name, *road)
+def test_an_unknown_verifier_is_refused(name: str, one_line: OneLine) -> None:
+    with one_line(f"verify '{name}' is not known: choose of alignment, reward"):
+        Options(verify=(name,))
 
 
-def test_a_multimodal_model_is_not_passed_over(geolocator: Geolocator, road: Road, one_line: OneLine) -> None:
-    with one_line("a multimodal model is asked by rag-geotoken locate --verify mllm"):
-        geolocator.verify("mllm", *road)
+def test_a_multimodal_model_is_not_passed_over(geolocator: Geolocator, tables: Tables, one_line: OneLine) -> None:
+    with one_line("which multimodal model"):
+        scores_of("mllm", geolocator, tables)
 
 
 def test_weights_without_a_reward_head(
-    weights: Path, index_folder: Path, road: Road, tmp_path: Path, one_line: OneLine
+    weights: Path, index_folder: Path, tables: Tables, tmp_path: Path, one_line: OneLine
 ) -> None:
     bare = shutil.copytree(weights, tmp_path / weights.name, ignore=shutil.ignore_patterns("reward*"))
     found = Geolocator.from_pretrained(index_folder, bare)
-    assert found.reward is None and found.verify("alignment", *road).any()
+    assert found.reward is None and scores_of("alignment", found, tables).any()
     with one_line("these weights have no reward head: train one with rag-geotoken train reward"):
-        found.verify("reward", *road)
+        scores_of("reward", found, tables)
 
 
 def test_a_reward_head_of_another_width_is_refused(
@@ -184,12 +189,16 @@ def test_a_reward_head_of_another_width_is_refused(
 
 
 def test_scores_are_known_by_the_weights_they_follow_from(geolocator: Geolocator, weights: Path) -> None:
+    def identity(name: str, models: Geolocator) -> dict[str, object]:
+        return load_verifier(name).identity(models, OPTIONS)
+
     assert geolocator.reward is not None
-    assert geolocator.verifier_id("alignment") == geolocator.alignment.identity
-    assert geolocator.verifier_id("reward") == fingerprint(geolocator.tokens, geolocator.reward)
+    assert geolocator.alignment.identity in identity("alignment", geolocator).values()
+    assert fingerprint(geolocator.tokens, geolocator.reward) in identity("reward", geolocator).values()
     other = RewardHead(REWARD)
     changed = Geolocator(geolocator.alignment, geolocator.tokens, geolocator.index, geolocator.tuning, other)
-    assert changed.verifier_id("reward") != geolocator.verifier_id("reward")
+    assert identity("reward", changed) != identity("reward", geolocator)
+    assert identity("alignment", changed) == identity("alignment", geolocator)
 
 
 # fingerprints

@@ -22,6 +22,7 @@ from rag_geotoken.training import run
 from rag_geotoken.training.alignment import _Losses, nearby_places, train_alignment
 
 Floats = NDArray[np.float64]
+SOURCE = "blue-marble:train"
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Floats]:
 def test_training_is_seeded_and_sees_no_cell_kept_for_unseen(drawn: list[Floats], tmp_path: Path) -> None:
     def train(seed: int) -> dict[str, Tensor]:
         out = tmp_path / str(len(drawn))
-        model = train_alignment(out, "", steps=2, batch=6, rate=1e-3, seed=seed, log=quiet)
+        model = train_alignment(out, "", source=SOURCE, steps=2, batch=6, rate=1e-3, seed=seed, log=quiet)
         assert not model.training and all(torch.isfinite(value).all() for value in model.state_dict().values())
         return model.state_dict()
 
@@ -52,14 +53,14 @@ def test_training_is_seeded_and_sees_no_cell_kept_for_unseen(drawn: list[Floats]
 
 def test_nearby_places_lie_10_to_1000_km_away_in_no_held_out_cell() -> None:
     places = draw_views("train", 3000, 0)[:, :2]
-    there = nearby_places(places, 3, np.random.default_rng(0))
+    there = nearby_places(places, 3, np.random.default_rng(0), is_unseen)
     assert there.shape == (9000, 2) and not is_unseen(*there.T).any()
     km = haversine_km(*np.repeat(places, 3, axis=0).T, *there.T)
     # The few that fell into a held-out cell are other photos' places.
     inside = (km >= 9.999) & (km <= 1000.001)
     assert 0.95 < inside.mean() < 1
     assert np.log(km[inside]).mean() == pytest.approx(math.log(100.0), abs=0.05)
-    np.testing.assert_array_equal(there, nearby_places(places, 3, np.random.default_rng(0)))
+    np.testing.assert_array_equal(there, nearby_places(places, 3, np.random.default_rng(0), is_unseen))
 
 
 def test_the_losses_are_contrastive_both_ways() -> None:
@@ -104,7 +105,7 @@ def test_stopped_anywhere_ends_in_the_same_bytes(tmp_path: Path, drawn: list[Flo
             if len(lines) == stop:
                 raise Stop
 
-        train_alignment(out, "a", steps=5, batch=4, rate=1e-3, seed=3, log=log)
+        train_alignment(out, "a", source=SOURCE, steps=5, batch=4, rate=1e-3, seed=3, log=log)
         paths = [*out.iterdir(), out.with_name(f"{out.name}-alignment-checkpoint.safetensors")]
         return {path.name: path.read_bytes() for path in paths}
 
@@ -123,4 +124,5 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_work(
     monkeypatch.setattr(blue_marble, "draw_views", lambda *_: pytest.fail("the work began"))
     (tmp_path / "file").write_text("")
     with one_line("cannot write into .*file"):
-        run.train("alignment", {"alignment": {"steps": 2, "batch": 4, "rate": 1e-3, "seed": 0}}, tmp_path / "file")
+        settings = {"source": SOURCE, "steps": 2, "batch": 4, "rate": 1e-3, "seed": 0}
+        run.train("alignment", {"alignment": settings}, tmp_path / "file")

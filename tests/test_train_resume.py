@@ -16,11 +16,14 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import TOKENS, OneLine
 from safetensors.torch import load_file
-from tiny_training import SETTINGS, quiet, save_alignment, start, tiny, toml
+from tiny_training import GALLERY, SETTINGS, quiet, save_alignment, start, tiny, toml
 
-from rag_geotoken.decision.tuning import Tuning
+from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.index import GeoIndex
-from rag_geotoken.run import retrieval
+from rag_geotoken.options import Options
+from rag_geotoken.pipeline import Geolocator
+from rag_geotoken.run.build_index import make_index
+from rag_geotoken.run.walk import RunFolder
 from rag_geotoken.token_model import TokenModel
 from rag_geotoken.training import loop, run, tokens
 from rag_geotoken.training.processes import make_accelerator
@@ -28,6 +31,7 @@ from rag_geotoken.training.tokens import Photos, read_photos, train_tokens
 
 NUMBERS: dict[str, Any] = {"epochs": 4, "batch": 16, "rate": 1e-2, "seed": 1}
 CONFIG = replace(TOKENS, dropout=0.1)
+RECIPE: dict[str, Any] = {"gallery": GALLERY}
 Train = Callable[..., TokenModel]
 
 
@@ -36,11 +40,12 @@ class Stop(Exception):
 
 
 @pytest.fixture(scope="module")
-def both(index_folder: Path, gallery: GeoIndex, tmp_path_factory: pytest.TempPathFactory) -> tuple[Photos, Photos]:
+def both(index_folder: Path, geolocator: Geolocator, tmp_path_factory: pytest.TempPathFactory) -> tuple[Photos, Photos]:
     folder = tmp_path_factory.mktemp("photos") / "stages"
     shutil.copytree(index_folder / "stages", folder)
-    retrieval.search(folder, gallery, TOKENS.neighbors, Tuning().search_weights)
-    return read_photos(folder, gallery, TOKENS, held_out=20, seed=1)
+    walked, options = RunFolder(folder, geolocator), Options(neighbors=TOKENS.neighbors)
+    tables = walked.tables(options, walked.walk(options, until="neighbours"))
+    return read_photos(tables, geolocator.index, TOKENS, held_out=20, seed=1)
 
 
 @pytest.fixture
@@ -137,14 +142,18 @@ def test_whatever_a_training_follows_from_is_known_again(
     folder, settings = tmp_path / "photos", SETTINGS | {"source": f"folder:{tmp_path / 'photos'}"}
     out = save_alignment(tmp_path / "w")
     _pictures(folder, lat=10.0)
+    recipe = RECIPE | {"tokens": settings}
     with tiny():
-        run.train("tokens", {"tokens": settings}, out)
-        run.train("tokens", {"tokens": settings}, out)
+        run.train("tokens", recipe, out)
+        run.train("tokens", recipe, out)
         if change == "place":
             _pictures(folder, lat=11.0)
-        if change == "gallery":
-            monkeypatch.setattr(run, "GALLERY", "blue-marble:gallery,n=60,seed=3")
-        run.train("tokens", {"tokens": settings | ({"seed": 2} if change == "seed" else {})}, out)
+        if change == "seed":
+            recipe["tokens"] = settings | {"seed": 2}
+        index = tmp_path / "other" if change == "gallery" else None
+        if index:
+            make_index(index, f"{GALLERY},seed=3", GeoAlignment.from_pretrained(out))
+        run.train("tokens", recipe, out, index)
     assert known[0] == known[1] != known[2]
 
 
@@ -171,9 +180,9 @@ def test_killed_processes_end_in_the_same_bytes(tmp_path: Path) -> None:
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     with tiny():
-        run.train("tokens", {"tokens": SETTINGS | {"epochs": 25}}, through)
+        run.train("tokens", RECIPE | {"tokens": SETTINGS | {"epochs": 25}}, through)
         assert files(killed) != files(through)
-        run.train("tokens", {"tokens": SETTINGS | {"epochs": 25}}, killed)
+        run.train("tokens", RECIPE | {"tokens": SETTINGS | {"epochs": 25}}, killed)
     assert files(killed) == files(through)
 
 
@@ -193,7 +202,7 @@ def test_two_processes_train_what_one_does(tmp_path: Path, float32: None, monkey
     alone, shared = (save_alignment(tmp_path / name / "w") for name in ("alone", "shared"))
     process = start(["train", "tokens", str(recipe), "--out", str(shared)], 2, NOTES=str(tmp_path / "notes"))
     with tiny():
-        run.train("tokens", {"tokens": settings}, alone)
+        run.train("tokens", RECIPE | {"tokens": settings}, alone)
     said = process.communicate(timeout=120)[1]
     assert process.returncode == 0, said
     notes = [line.split() for line in (tmp_path / "notes").read_text().splitlines()]
@@ -217,7 +226,8 @@ def test_one_process_alone_trains_all_but_the_tokens(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     with one_line("4 processes were started to train alignment: start one"):
-        run.train("alignment", {"alignment": {"steps": 2, "batch": 4, "rate": 1e-3, "seed": 0}}, tmp_path / "w")
+        settings = {"source": "blue-marble:train", "steps": 2, "batch": 4, "rate": 1e-3, "seed": 0}
+        run.train("alignment", {"alignment": settings}, tmp_path / "w")
     assert not list(tmp_path.iterdir())
 
 
@@ -230,7 +240,7 @@ def test_a_precision_that_cannot_resume_is_named(monkeypatch: pytest.MonkeyPatch
 def test_asked_again_the_command_writes_nothing(tmp_path: Path) -> None:
     out = save_alignment(tmp_path / "w")
     with tiny():
-        run.train("tokens", {"tokens": SETTINGS | {"epochs": 1}}, out)
+        run.train("tokens", RECIPE | {"tokens": SETTINGS | {"epochs": 1}}, out)
         before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
-        run.train("tokens", {"tokens": SETTINGS | {"epochs": 1}}, out)
+        run.train("tokens", RECIPE | {"tokens": SETTINGS | {"epochs": 1}}, out)
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()} == before

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROWS, OneLine
-from numpy.typing import NDArray
 from tiny_training import quiet
 
-from rag_geotoken.pipeline import Geolocator, digests
+from rag_geotoken.options import Options
+from rag_geotoken.pipeline import Geolocator
+from rag_geotoken.run import stages
+from rag_geotoken.run.models import Models
 from rag_geotoken.sources.blue_marble import cut_references
 from rag_geotoken.training.reward import pools_of, train_reward
-from rag_geotoken.types import Neighbors, Pool
+from rag_geotoken.types import Embeddings, Neighbors, Pool, Tables
 
 NUMBERS: dict[str, Any] = {"photos": 80, "epochs": 2, "batch": 16, "rate": 1e-2, "seed": 0}
 KM_A_DEGREE = 111.195  # of latitude
@@ -30,7 +32,7 @@ def test_bins_are_parted_at_1_25_200_750_and_2500_km(geolocator: Geolocator, mon
     mask = np.ones(away.shape, bool)
     mask[1, 3] = False
     made = Pool(lat_lon, np.full(mask.shape, -np.log(12), np.float32), np.zeros(mask.shape, np.int8), mask)
-    monkeypatch.setattr(geolocator, "pool", lambda *_: made)
+    monkeypatch.setattr(stages, "pool", lambda *_: made)
     states, bins, kept = pools_of(geolocator, rows, quiet)
     assert bins.tolist() == [[0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]] * 2
     assert torch.equal(kept, torch.from_numpy(mask))
@@ -40,23 +42,24 @@ def test_bins_are_parted_at_1_25_200_750_and_2500_km(geolocator: Geolocator, mon
 def test_gallery_photos_meet_other_photos_as_neighbours(
     geolocator: Geolocator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    met: list[tuple[NDArray[np.float32], Neighbors]] = []
-    search = geolocator.search
+    met: list[tuple[Embeddings, Neighbors]] = []
+    search = stages.search
 
-    def noted(photo: NDArray[np.float32], *given: Any) -> Neighbors:
-        met.append((photo, search(photo, *given)))
+    def noted(models: Models, options: Options, tables: Tables) -> Neighbors:
+        met.append((tables.embeddings, search(models, options, tables)))
         return met[-1][1]
 
-    monkeypatch.setattr(geolocator, "search", noted)
+    monkeypatch.setattr(stages, "search", noted)
     train_reward(geolocator, **NUMBERS, log=quiet)
     gallery = geolocator.index.vectors(np.arange(ROWS))
-    rows = [np.flatnonzero((gallery == vectors).all(axis=(1, 2))).tolist() for photo, _ in met for vectors in photo]
+    asked = np.concatenate([photos.vectors for photos, _ in met])
+    rows = [np.flatnonzero((gallery == vectors).all(axis=(1, 2))).tolist() for vectors in asked]
     assert len(rows) == 80 and all(len(own) == 1 for own in rows) and len({own[0] for own in rows}) == 80
     names = geolocator.index.rows["digest"].to_pylist()
     near = np.concatenate([found.rows for _, found in met]).tolist()
     assert not any(names[own[0]] in {names[row] for row in found} for own, found in zip(rows, near, strict=True))
     references = geolocator.index.rows["image"].take([own[0] for own in rows[:3]]).to_pylist()
-    assert digests(cut_references(references)) == [names[own[0]] for own in rows[:3]]
+    assert stages.digests(cut_references(references)) == [names[own[0]] for own in rows[:3]]
 
 
 def test_the_same_seed_gives_the_same_bytes(geolocator: Geolocator, tmp_path: Path) -> None:

@@ -23,27 +23,31 @@ from rag_geotoken.cells import S2Tokenizer
 from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.indexing import build_index
-from rag_geotoken.run import retrieval
+from rag_geotoken.options import Options
+from rag_geotoken.pipeline import Geolocator
+from rag_geotoken.run.models import Models
+from rag_geotoken.run.walk import RunFolder, write_photos
 from rag_geotoken.tables import read_table, write_table
 from rag_geotoken.token_model import TokenConfig, TokenModel
 from rag_geotoken.training import tokens
 from rag_geotoken.training.tokens import Losses, Photos, batch_of, read_photos, train_tokens, weighted
+from rag_geotoken.types import Tables
 
 NUMBERS: dict[str, Any] = {"epochs": 3, "batch": 16, "rate": 1e-2, "seed": 1}
+OPTIONS = Options(neighbors=TOKENS.neighbors)
 TWICE = 5  # photos that the gallery holds a second time
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, alignment: GeoAlignment, weights: Path) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, geolocator: Geolocator) -> Path:
     """A gallery of 120 photos and its index; five photos stand there twice, under another name."""
     folder = tmp_path_factory.mktemp("twice")
-    retrieval.write_photos(folder, "blue-marble:gallery,n=115")
+    write_photos(folder, "blue-marble:gallery,n=115")
     table = read_table(folder / "photos.parquet")
     again = table.slice(0, TWICE).set_column(0, "id", [[f"again-{i}" for i in range(TWICE)]])
     write_table(folder / "photos.parquet", pa.concat_tables([table, again]))
-    retrieval.encode(folder, alignment)
-    build_index(folder, folder / "photos.parquet", folder / "embeddings.parquet", alignment.identity)
-    retrieval.search(folder, GeoIndex.load(folder), TOKENS.neighbors, Tuning().search_weights)
+    RunFolder(folder, geolocator).walk(OPTIONS, until="embeddings")
+    build_index(folder, folder / "photos.parquet", folder / "embeddings.parquet", geolocator.alignment.identity)
     return folder
 
 
@@ -53,9 +57,16 @@ def index(folder: Path) -> GeoIndex:
 
 
 @pytest.fixture(scope="module")
-def both(folder: Path, index: GeoIndex) -> tuple[Photos, Photos]:
+def tables(folder: Path, index: GeoIndex, alignment: GeoAlignment) -> Tables:
+    """The gallery's own photos up to their neighbours."""
+    walked = RunFolder(folder, Models(alignment, None, index, Tuning()))
+    return walked.tables(OPTIONS, walked.walk(OPTIONS, until="neighbours"))
+
+
+@pytest.fixture(scope="module")
+def both(tables: Tables, index: GeoIndex) -> tuple[Photos, Photos]:
     """Photos to train on and to validate with, of the gallery itself."""
-    return read_photos(folder, index, TOKENS, held_out=20, seed=1)
+    return read_photos(tables, index, TOKENS, held_out=20, seed=1)
 
 
 @pytest.fixture
@@ -211,20 +222,20 @@ def test_batches_that_cannot_be_filled_or_shared_are_named(
         train_tokens(TOKENS, index, *both, tmp_path / "w", "a", **NUMBERS, log=quiet)
 
 
-def test_nothing_left_to_train_on_is_named(folder: Path, index: GeoIndex, one_line: OneLine) -> None:
+def test_nothing_left_to_train_on_is_named(tables: Tables, index: GeoIndex, one_line: OneLine) -> None:
     with one_line("hold out fewer"):
-        read_photos(folder, index, TOKENS, held_out=1000, seed=1)
+        read_photos(tables, index, TOKENS, held_out=1000, seed=1)
 
 
 def test_photos_without_a_place_are_left_out(
-    folder: Path, index: GeoIndex, both: tuple[Photos, Photos], tmp_path: Path
+    folder: Path, index: GeoIndex, alignment: GeoAlignment, both: tuple[Photos, Photos], tmp_path: Path
 ) -> None:
-    for name in ("embeddings", "neighbours"):
-        (tmp_path / f"{name}.parquet").write_bytes((folder / f"{name}.parquet").read_bytes())
     table = read_table(folder / "photos.parquet")
     lat = [None if i < 60 else value for i, value in enumerate(table["lat"].to_pylist())]
     write_table(tmp_path / "photos.parquet", table.set_column(2, "lat", pa.array(lat, pa.float64())))
-    photos, validation = read_photos(tmp_path, index, TOKENS, held_out=20, seed=1)
+    walked = RunFolder(tmp_path, Models(alignment, None, index, Tuning()))
+    tables = walked.tables(OPTIONS, walked.walk(OPTIONS, until="neighbours"))
+    photos, validation = read_photos(tables, index, TOKENS, held_out=20, seed=1)
     assert torch.equal(validation.tokens, both[1].tokens)
     rows = set[int]().union(*rows_of(photos.vectors, index))
     assert 35 < len(photos.tokens) < 65 and not rows & set(range(TWICE, 60))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,19 +15,25 @@ import pytest
 import torch
 from conftest import OneLine
 from numpy.typing import NDArray
-from tiny_training import no_choice, save_alignment, tiny
+from PIL import Image
+from test_cli import call
+from tiny_training import GALLERY, NO_CHOICE, save_alignment, tiny
 
+from rag_geotoken.alignment import GeoAlignment
+from rag_geotoken.errors import GeoError
 from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.recipes import training_recipe
+from rag_geotoken.run.build_index import make_index
 from rag_geotoken.sources import blue_marble, read_source
 from rag_geotoken.sources.blue_marble import cut_references, draw_views, is_unseen
 from rag_geotoken.training import run
+from rag_geotoken.training.run import train_mllm
 from rag_geotoken.training.schedule import one_cycle
 
 Floats = NDArray[np.float64]
 KEPT = ("test", "unseen", "relief")
-RECIPE: dict[str, dict[str, Any]] = {
-    "alignment": {"steps": 2, "batch": 6, "rate": 1e-3, "seed": 0},
+TRAININGS: dict[str, dict[str, Any]] = {
+    "alignment": {"source": "blue-marble:train", "steps": 2, "batch": 6, "rate": 1e-3, "seed": 0},
     "tokens": {
         "source": "blue-marble:train,n=48,seed=1",
         "held_out": 10,
@@ -36,7 +44,7 @@ RECIPE: dict[str, dict[str, Any]] = {
         "seed": 1,
     },
     "reward": {"photos": 40, "epochs": 2, "batch": 8, "rate": 1e-3, "seed": 2},
-    "tuning": {"source": "blue-marble:validation,n=12"},
+    "tuning": {"source": "blue-marble:validation,n=12", "grid": NO_CHOICE},
     "verifier": {
         "source": "blue-marble:train,n=24,seed=5",
         "held_out": 8,
@@ -48,6 +56,7 @@ RECIPE: dict[str, dict[str, Any]] = {
         "seed": 3,
     },
 }
+RECIPE: dict[str, Any] = {"gallery": GALLERY} | TRAININGS
 
 
 @dataclass
@@ -99,8 +108,8 @@ def watched() -> Iterator[Seen]:
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Seen]]:
     """A folder of weights that the recipe above made from nothing, and what each training saw."""
     out, seen = tmp_path_factory.mktemp("made") / "weights", {}
-    for what in RECIPE:
-        with tiny(), no_choice(), watched() as seen[what]:
+    for what in TRAININGS:
+        with tiny(), watched() as seen[what]:
             run.train(what, RECIPE, out)
     return out, seen
 
@@ -131,7 +140,7 @@ def test_no_training_sees_a_test_photo(made: tuple[Path, dict[str, Seen]]) -> No
         "tuning": {"gallery", "validation"},
         "verifier": {"gallery", "train"},
     }
-    assert {what: one.kept() for what, one in seen.items()} == {what: [] for what in RECIPE}
+    assert {what: one.kept() for what, one in seen.items()} == {what: [] for what in TRAININGS}
     counts = {what: sum(map(len, one.views)) for what, one in seen.items() if what != "verifier"}
     validation = places([draw_views("validation", 2000, 0)])
     # Tuning compares its photos with their neighbours' pictures.
@@ -149,21 +158,22 @@ def test_a_test_photo_would_be_seen(split: str) -> None:
 
 @pytest.mark.parametrize(
     ("what", "split"),
-    [(what, split) for what in ("tokens", "verifier") for split in (*KEPT, "validation")]
+    [(what, split) for what in ("alignment", "tokens", "verifier") for split in (*KEPT, "validation")]
     + [("tuning", split) for split in (*KEPT, "train", "gallery")],
 )
 def test_sources_that_are_kept_for_other_uses_are_refused(
     what: str, split: str, tmp_path: Path, one_line: OneLine
 ) -> None:
     source = f"blue-marble:{split},n=5,seed=9"
-    with watched() as seen, one_line(rf"\[{what}\] source {source} is kept for other uses: choose blue-marble:"):
-        run.train(what, {what: RECIPE[what] | {"source": source}}, tmp_path)
+    with watched() as seen, one_line(f"{source} is kept for other uses: choose blue-marble:"):
+        run.train(what, RECIPE | {what: TRAININGS[what] | {"source": source}}, tmp_path)
     assert not seen.views and not list(tmp_path.iterdir())
 
 
 def test_the_recipe_that_ships_fits() -> None:
     recipe = training_recipe(None)
-    assert list(recipe) == list(RECIPE) == [name for name in run.SETTINGS if name != "heads"]
+    assert isinstance(recipe.pop("gallery"), str)
+    assert list(recipe) == list(TRAININGS) == [name for name in run.SETTINGS if name != "heads"]
     heads = training_recipe(None, "g3")
     assert run._settings(heads, "heads") == heads["heads"]
     for what in recipe:
@@ -185,6 +195,7 @@ def test_the_recipe_that_ships_fits() -> None:
         ("alignment", {"rate": float("nan")}, "rate"),
         ("alignment", {"rate": float("inf")}, "rate"),
         ("alignment", {"rate": -1e-3}, "rate"),
+        ("alignment", {"source": "folder:photos"}, "folder:photos draws no views afresh"),
         ("tokens", {"views": 4}, "views"),
         ("tokens", {"held_out": 0}, "held_out"),
         ("tokens", {"epochs": 0}, "epochs"),
@@ -197,9 +208,12 @@ def test_the_recipe_that_ships_fits() -> None:
         ("reward", {"source": "gallery"}, "source"),
         ("verifier", {"batch": 17}, "24 photos, 8 of them held out, do not fill a batch of 17"),
         ("verifier", {"vocabulary": 0}, "vocabulary"),
+        ("verifier", {"source": "gallery"}, "gallery"),
         ("tuning", {"source": "blue-marble:validation,n=x"}, "n=x"),
         ("tuning", {"source": "gallery"}, "gallery"),
         ("tuning", {"source": 3}, "source"),
+        ("tuning", {"grid": 3}, "grid"),
+        ("tuning", {"grid": {}}, "decision"),
     ],
 )
 def test_wrong_settings_are_named(
@@ -210,7 +224,7 @@ def test_wrong_settings_are_named(
     for file in made[0].iterdir():
         (out / file.name).write_bytes(file.read_bytes())
     with tiny(), one_line(words):
-        run.train(what, {what: RECIPE[what] | change}, out)
+        run.train(what, RECIPE | {what: TRAININGS[what] | change}, out)
 
 
 @pytest.mark.parametrize("recipe", [{}, {"alignment": {"steps": 2}}, {"alignment": 3}])
@@ -245,9 +259,149 @@ def test_a_model_that_should_be_there_first_is_named(
 def test_gallery_photos_can_be_trained_on(tmp_path: Path) -> None:
     out = save_alignment(tmp_path / "w")
     with tiny(), watched() as seen:
-        run.train("tokens", {"tokens": RECIPE["tokens"] | {"source": "gallery"}}, out)
+        run.train("tokens", RECIPE | {"tokens": TRAININGS["tokens"] | {"source": "gallery"}}, out)
     assert seen.splits == {"gallery"} and sum(map(len, seen.views)) == 60
-    assert not (tmp_path / "w-photos").exists() and (out / "tokens.safetensors").is_file()
+    # What is made of the index's photos lies beside the weights, never in the index.
+    stages = {path.stem for path in (tmp_path / "w-index" / "stages").iterdir()}
+    assert stages == {"photos", "left_out", "embeddings"} and (out / "tokens.safetensors").is_file()
+
+
+OTHERS = ("tokens", "reward", "tuning", "verifier", "mllm")  # all that a gallery is trained with
+
+
+def save_pictures(folder: Path, count: int, seed: int) -> str:
+    """A folder of PNG files with their places in photos.csv -> its source."""
+    folder.mkdir()
+    views = draw_views("train", count, seed)
+    lines = ["file,lat,lon"]
+    for i, (view, pixels) in enumerate(zip(views.tolist(), blue_marble.cut(views), strict=True)):
+        Image.fromarray(pixels).save(folder / f"{i:02}.png")
+        lines.append(f"{i:02}.png,{view[0]},{view[1]}")
+    (folder / "photos.csv").write_text("\n".join([*lines, ""]))
+    return f"folder:{folder}"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def copy_weights(folder: Path, out: Path, *models: str) -> Path:
+    """Some of the models of a folder, or all, in another."""
+    out.mkdir(exist_ok=True)
+    for file in folder.iterdir():
+        if not models or file.stem in models:
+            shutil.copy(file, out)
+    return out
+
+
+def written(value: Any) -> str:
+    """A value as TOML."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name} = {written(each)}" for name, each in value.items()) + "}"
+    return json.dumps(value)
+
+
+def write_recipe(path: Path, recipe: dict[str, Any]) -> Path:
+    path.write_text("".join(f"{name} = {written(value)}\n" for name, value in recipe.items()))
+    return path
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory, made: tuple[Path, dict[str, Seen]]) -> Path:
+    """An index of 60 pictures of a folder, nothing of which is the demo's."""
+    folder = tmp_path_factory.mktemp("own")
+    make_index(folder / "index", save_pictures(folder / "gallery", 60, 7), GeoAlignment.from_pretrained(made[0]))
+    return folder / "index"
+
+
+def test_every_training_runs_on_any_index_and_leaves_it_as_it_was(
+    own: Path, made: tuple[Path, dict[str, Seen]], tmp_path: Path
+) -> None:
+    out, before = copy_weights(made[0], tmp_path / "weights", "alignment"), contents(own)
+    photos, few = save_pictures(tmp_path / "photos", 24, 8), save_pictures(tmp_path / "few", 6, 9)
+    tuning = {"source": few, "grid": NO_CHOICE}
+
+    def train(what: str, source: str = photos) -> dict[str, bytes]:
+        tokens = TRAININGS["tokens"] | {"epochs": 1, "source": source}
+        # No gallery in the recipe: the index says it all.
+        sections = TRAININGS | {"tokens": tokens, "tuning": tuning}
+        recipe = write_recipe(tmp_path / "recipe.toml", sections)
+        with tiny(), watched() as seen:
+            assert call("train", what, recipe, "--out", out, "--index", own) == 0
+        assert contents(own) == before and seen.splits <= {"train"} and not seen.kept()
+        return contents(out)
+
+    of_photos, of_gallery = train("tokens"), train("tokens", "gallery")
+    assert of_photos["tokens.safetensors"] != of_gallery["tokens.safetensors"]
+    assert "reward.safetensors" in train("reward")
+    tuned = train("tuning")
+    assert train("verifier") == tuned and (tmp_path / "weights-verifier" / "model.safetensors").is_file()
+    assert train("mllm")["tuning.json"] != tuned["tuning.json"]
+    assert not out.with_name("weights-index").exists()
+    geolocator = Geolocator.from_pretrained(own, out)
+    assert {"none", "mllm"} <= set(geolocator.tuning.calibration)
+    [answer] = geolocator(str(tmp_path / "few" / "00.png"))
+    assert answer.lat is not None and answer.error is None
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("what", OTHERS)
+def test_an_index_of_other_contents_is_refused_and_left_untouched(
+    what: str, known: bool, own: Path, made: tuple[Path, dict[str, Seen]], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out, index = copy_weights(made[0], tmp_path / "w"), tmp_path / "w-index"
+    shutil.copytree(own, index)
+    if not known:  # no stage tables beside it, as one that was copied from elsewhere
+        shutil.rmtree(index / "stages")
+    shutil.copytree(made[0].with_name("weights-verifier"), tmp_path / "w-verifier")
+    before = contents(tmp_path)
+    recipe = write_recipe(tmp_path / "recipe.toml", RECIPE)
+    with tiny(), watched() as seen:
+        assert call("train", what, recipe, "--out", out) == 1
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and f"holds an index of other photos than {GALLERY}" in said[0] and "--index" in said[0]
+    assert not seen.views
+    recipe.unlink()
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_an_index_of_another_encoder_is_refused_and_left_untouched(
+    what: str, own: Path, made: tuple[Path, dict[str, Seen]], tmp_path: Path, one_line: OneLine
+) -> None:
+    out, before = copy_weights(made[0], tmp_path / "w", "tokens", "reward", "tuning"), contents(own)
+    save_alignment(out)
+    verifier = str(made[0].with_name("weights-verifier"))
+    with tiny(), one_line("the index was built with encoder"):
+        if what == "mllm":
+            train_mllm(RECIPE, out, verifier, None, None, own)
+        else:
+            run.train(what, RECIPE, out, own)
+    assert contents(own) == before
+
+
+def test_an_index_of_the_same_photos_that_keeps_pictures_is_not_made_anew(tmp_path: Path) -> None:
+    out, index = save_alignment(tmp_path / "w"), tmp_path / "w-index"
+    make_index(index, GALLERY, GeoAlignment.from_pretrained(out), thumbnails=32)
+    before = contents(index)
+    with tiny(), suppress(GeoError):  # taken as it is or refused
+        run.train("tokens", RECIPE, out)
+    assert contents(index) == before
+
+
+def test_an_index_that_is_none_is_named(tmp_path: Path, one_line: OneLine) -> None:
+    out = save_alignment(tmp_path / "w")
+    with tiny(), one_line("no index in .*nothing"):
+        run.train("tokens", RECIPE, out, tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_recipe_without_a_gallery_needs_an_index(tmp_path: Path, one_line: OneLine) -> None:
+    out = save_alignment(tmp_path / "w")
+    with tiny(), one_line("the recipe names no gallery: give --index"):
+        run.train("tokens", {"tokens": TRAININGS["tokens"]}, out)
 
 
 def test_here_is_a_folder_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,22 +15,20 @@ import pytest
 from conftest import OPTIONS, OneLine
 
 from rag_geotoken.cli.app import main
-from rag_geotoken.decision.pool import without
-from rag_geotoken.errors import GeoError
 from rag_geotoken.files import shipped
 from rag_geotoken.mllm import open_client
 from rag_geotoken.mllm.request import Client, Reply, Request
+from rag_geotoken.mllm.session import JOURNAL, MllmSession
+from rag_geotoken.options import Options
 from rag_geotoken.pipeline import Geolocator
-from rag_geotoken.run import stages
-from rag_geotoken.run.mllm_stage import Asked, Asking, ask_model, decide_told, read_told
-from rag_geotoken.run.tables import read_embeddings, read_matches, read_neighbors, read_own_places, read_pool
-from rag_geotoken.run.verification import Variant, ablate
+from rag_geotoken.run.ablate import Setup, Variant, ablate, read_variants, table_text, walk_variants
+from rag_geotoken.run.models import Models
+from rag_geotoken.run.walk import RunFolder
 from rag_geotoken.tables import read_table
-from rag_geotoken.types import MLLM, VISUAL
+from rag_geotoken.types import MLLM, Answers, MllmVerdict, Pool
 
 COLUMNS = [
     "id",
-    "verifier",
     "status",
     "scores",
     "lat",
@@ -41,11 +39,20 @@ COLUMNS = [
     "prompt_tokens",
     "output_tokens",
 ]
+ASKED = replace(OPTIONS, verify=("mllm",))
+VERDICTS = "verdicts-mllm-pool"
+BOTH = {"retrieved+generated": "neighbour+gps+greedy+beam+sample", "generated": "greedy+beam+sample"}
+SEEN = {"retrieved+generated": BOTH["retrieved+generated"] + "+visual"}
 RECIPE: dict[str, Any] = {
     "gallery": "blue-marble:gallery,n=200",
-    "photos": "blue-marble:test,n=10",
-    "pools": ["retrieved+generated", "generated"],
-    "verify": ["none", "alignment", "mllm-pool", "mllm-pool:plain", "mllm-free", "visual+mllm-pool:pictures"],
+    "photos": {"test": "blue-marble:test,n=10"},
+    "examples": "mended",
+    "variants": [
+        {"sources": BOTH, "verify": ["none", "alignment", "mllm"]},
+        {"sources": BOTH, "verify": "mllm", "evidence": False},
+        {"sources": BOTH, "verify": "mllm", "mllm_mode": "free"},
+        {"sources": SEEN, "verify": "visual+mllm", "near_pictures": True},
+    ],
 }
 
 
@@ -68,94 +75,104 @@ class Down:
         yield from ((i, Reply(error="the server does not answer")) for i in range(len(kept), len(requests)))
 
 
+class Watched(Down):
+    """A model whose requests are kept."""
+
+    def __init__(self, client: Client) -> None:
+        super().__init__(client, 10**6)
+        self.seen: list[Request] = []
+
+    def ask(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
+        self.seen.extend(requests)
+        return super().ask(requests)
+
+    @property
+    def said(self) -> list[str]:
+        """The words of every request."""
+        return ["".join(part for part in request.parts if isinstance(part, str)) for request in self.seen]
+
+
 @pytest.fixture
 def run(run_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(run_folder, tmp_path / "run"))
 
 
-def rows(run: Path, name: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = read_table(run / f"verdicts-{name}.parquet").to_pylist()
+def folder_of(run: Path, models: Models, client: Client, resume: bool = False) -> RunFolder:
+    """A run as a new process meets it."""
+    return RunFolder(run, models.replace(mllm=MllmSession(client, resume)))
+
+
+def rows(run: Path, name: str = VERDICTS) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = read_table(run / f"{name}.parquet").to_pylist()
     return found
 
 
 def test_a_line_a_photo_with_its_scores_and_cost(run: Path, geolocator: Geolocator, client: Client) -> None:
-    pool = read_pool(run)
-    path = ask_model(run, "mllm-pool", geolocator, Asked(client, Asking()), pool, read_matches(run))
+    options = replace(OPTIONS, verify=("mllm", "visual"))
+    files = folder_of(run, geolocator, client).walk(options)
+    assert files[VERDICTS] == VERDICTS and files["predictions"] == "predictions-mllm+visual"
+    path = run / f"{VERDICTS}.parquet"
     assert pq.read_schema(path).names == COLUMNS
-    table = rows(run, "mllm-pool")
+    table, pool = rows(run), Pool.from_table(read_table(run / f"{files['pool']}.parquet"))
     assert [len(row["scores"]) for row in table] == pool.mask.sum(axis=1).tolist()
     for row in table:
         assert row["status"] == "ok" and 1 <= row["output_tokens"] == row["requests"] <= 4 and row["prompt_tokens"] > 50
         assert all(score < 0 for score in row["scores"]) and not row["lat"]
-    before = path.read_bytes()
-    ask_model(run, "mllm-pool", geolocator, Asked(Down(client, 0), Asking()), pool, read_matches(run))
-    assert path.read_bytes() == before  # nothing is asked again
+    before, gone = path.read_bytes(), Down(client, 0)
+    (run / JOURNAL).unlink()
+    again = folder_of(run, geolocator, gone)
+    again.walk(options)
+    assert path.read_bytes() == before and gone.asked == 0 and VERDICTS in again.reused  # nothing is asked again
 
 
 def test_the_prompt_says_what_is_asked_for(run: Path, geolocator: Geolocator, client: Client) -> None:
-    seen: list[Request] = []
+    def asked(**changes: Any) -> Watched:
+        (run / JOURNAL).unlink(missing_ok=True)
+        watched = Watched(client)
+        folder_of(run, geolocator, watched).walk(replace(ASKED, **changes), until=VERDICTS)
+        return watched
 
-    class Watched(Down):
-        def ask(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
-            seen.extend(requests)
-            return super().ask(requests)
-
-    def said(asking: Asking, matches: bool) -> list[str]:
-        seen.clear()
-        name = f"watched-{len(list(run.iterdir()))}"
-        pool = read_pool(run) if matches else without(read_pool(run), VISUAL)
-        (run / "mllm-journal.jsonl").unlink(missing_ok=True)
-        found = read_matches(run) if matches else None
-        ask_model(run, name, geolocator, Asked(Watched(client, 10**6), asking), pool, found)
-        return ["".join(part for part in request.parts if isinstance(part, str)) for request in seen]
-
-    plain, known, matched = said(Asking(evidence=False), False), said(Asking(), False), said(Asking(), True)
-    assert all("neighbours" not in text for text in plain)
-    assert all("neighbours" in text and "match" not in text for text in known)
-    assert all("match" in text and "agreeing" in text for text in matched)
-    assert all("blue-marble" not in text and ".png" not in text for text in (*plain, *known, *matched))
-    shown = said(Asking(pictures=True), False)
-    assert any("seen nearby" in text for text in shown)
-    assert all(
-        len(request.pictures) == 1 + text.count("seen nearby") for request, text in zip(seen, shown, strict=True)
-    )
-    for request in seen:
-        for picture in request.pictures:
-            assert picture.startswith(b"\x89PNG") and b"eXIf" not in picture
+    plain, known, matched = asked(evidence=False), asked(), asked(verify=("mllm", "visual"))
+    assert plain.said and all("neighbours" not in text for text in plain.said)
+    assert all("neighbours" in text and "match" not in text for text in known.said)
+    assert all("match" in text and "agreeing" in text for text in matched.said)
+    shown = asked(near_pictures=True)
+    assert any("seen nearby" in text for text in shown.said)
+    for request, text in zip(shown.seen, shown.said, strict=True):
+        assert len(request.pictures) == 1 + text.count("seen nearby")
+    for each in (plain, known, matched, shown):
+        assert all("blue-marble" not in text and ".png" not in text for text in each.said)
+        for request in each.seen:
+            for picture in request.pictures:
+                assert picture.startswith(b"\x89PNG") and b"eXIf" not in picture
 
 
 def test_killed_in_the_middle_the_rest_falls_back_and_a_resumed_run_is_the_same(
     run: Path, geolocator: Geolocator, client: Client, tmp_path: Path
 ) -> None:
-    pool, scores = read_pool(run), {}
     whole = Path(shutil.copytree(run, tmp_path / "whole"))
-    ask_model(whole, "mllm-pool", geolocator, Asked(client, Asking()), pool)
-    total = sum(row["requests"] for row in rows(whole, "mllm-pool"))
-    ask_model(run, "mllm-pool", geolocator, Asked(Down(client, total - 20), Asking()), pool)
-    told = read_told(run, "mllm-pool", pool)
-    failed = ~told.answered
+    folder_of(whole, geolocator, client).walk(ASKED)
+    total = sum(row["requests"] for row in rows(whole))
+    half = folder_of(run, geolocator, Down(client, total - 20))
+    files = half.walk(ASKED)
+    failed = ~half.result(files[VERDICTS], MllmVerdict).answered
     assert 0 < failed.sum() < len(failed)
-    assert {row["status"] for row in rows(run, "mllm-pool")} == {"ok", "the server does not answer"}
-    photo = read_embeddings(run)[1]
-    decided = decide_told(geolocator, photo, pool, scores, told, "pool")
-    plain = decide_told(geolocator, photo, pool, scores, replace(told, answered=np.zeros_like(failed)), "pool")
+    assert {row["status"] for row in rows(run)} == {"ok", "the server does not answer"}
+    decided: Answers = half.result(files["predictions"], Answers)[half.readable]
+    plain: Answers = half.result(half.walk(replace(ASKED, verify=()))["predictions"], Answers)[half.readable]
     assert (decided.lat_lon[failed] == plain.lat_lon[failed]).all()
     assert (decided.confidence[failed] == plain.confidence[failed]).all()
-    path = stages.write_decision(
-        run, "half", geolocator, ["pool", "verdicts-mllm-pool"], lambda: decided, verified=told.answered
-    )
-    table = read_table(path)
-    readable = np.array([error is None for error in table["error"].to_pylist()])
-    assert (table["verified"].to_numpy(zero_copy_only=False)[readable] == told.answered).all()
+    assert (decided.confidence[~failed] != plain.confidence[~failed]).any()
+    assert (decided.verified == ~failed).all()
     # Without --resume the failures stay as they are; with it only they are asked.
     untouched = Down(client, 10**6)
-    ask_model(run, "mllm-pool", geolocator, Asked(untouched, Asking()), pool)
+    folder_of(run, geolocator, untouched).walk(ASKED)
     assert untouched.asked == 0
     again = Down(client, 10**6)
-    ask_model(run, "mllm-pool", geolocator, Asked(again, Asking(), resume=True), pool)
+    folder_of(run, geolocator, again, resume=True).walk(ASKED)
     assert 0 < again.asked <= 20
-    name = "verdicts-mllm-pool.parquet"
-    assert (run / name).read_bytes() == (whole / name).read_bytes()
+    for name in (VERDICTS, "predictions-mllm"):
+        assert (run / f"{name}.parquet").read_bytes() == (whole / f"{name}.parquet").read_bytes()
 
 
 def test_free_and_diverse_places(run: Path, geolocator: Geolocator, client: Client) -> None:
@@ -167,15 +184,14 @@ def test_free_and_diverse_places(run: Path, geolocator: Geolocator, client: Clie
                 place = json.dumps({"latitude": 10 + i % 7, "longitude": 20, "confidence": 60})
                 yield i, Reply((place,) * request.n if i % 3 else ("I cannot say.",) * request.n, (), 9, 9, 0.1)
 
-    pool = read_pool(run)
-    ask_model(run, "mllm-free", geolocator, Asked(Says(client, 0), Asking("free")), pool)
-    statuses = [row["status"] for row in rows(run, "mllm-free")]
-    assert set(statuses) == {"ok", "refused"} and all(row["raw"] for row in rows(run, "mllm-free"))
-    ask_model(run, "mllm-diversify", geolocator, Asked(Says(client, 0), Asking("diversify", answers=2)))
-    own = read_own_places(run, "mllm-diversify")
+    folder_of(run, geolocator, Says(client, 0)).walk(replace(ASKED, mllm_mode="free"))
+    free = rows(run, "verdicts-mllm-free")
+    assert {row["status"] for row in free} == {"ok", "refused"} and all(row["raw"] for row in free)
+    diverse = folder_of(run, geolocator, Says(client, 0))
+    files = diverse.walk(replace(OPTIONS, verify=(), mllm_mode="diversify", answers=2), until="pool")
+    own = diverse.result(files["verdicts-mllm-diversify"], MllmVerdict).lat_lon
     assert own.shape[1] > 2 and np.isfinite(own[:, 0]).any()
-    stages.pool(run, geolocator, OPTIONS, diversify=True)
-    joined = read_pool(run)
+    joined: Pool = diverse.result(files["pool"], Pool)
     assert ((joined.source == MLLM) & joined.mask).sum() == np.isfinite(own[..., 0]).sum()
     np.testing.assert_allclose(np.exp(joined.log_weight).sum(axis=1), 1, atol=1e-5)
 
@@ -196,7 +212,7 @@ def test_locate_with_a_model(index_folder: Path, weights: Path, llava: Path, tmp
     [
         (["--verify", "mllm"], "which multimodal model"),
         (["--mllm", "LLAVA"], "verifies nothing"),
-        (["--verify", "mllm", "--mllm", "LLAVA", "--mllm-mode", "guess"], "not asked in the mode 'guess'"),
+        (["--verify", "mllm", "--mllm", "LLAVA", "--mllm-mode", "guess"], "mllm-mode 'guess' is not known"),
         (["--verify", "mllm", "--mllm", "http://127.0.0.1:9/v1"], "127.0.0.1:9"),
         (["--verify", "mllm", "--mllm", "no/such/folder"], "no/such/folder"),
     ],
@@ -214,60 +230,96 @@ def test_what_cannot_be_asked_is_said_before_any_work(
 
 def test_the_crossing(weights: Path, llava: Path, tmp_path: Path) -> None:
     lines: list[str] = []
-    metrics = ablate(RECIPE, tmp_path, (str(llava), None, None), False, lines.append, weights)
-    variants = {(row["split"], row["name"]): row for row in metrics["variants"]}
+    setup = Setup(weights=weights, mllm=str(llava))
+    metrics = ablate(RECIPE, tmp_path, setup, lines.append)
+    variants = {row["name"]: row for row in metrics["variants"]}
+    assert variants.pop("oracle-20")["n"] == 10
     assert len(variants) == 6 + 5  # visual needs what is retrieved
-    for (pool, name), row in variants.items():
+    for name, row in variants.items():
+        pool, verify = name.split(" ")[:2]
         assert row["n"] == 10 and row["oracle"]["200"] >= row["acc"]["200"]
-        assert ("requests" in row["cost"]) == ("mllm" in name)
-        assert row["gain"]["200"] == pytest.approx(row["acc"]["200"] - variants[pool, "none"]["acc"]["200"])
-    assert variants["generated", "none"]["mended"] == [] and not lines
-    assert (tmp_path / "report.html").stat().st_size > 10_000
+        if verify == "none":
+            assert not {"gain", "cost", "mended"} & row.keys()
+            continue
+        assert ("requests" in row["cost"]) == ("mllm" in verify)
+        assert row["gain"]["200"] == pytest.approx(row["acc"]["200"] - variants[f"{pool} none"]["acc"]["200"])
+        assert row["gain"]["200"] == pytest.approx(10 * (row["mended"] - row["broken"]))
+    assert not lines and metrics["model"].startswith(llava.name)
     page = (tmp_path / "report.html").read_text()
-    assert "What verification gains" in page and "visual+mllm-pool:pictures" in page
-    again = ablate(RECIPE, tmp_path, (str(llava), None, None), False, lines.append, weights)
-    assert len(lines) == 1 and "matches" in lines[0] and "index" in lines[0] and "mllm-pool" in lines[0]
+    assert len(page) > 10_000
+    assert "What verification gains" in page and "retrieved+generated visual+mllm near_pictures" in page
+    assert all(name in table_text(metrics) for name in variants)
+    tables = {
+        path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.parquet") if path.name != "predictions.parquet"
+    }
+    again = ablate(RECIPE, tmp_path, setup, lines.append)
+    assert lines == [
+        f"{sum(path.parent.name == 'test' for path in tables) - 1} tables reused, as an earlier run left them"
+    ]
+    assert all(path.stat().st_mtime_ns == made for path, made in tables.items())
     assert again["variants"] == metrics["variants"]
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "words"),
     [
-        {"pools": ["everything"]},
-        {"verify": ["none", "nonsense"]},
-        {"verify": ["alignment"]},
-        {"verify": ["none", "mllm-pool:loud"]},
-        {"verify": ["none", "mllm-guess"]},
-        {"photos": 3},
-        {"more": 1},
+        ({"variants": [{"sources": "everything"}]}, "sources 'everything' is not known"),
+        ({"variants": [{"sources": "frontier+greedy"}]}, "frontier stands alone"),
+        ({"variants": [{"sources": "greedy+mllm", "verify": "mllm"}]}, "nothing finds such places"),
+        ({"variants": [{"verify": ["none", "nonsense"]}]}, "verify 'nonsense' is not known"),
+        ({"variants": [{"verify": "mllm", "loud": True}]}, "has no 'loud'"),
+        ({"variants": [{"verify": "mllm", "mllm_mode": "guess"}]}, "mllm-mode 'guess' is not known"),
+        ({"variants": [{"verify": "mllm", "evidence": "no"}]}, "evidence"),
+        ({"variants": [{"neighbors": 2.5}]}, "neighbors"),
+        ({"variants": [{"neighbors": "many"}]}, "does not fit"),
+        ({"variants": [{"verify": 3}]}, "does not fit"),
+        ({"variants": []}, "variants"),
+        ({"variants": ["none"]}, "variants"),
+        ({"variants": [{"photos": ["test", "unseen"]}]}, "is for the photos unseen"),
+        ({"photos": 3}, "photos is no dict"),
+        ({"photos": {}}, "needs photos"),
+        ({"photos": {"test": 3}}, "photos"),
+        ({"more": 1}, "has no more"),
+        ({"best": "none"}, "is none of the variants"),
     ],
 )
-def test_a_recipe_that_does_not_fit(changes: dict[str, Any], tmp_path: Path, one_line: OneLine) -> None:
-    with one_line("[a-z]"):
-        ablate(RECIPE | changes, tmp_path, ("nowhere", None, None), False, print)
+def test_a_recipe_that_does_not_fit(changes: dict[str, Any], words: str, tmp_path: Path, one_line: OneLine) -> None:
+    with one_line(words):
+        ablate(RECIPE | changes, tmp_path, Setup(mllm="nowhere"), print)
     assert not list(tmp_path.iterdir())
 
 
-def test_names_of_variants_are_told_apart() -> None:
-    names = ["none", "mllm-pool", "mllm-pool:plain", "visual+mllm-pool", "alignment+mllm-pool"]
-    variants = [Variant("retrieved", name) for name in names]
-    assert len({variant.name for variant in variants}) == len(names)
-    assert variants[1].told == variants[4].told != variants[3].told  # it is asked the same
-    with pytest.raises(GeoError, match="retrieved pictures"):
-        Variant("generated", "visual")
+def test_names_of_variants_are_told_apart(run: Path, geolocator: Geolocator, client: Client, one_line: OneLine) -> None:
+    verify = ["none", "mllm", "visual+mllm", "alignment+mllm"]
+    blocks = [{"verify": verify}, {"verify": "mllm", "evidence": False}]
+    variants = [Variant(v.name, v.options) for v in read_variants(RECIPE | {"variants": blocks}).variants]
+    assert [variant.name for variant in variants] == [*verify, "mllm no-evidence"]
+    with one_line("two variants are called mllm: name them apart"):
+        read_variants(RECIPE | {"variants": [*blocks, {"verify": "mllm"}]})
+    small = {name: getattr(OPTIONS, name) for name in ("neighbors", "beam_width", "samples", "openings")}
+    variants = [replace(variant, options=replace(variant.options, **small)) for variant in variants]
+    watched = Watched(client)
+    made = walk_variants(folder_of(run, geolocator, watched), variants)
+    told = {name: files[VERDICTS] for name, files in made.items() if name != "none"}
+    assert told["mllm"] == told["alignment+mllm"]  # it is asked the same
+    assert len(set(told.values())) == 3 and len({files["predictions"] for files in made.values()}) == len(variants)
+    assert VERDICTS not in made["none"]
 
 
 def test_neighbours_pictures_that_are_gone_are_left_out(run: Path, geolocator: Geolocator, client: Client) -> None:
-    index = geolocator.index
+    options, index = replace(ASKED, near_pictures=True), geolocator.index
+    found = RunFolder(run, geolocator)
+    near = found.tables(OPTIONS, found.walk(OPTIONS, until="neighbours")).neighbours
     images = index.rows["image"].to_pylist()
-    for row in np.unique(read_neighbors(run).rows).tolist():
+    for row in np.unique(near.rows).tolist():
         images[row] = "gone.png"
     column = index.rows.column_names.index("image")
     bare = replace(index, rows=index.rows.set_column(column, "image", [images]))
-    without_pictures = Geolocator(geolocator.alignment, geolocator.tokens, bare, geolocator.tuning)
-    asked = Asked(client, Asking(pictures=True))
-    ask_model(run, "mllm-gone", without_pictures, asked, read_pool(run))
-    assert {row["status"] for row in rows(run, "mllm-gone")} == {"ok"}
+    without_pictures = Models(geolocator.alignment, geolocator.tokens, bare, geolocator.tuning)
+    watched = Watched(client)
+    folder_of(run, without_pictures, watched).walk(options, until=VERDICTS)
+    assert {row["status"] for row in rows(run)} == {"ok"}
+    assert all(len(request.pictures) == 1 for request in watched.seen)
 
 
 def test_the_recipe_that_ships_is_the_one_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -280,12 +332,10 @@ def test_the_recipe_that_ships_is_the_one_taken(tmp_path: Path, capsys: pytest.C
 
 def test_other_words_are_other_verdicts(run: Path, geolocator: Geolocator, client: Client) -> None:
     """The evidence in words follows from the tuning too, and without words nothing does."""
-    pool, tuning = read_pool(run), geolocator.tuning
-    sharper = Geolocator(
-        geolocator.alignment, geolocator.tokens, geolocator.index, replace(tuning, alignment_scale=5000.0)
-    )
-    for name, asking, again in (("mllm-told", Asking(), True), ("mllm-plain", Asking(evidence=False), False)):
-        ask_model(run, name, geolocator, Asked(client, asking), pool)
+    sharper = geolocator.replace(tuning=replace(geolocator.tuning, alignment_scale=5000.0))
+    for evidence in (True, False):
+        options: Options = replace(ASKED, evidence=evidence)
+        folder_of(run, geolocator, client).walk(options, until=VERDICTS)
         counted = Down(client, 10**6)
-        ask_model(run, name, sharper, Asked(counted, asking), pool)
-        assert (counted.asked > 0) == again
+        folder_of(run, sharper, counted).walk(options, until=VERDICTS)
+        assert (counted.asked > 0) == evidence

@@ -12,16 +12,22 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import pytest
 import torch
 from conftest import ALIGNMENT, TOKENS, TUNING
 from torch import Tensor
 
 from rag_geotoken.alignment import GeoAlignment
+from rag_geotoken.recipes import training_recipe
 from rag_geotoken.token_model import TokenConfig
-from rag_geotoken.training import run, tuning
+from rag_geotoken.training import run
 from rag_geotoken.training.tokens import Losses, Photos
 
+GALLERY = "blue-marble:gallery,n=60"
+# Tuning has one number of each grid to choose from: what takes its time is the choice.
+NO_CHOICE = {
+    group: {name: [getattr(TUNING, name)] for name in grid}
+    for group, grid in training_recipe(None)["tuning"]["grid"].items()
+}
 SETTINGS: dict[str, Any] = {
     "source": "blue-marble:train,n=48,seed=1",
     "held_out": 10,
@@ -47,29 +53,19 @@ def save_alignment(folder: Path) -> Path:
 
 @contextmanager
 def tiny() -> Iterator[None]:
-    """Trainings of recipes have a gallery of 60 photos and a tiny token model; DROPOUT in the environment is heard."""
+    """Trainings of recipes have a tiny token model; DROPOUT in the environment is heard."""
 
     def config(**changes: Any) -> TokenConfig:
         return replace(TOKENS, dropout=float(os.environ.get("DROPOUT", "0.1")), **changes)
 
-    with patch.object(run, "GALLERY", "blue-marble:gallery,n=60"), patch.object(run, "TokenConfig", config):
-        yield
-
-
-@contextmanager
-def no_choice() -> Iterator[None]:
-    """Tuning has one number of each grid to choose from: what takes its time is the choice."""
-    with pytest.MonkeyPatch.context() as patched:
-        grids = tuning.DECISION, tuning.REWARD, tuning.LOOK, tuning.VISUAL
-        for grid in (*grids, tuning.CONFIDENCE, tuning.VISUAL_CONFIDENCE, tuning.DENSITY):
-            for name in grid:
-                patched.setitem(grid, name, [getattr(TUNING, name)])
+    with patch.object(run, "TokenConfig", config):
         yield
 
 
 def toml(settings: dict[str, Any], path: Path, section: str = "tokens") -> Path:
+    """A recipe of one training and its gallery as a file."""
     lines = [f"{name} = {value!r}" for name, value in settings.items()]
-    path.write_text("\n".join([f"[{section}]", *lines, ""]))
+    path.write_text("\n".join([f"gallery = {GALLERY!r}", f"[{section}]", *lines, ""]))
     return path
 
 

@@ -45,7 +45,8 @@ def make_pool(
     if places is not None:
         shape = places.scores.shape
         lat_lon.append(places.lat_lon)
-        weights.append(np.full(shape, np.log(shares[2] / shape[1])))
+        with np.errstate(divide="ignore"):
+            weights.append(np.full(shape, np.log(shares[2] / shape[1])))
         sources.append(np.full(shape, GPS, np.int8))
         cells.append(tokenizer.cell_ids(places.lat_lon[..., 0], places.lat_lon[..., 1]))
     return _merge(*(np.concatenate(parts, axis=1) for parts in (lat_lon, weights, sources, cells)))

@@ -103,14 +103,17 @@ def gallery_tables(folder: Path, index: GeoIndex) -> None:
 def index_for_training(folder: Path, source: str, alignment: GeoAlignment) -> Path:
     """The index of a source at a place where a training keeps it, made where it is missing -> its folder.
 
-    Raises GeoError, and leaves everything as it is, where another index lies there.
+    One of that source follows it and the alignment, if either has changed, with the same plan and thumbnails. Raises
+    GeoError, and leaves everything as it is, where an index of another source lies there.
     """
+    plan, thumbnails = Plan(), None
     if (folder / MANIFEST).is_file():
-        known = folder / "stages" / "photos.json"
+        manifest, known = read_json(folder / MANIFEST), folder / "stages" / "photos.json"
         if not known.is_file() or read_json(known)["recipe"]["source"] != source:
             raise GeoError(
                 f"{folder} holds an index of other photos than {source}: add --index {folder} to train with it, or "
                 "choose another --out"
             )
-    make_index(folder, source, alignment)
+        plan, thumbnails = Plan(**manifest.get("made_from", {}).get("plan", {})), manifest.get("thumbnails")
+    make_index(folder, source, alignment, plan, thumbnails)
     return folder

@@ -36,6 +36,7 @@ MODES: tuple[tuple[str, ...], ...] = (
     ("alignment", "visual"),
 )
 GROUPS = ("decision", "reward", "look", "visual", "confidence", "visual_confidence", "density")
+MIX = ("look_beta", "look_semantic", "look_spatial")
 Log = Callable[[str], None]
 Grid = Mapping[str, list[float]]
 Mix = tuple[float, float, float]  # beta, semantic, spatial
@@ -92,6 +93,8 @@ def tune(models: Models, source: str, grid: Mapping[str, Grid], log: Log) -> Tun
     best = _search(best, grid["decision"], lambda tuning: inside(decide(tuning, ("alignment",)), truth), log)
     if models.reward is not None:
         best = _search(best, grid["reward"], lambda tuning: inside(decide(tuning, ("alignment", "reward")), truth), log)
+    # RANGE is estimated for the grid's mixtures alone.
+    best = replace(best, **{n: grid["look"][n][0] for n in MIX if getattr(best, n) not in grid["look"][n]})  # type: ignore[arg-type]
     best = _search(best, grid["look"], lambda tuning: inside(decide(tuning, ("look",)), truth), log)
     best = _search(best, grid["visual"], lambda tuning: inside(decide(tuning, ("alignment", "visual")), truth, 0), log)
     best = _search(best, grid["confidence"], lambda tuning: brier(tuning, ("alignment",)), log)
@@ -110,10 +113,14 @@ def _check_grid(grid: Mapping[str, Grid]) -> None:
     if tuple(grid) != GROUPS:
         raise GeoError(f"the recipe's [tuning.grid] has {', '.join(grid)}: give {', '.join(GROUPS)}, in this order")
     for group, values in grid.items():
+        if not isinstance(values, dict):
+            raise GeoError(f"the recipe's [tuning.grid] {group} is no table of lists")
         for name, choices in values.items():
             fits = isinstance(choices, list) and choices and all(type(x) in (int, float) for x in choices)
             if not isinstance(getattr(Tuning, name, None), float) or not fits:
                 raise GeoError(f"the recipe's [tuning.grid.{group}] {name} does not fit: give a list of numbers")
+    if missing := [name for name in MIX if name not in grid["look"]]:
+        raise GeoError(f"the recipe's [tuning.grid.look] lacks {missing[0]}: RANGE's mixtures are made of all three")
 
 
 def _propose(models: Models, photos: Photos, look: Grid, log: Log) -> list[tuple[Tables, Scores]]:

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
-from rag_geotoken.run.tables import read_pool
 
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.cli.app import main
@@ -24,6 +23,7 @@ from rag_geotoken.mllm.start import VllmServer, vllm_server
 from rag_geotoken.run.build_index import make_index
 from rag_geotoken.sources.blue_marble import cut, draw_views
 from rag_geotoken.tables import read_table, to_numpy
+from rag_geotoken.types import Pool
 from rag_geotoken.weights import EARTH
 
 PHOTOS = "blue-marble:validation,n=24,seed=9"
@@ -137,7 +137,7 @@ def test_orders_in_a_photo_move_no_answer_out_of_the_gate(
     answers = locate(
         index, tmp_path / "a.csv", "--verify", "mllm", "--mllm", served.url, "--mllm-mode", mode, photos=str(photos)
     )
-    pool = read_pool(tmp_path / "a.run")
+    pool = Pool.from_table(read_table(tmp_path / "a.run" / "pool.parquet"))
     place = np.array([[float(answer["lat"]), float(answer["lon"])] for answer in answers])
     km = haversine_km(place[:, :1], place[:, 1:], pool.lat_lon[..., 0], pool.lat_lon[..., 1])
     nearest = np.where(pool.mask, km, np.inf).min(axis=1)
