@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import bench_build
+import bench_index
 import numpy as np
 import pytest
 import torch
+from bench_table import table
 
-from rag_geotoken import bench_build, bench_index
-from rag_geotoken.bench_table import table
 from rag_geotoken.index_info import describe
 from rag_geotoken.location import LocationConfig, LocationEncoder
 

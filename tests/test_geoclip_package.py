@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bench_index import geoclip_folder
 from geoclip_package import import_geoclip
 from PIL import Image
 from tiny_clip import save_pictures
 
-from rag_geotoken.bench_index import geoclip_folder
 from rag_geotoken.convert import convert_geoclip
 from rag_geotoken.geoclip import GeoCLIP
 from rag_geotoken.pictures import load_pictures

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bench_index import geoclip_folder
 from conftest import OneLine
 from numpy.polynomial.legendre import leggauss
 from pyproj import Proj, Transformer
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from rag_geotoken.alignment import LocationEncoder as PromisedEncoder
-from rag_geotoken.bench_index import geoclip_folder
 from rag_geotoken.location import (
     HarmonicConfig,
     HarmonicEncoder,

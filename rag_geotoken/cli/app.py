@@ -23,7 +23,7 @@ from rag_geotoken.cli.options import (
     Weights,
     takes_options,
 )
-from rag_geotoken.cli.train import bench_app, train_app
+from rag_geotoken.cli.train import train_app
 from rag_geotoken.errors import GeoError
 from rag_geotoken.options import Options
 
@@ -37,7 +37,6 @@ app = typer.Typer(
 app.add_typer(index_app, name="index")
 app.add_typer(train_app, name="train")
 app.add_typer(convert_app, name="convert")
-app.add_typer(bench_app, name="bench")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The commands ``train`` and ``bench``."""
+"""The commands of ``rag-geotoken train``."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from typing import Annotated
 
 import typer
 
-from rag_geotoken.cli.options import Mllm, MllmConcurrent, MllmModel, Weights
+from rag_geotoken.cli.options import Mllm, MllmConcurrent, MllmModel
 
 train_app = typer.Typer(
     help="Train the embedded models again, or heads of your own, from a seed.", no_args_is_help=True
 )
-bench_app = typer.Typer(help="Measure speed and rightness against plain peers, in one run.", no_args_is_help=True)
 
 Recipe = Annotated[Path | None, typer.Argument(help="TOML recipe; the embedded models' own unless given.")]
 Out = Annotated[Path, typer.Option(help="Folder of the weights.")]
@@ -89,22 +88,3 @@ def _train(what: str, recipe: Path | None, out: Path, index: Path | None = None)
     from rag_geotoken.training.run import train
 
     train(what, training_recipe(recipe, "g3" if what == "heads" else "earth"), out, index)
-
-
-@bench_app.command("index")
-def bench_index(
-    out: Annotated[
-        Path | None, typer.Option(help="JSON file for the figures; a Markdown table is put beside it.")
-    ] = None,
-    views: Annotated[int, typer.Option(min=5000, help="Gallery views to search.")] = 24_000,
-    build_rows: Annotated[int, typer.Option(min=0, help="Rows of the large build; 0 leaves it out.")] = 1_000_000,
-    weights: Weights = None,
-) -> None:
-    """Approximate search against Flat, GeoCLIP's gallery against encoding it, a large build, a plan for larger ones.
-
-    GeoCLIP's parts need the package geoclip installed. Let the machine be idle: Flat suffers most from other work.
-    """
-    from rag_geotoken.bench_index import run_bench
-    from rag_geotoken.weights import EARTH
-
-    run_bench(out, weights or EARTH, views, build_rows, typer.echo)

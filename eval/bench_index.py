@@ -1,7 +1,8 @@
-"""How fast and how right search is: `rag-geotoken bench index`, every pair of figures from the same run."""
+"""How fast and how right search is: `python eval/bench_index.py`, every pair of figures from the same run."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import tempfile
@@ -11,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bench_build import build, plans
+from bench_table import table
 from numpy.typing import NDArray
 
 from rag_geotoken import approximate
 from rag_geotoken.alignment import GeoAlignment
-from rag_geotoken.bench_build import build, plans
-from rag_geotoken.bench_table import table
 from rag_geotoken.convert import convert_geoclip
 from rag_geotoken.files import write_json, write_text
 from rag_geotoken.gallery import Gallery, read_places_csv
@@ -24,6 +25,7 @@ from rag_geotoken.index import BLOCK
 from rag_geotoken.location import LocationEncoder, embed_places
 from rag_geotoken.progress import progress_bar
 from rag_geotoken.tables import versions
+from rag_geotoken.weights import EARTH
 
 Vectors = NDArray[np.float32]
 K, QUERIES, SEED = 20, 1000, 0
@@ -34,7 +36,7 @@ Log = Callable[[str], None]
 
 def run_bench(out: Path | None, weights: Path, views: int, build_rows: int, log: Log) -> dict[str, Any]:
     """Everything -> what ``index.json`` holds, and ``index.md`` beside it; ``build_rows`` 0: no build, no plan."""
-    command = f"rag-geotoken bench index --views {views} --build-rows {build_rows}"
+    command = f"python eval/bench_index.py --views {views} --build-rows {build_rows}"
     result: dict[str, Any] = {"command": command, "seed": SEED, "k": K, "queries": QUERIES, "threads": os.cpu_count()}
     result["versions"] = versions("geoclip")
     folder = geoclip_folder()
@@ -197,3 +199,17 @@ def jittered(encoder: LocationEncoder, places: NDArray[np.float64]) -> Vectors:
 
 def _line(figures: dict[str, Any]) -> str:
     return " ".join(f"{name}={value}" for name, value in figures.items())
+
+
+def main() -> None:
+    """Measure and write; let the machine be idle: Flat suffers most from other work."""
+    parser = argparse.ArgumentParser(description="Approximate search against Flat, GeoCLIP's gallery, a large build.")
+    parser.add_argument("--json", type=Path, help="write the figures here, and a Markdown table beside it")
+    parser.add_argument("--views", type=int, default=24_000, help="gallery views to search")
+    parser.add_argument("--build-rows", type=int, default=1_000_000, help="rows of the large build; 0 leaves it out")
+    arguments = parser.parse_args()
+    run_bench(arguments.json, EARTH, arguments.views, arguments.build_rows, print)
+
+
+if __name__ == "__main__":
+    main()
