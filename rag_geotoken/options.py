@@ -74,6 +74,9 @@ class Options:
                     raise GeoError(f"{name.replace('_', '-')} {given!r} is not known: choose of {', '.join(choices)}")
         for item in fields(self):
             value, low, high = getattr(self, item.name), item.metadata["low"], item.metadata["high"]
+            kind = float if item.name == "max_area_km2" and value is not None else type(item.default)
+            if kind in (bool, int, float) and type(value) not in ((int, float) if kind is float else (kind,)):
+                raise GeoError(f"{item.name.replace('_', '-')} {value!r} does not fit: give {kind.__name__}")
             if value is None or low is None:
                 continue
             if not math.isfinite(value) or value < low or (high is not None and value > high):

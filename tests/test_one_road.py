@@ -311,7 +311,7 @@ def test_a_new_verifier_needs_its_file_and_its_line(
 
     module = ModuleType("rag_geotoken.verifiers.northernmost")
     module.VERIFIER = SimpleNamespace(  # type: ignore[attr-defined]
-        reads=(), version=1, kind=Verdict, identity=lambda models, options: {}, scores=scores
+        reads=(), models=(), tuning=(), version=1, kind=Verdict, scores=scores
     )
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setitem(VERIFIERS, "northernmost", "northernmost")  # the line

@@ -64,7 +64,7 @@ class Variant:
     def unverified(self) -> Options:
         """The same without verification: what its gain is measured against."""
         sources = tuple(name for name in self.options.sources if name not in ("visual", "mllm"))
-        plain = {name: getattr(Options, name) for name in (*ASKING, "select")}
+        plain = {name: getattr(Options, name) for name in (*ASKING[1:], "select")}
         return replace(self.options, sources=sources, verify=(), **plain)
 
 
@@ -92,6 +92,10 @@ def read_variants(recipe: Mapping[str, Any]) -> Recipe:
             raise GeoError(f"the recipe's {name} is no {kind.__name__}")
     if not recipe.get("photos") or not recipe.get("variants"):
         raise GeoError("a recipe needs photos (a table of sources by name) and variants (a list of tables)")
+    if not all(isinstance(source, str) for source in recipe["photos"].values()):
+        raise GeoError("the recipe's photos are no table of sources by name")
+    if not all(isinstance(block, dict) for block in recipe["variants"]):
+        raise GeoError("the recipe's variants are no list of tables: write [[variants]]")
     variants = [variant for block in recipe["variants"] for variant in _crossed(block, recipe.get("options", {}))]
     for i, variant in enumerate(variants):
         if variant.name in [other.name for other in variants[:i]]:
@@ -212,17 +216,11 @@ def _shared(group: list[Variant]) -> Options:
     """The options of the stages that a group's variants share: all that any of them needs."""
     verify = {name for variant in group for name in variant.options.verify} - {"mllm"}
     verify |= {"visual"} if any(variant.options.visual for variant in group) else set()
-    first = group[0].options
-    return replace(
-        first,
-        sources=(),
-        verify=tuple(sorted(verify)),
-        area=any(variant.options.frontier for variant in group),
-        max_area_km2=None,
-        least_confidence=0.0,
-        **{name: getattr(Options, name) for name in ("select", *(n for n in ASKING if n != "mllm_mode"))},
-        mllm_mode="diversify" if first.diverse else "pool",
-    )
+    options = [variant.options for variant in group]
+    own = {name: getattr(Options, name) for name in {*DECIDING, *ASKING} - {"verify", "area", "mllm_mode"}}
+    mode = "diversify" if options[0].diverse else "pool"
+    area = any(each.frontier for each in options)
+    return replace(options[0], verify=tuple(sorted(verify)), mllm_mode=mode, area=area, **own)
 
 
 @dataclass

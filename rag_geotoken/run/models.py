@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from rag_geotoken.decision.tuning import Tuning, load_tuning
 from rag_geotoken.errors import GeoError
 from rag_geotoken.gps_search import GpsSearch
 from rag_geotoken.index import GeoIndex
+from rag_geotoken.mllm.prompts import prompts_sha256
 from rag_geotoken.reward import RewardHead
 from rag_geotoken.token_model import TokenModel
 from rag_geotoken.types import Embeddings, Neighbors, Pool
@@ -48,6 +50,7 @@ class Models:
             width, wanted = reward.config.d_model, tokens.config.d_model
             raise GeoError(f"a reward head of width {width}, a token model of width {wanted}: train the head again")
         self.alignment, self.index, self.tuning, self.reward, self.mllm = alignment, index, tuning, reward, mllm
+        self._identities: dict[str, Any] = {}
         self._tokens, self.matcher = tokens, matcher or AerialMatcher(tuning.view_km)
         self.tokenizer = S2Tokenizer(tokens.config.level, tokens.config.group) if tokens else S2Tokenizer()
 
@@ -93,7 +96,7 @@ class Models:
     def replace(self, **changes: object) -> Self:
         """The same with another ``tuning`` or ``mllm``; what was loaded is shared."""
         changed = copy(self)
-        vars(changed).update(changes)
+        vars(changed).update(changes, _identities={})
         return changed
 
     @property
@@ -106,15 +109,28 @@ class Models:
             )
         return self._tokens
 
-    @cached_property
-    def tokens_id(self) -> str:
-        """What the token model's answers follow from."""
-        return fingerprint(self.tokens)
+    @property
+    def session(self) -> MllmSession:
+        """The multimodal model's session. Raises GeoError where none was opened."""
+        if self.mllm is None:
+            raise GeoError(
+                "which multimodal model? Give --mllm http://HOST:PORT/v1, a folder, a hub's name or embedded"
+            )
+        return self.mllm
 
-    @cached_property
-    def reward_id(self) -> str:
-        """What the reward head's scores follow from."""
-        return fingerprint(self.tokens, self.reward_head)
+    def identity(self, name: str) -> Any:
+        """What a stage's results follow from of encoder, index, tokens, reward, matcher or mllm, as JSON values."""
+        facts: dict[str, Callable[[], Any]] = {
+            "encoder": lambda: self.alignment.identity,
+            "index": lambda: self.index.identity,
+            "tokens": lambda: fingerprint(self.tokens),
+            "reward": lambda: fingerprint(self.tokens, self.reward_head),
+            "matcher": lambda: self.matcher.identity,
+            "mllm": lambda: [self.session.model, prompts_sha256()],
+        }
+        if name not in self._identities:
+            self._identities[name] = facts[name]()
+        return self._identities[name]
 
     @property
     def reward_head(self) -> RewardHead:

@@ -15,81 +15,94 @@ from typing import Any
 from rag_geotoken.options import Options
 from rag_geotoken.run import stages as do
 from rag_geotoken.run.models import Models
-from rag_geotoken.types import Answers, Candidates, Embeddings, MllmVerdict, Neighbors, Places, Pool, Posterior, Tables
-from rag_geotoken.types import Verdict as Verdict
+from rag_geotoken.types import (
+    Answers,
+    Candidates,
+    Embeddings,
+    MllmVerdict,
+    Neighbors,
+    Places,
+    Pool,
+    Posterior,
+    Tables,
+)  # fmt: skip
 from rag_geotoken.verifiers import load_verifier
 
-Identity = Callable[[Models, Options], dict[str, Any]]
+NEAR = ("embeddings", "neighbours")
 DECODING = ("propose", "beam_width", "samples", "temperature", "top_p", "epsilon", "seed", "within")
-ASKING = ("mllm_mode", "evidence", "near_pictures", "picture_size")
+ASKING = ("sources", "mllm_mode", "evidence", "near_pictures", "picture_size")
 DECIDING = ("sources", "verify", "select", "mllm_mode", "area", "max_area_km2", "least_confidence")
+SHARES = ("neighbor_share", "neighbor_scale", "gps_share", "visual_share", "match_scale", "mllm_share")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the road.
+    """One step of the road: a block of photos with the tables it ``reads`` -> a result of ``kind``.
 
-    reads: the tables that it is made from. depends: the options that it follows from besides. identity: what it follows
-    from of the models. work: a block of photos with these tables -> a result of ``kind``. version: raised when the code
-    gives other results, so that no old table is taken for a new one. own: whether it follows from which places of the
-    pool may be the answer, so that variants of an ablation have one each. whole: whether photos that cannot be read
-    have a line too.
+    depends, models, tuning: the options, the models (see :meth:`.Models.identity`) and the numbers of the tuning that
+    it follows from besides; all of the tuning where it is ``*``. version: raised when the code gives other results, so
+    that no old table is taken for a new one. own: whether it follows from which places of the pool may be the answer,
+    so that variants of an ablation have one each. whole: whether photos that cannot be read have a line too.
     """
 
     name: str
-    reads: tuple[str, ...]
-    depends: tuple[str, ...]
-    identity: Identity
     work: Callable[[Models, Options, Tables], Any]
     kind: type[Any]
+    reads: tuple[str, ...]
+    depends: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+    tuning: tuple[str, ...] = ()
     version: int = 1
     own: bool = False
     whole: bool = False
 
     def settings(self, models: Models, options: Options) -> dict[str, Any]:
         """All that the result follows from besides the tables read, as JSON values."""
-        values = {name: value for name, value in asdict(options).items() if name in self.depends}
-        return values | self.identity(models, options) | {"version": self.version}
+        tuned = asdict(models.tuning)
+        found = {name: value for name, value in asdict(options).items() if name in self.depends}
+        found |= {"pooled": list(options.pooled)} if "sources" in self.depends else {}
+        found |= {name: models.identity(name) for name in self.models} | {"version": self.version}
+        return found | {name: tuned[name] for name in (tuned if self.tuning == ("*",) else self.tuning)}
 
 
 def road(options: Options) -> list[Stage]:
     """The stages that the options ask for, in order; the last one decides."""
-    near, authors = ("embeddings", "neighbours"), ("photos",) * options.other_authors
-    compared, posterior = ("matches",) * options.visual, ("posterior",) * options.frontier
+    places = do.scored_table(options)
+    verdicts = [_verdict(name, places, options) for name in sorted(options.verify)]
+    authors, compared = ("photos",) * options.other_authors, ("matches",) * options.visual
     added = ("candidates",) * bool(options.propose) + ("places",) * bool(options.gps_places) + compared
     added += ("verdicts-mllm-diversify",) * options.diverse
-    judged = do.judged(options)
-    verdicts = [_verdict(name, options) for name in sorted(options.verify)]
-    decided = (judged, "embeddings", "neighbours", *(stage.name for stage in verdicts), *posterior)
+    decided = ("photos", *NEAR, places, *(v.name for v in verdicts), *("posterior",) * options.frontier)
     every = [
-        Stage("embeddings", ("photos",), (), do.encoder_id, do.embed, Embeddings, whole=True),
-        Stage("neighbours", ("embeddings", *authors), ("neighbors", "within", "other_authors", "exact"), do.search_id,
-              do.search, Neighbors),
-        Stage("candidates", near, DECODING, do.tokens_id, do.propose, Candidates),
-        Stage("places", ("embeddings",), ("gps_places",), do.places_id, do.find_places, Places),
-        Stage("posterior", near, ("openings",), do.tokens_id, do.believe, Posterior),
-        Stage("matches", ("photos", *near), (), do.matcher_id, do.match, Places),
-        Stage("verdicts-mllm-diversify", ("photos", *near), ("answers", "picture_size"), do.mllm_id, do.diversify,
-              MllmVerdict),
-        Stage("pool", ("neighbours", *added), ("within",), partial(do.pool_id, added), do.pool, Pool),
+        Stage("embeddings", do.embed, Embeddings, ("photos",), (), ("encoder",), whole=True),
+        Stage("neighbours", do.search, Neighbors, ("embeddings", *authors),
+              ("neighbors", "within", "other_authors", "exact"), ("index",), ("search_weights",)),
+        Stage("candidates", do.propose, Candidates, NEAR, DECODING, ("tokens", "index")),
+        Stage("places", do.find_places, Places, ("embeddings",), ("gps_places",), ("encoder", "index")),
+        Stage("posterior", do.believe, Posterior, NEAR, ("openings",), ("tokens", "index")),
+        Stage("matches", do.match, Places, ("photos", *NEAR), (), ("matcher", "index")),
+        Stage("verdicts-mllm-diversify", do.diversify, MllmVerdict, ("photos", *NEAR), ("answers", "picture_size"),
+              ("mllm", "index"), ("search_weights",)),
+        Stage("pool", do.pool, Pool, ("neighbours", *added), ("within",), (), SHARES),
         *verdicts,
-        Stage("predictions", ("photos", *dict.fromkeys(decided)), DECIDING, do.decision_id, do.decide, Answers,
+        Stage("predictions", do.decide, Answers, tuple(dict.fromkeys(decided)), DECIDING, ("encoder",), ("*",),
               own=True, whole=True),
     ]  # fmt: skip
-    wanted = {"embeddings", "neighbours", *added, *posterior, *decided, "predictions"}
-    return [stage for stage in every if stage.name in wanted]
+    return [stage for stage in every if stage.name in {*NEAR, *added, *decided, "predictions"}]
 
 
-def _verdict(name: str, options: Options) -> Stage:
-    """The stage of a verifier's scores."""
-    verifier, judged = load_verifier(name), do.judged(options)
-    identity = partial(do.verdict_id, verifier)
-    work = partial(do.verdict, verifier)
-    if name == "mllm":
-        reads = ("photos", *verifier.reads, *("matches",) * options.visual, judged)
+def _verdict(name: str, places: str, options: Options) -> Stage:
+    """The stage of a verifier's scores of the places in a table."""
+    by = load_verifier(name)
+    work = partial(do.verdict, by)
+    if by.kind is MllmVerdict:
         mode = "pool" if options.diverse else options.mllm_mode
-        return Stage(f"verdicts-mllm-{mode}", reads, ASKING, identity, work, MllmVerdict, verifier.version, own=True)
-    one_source = judged != "pool"
+        reads = ("photos", *by.reads, *("matches",) * options.visual, places)
+        return Stage(
+            f"verdicts-{name}-{mode}", work, by.kind, reads, ASKING, by.models, by.tuning, by.version, own=True
+        )
+    one = places != "pool"
+    depends, tuning = (("sources",), ("*",)) if one else ((), by.tuning)
     return Stage(
-        f"verdicts-{name}", (*verifier.reads, judged), (), identity, work, Verdict, verifier.version, one_source
+        f"verdicts-{name}", work, by.kind, (*by.reads, places), depends, by.models, tuning, by.version, own=one
     )

@@ -1,10 +1,8 @@
-"""What each stage of the road does with a block of photos, and which facts of the models it follows from."""
+"""What each stage of the road does with a block of photos."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from hashlib import blake2b
-from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +50,6 @@ from rag_geotoken.types import (
 from rag_geotoken.verifiers import Verifier
 from rag_geotoken.verifiers.matching import match_all
 
-Facts = dict[str, Any]
 # A source that alone is pooled -> the table that its places come from.
 TABLE_OF = {
     "neighbour": "neighbours",
@@ -63,11 +60,6 @@ TABLE_OF = {
     "gps": "places",
     "visual": "matches",
 }
-
-
-def encoder_id(models: Models, options: Options) -> Facts:
-    """Embeddings follow from the encoder."""
-    return {"encoder": models.alignment.identity}
 
 
 def embed(models: Models, options: Options, tables: Tables) -> Embeddings:
@@ -81,11 +73,6 @@ def embed(models: Models, options: Options, tables: Tables) -> Embeddings:
 def digests(pixels: NDArray[np.uint8]) -> list[str]:
     """A name for each picture's pixels (B, H, W, 3), 32 hexadecimal digits, by which a photo knows itself."""
     return [blake2b(picture.tobytes(), digest_size=16).hexdigest() for picture in pixels]
-
-
-def search_id(models: Models, options: Options) -> Facts:
-    """Neighbours follow from the index and from how the parts of an embedding are weighted."""
-    return {"index": models.index.identity, "weights": list(models.tuning.search_weights)}
 
 
 def search(models: Models, options: Options, tables: Tables) -> Neighbors:
@@ -103,11 +90,6 @@ def search(models: Models, options: Options, tables: Tables) -> Neighbors:
         exact=options.exact,
         authors=tables.photos.authors if options.other_authors else None,
     )
-
-
-def tokens_id(models: Models, options: Options) -> Facts:
-    """What is generated follows from the token model and the cells that it reads of the index."""
-    return {"weights": models.tokens_id, "index": models.index.identity}
 
 
 @torch.inference_mode()
@@ -145,11 +127,6 @@ def propose(models: Models, options: Options, tables: Tables) -> Candidates:
     )
 
 
-def places_id(models: Models, options: Options) -> Facts:
-    """Places found by GPS embedding follow from the encoder and from the regions that the gallery covers."""
-    return {"encoder": models.alignment.identity, "index": models.index.identity}
-
-
 def find_places(models: Models, options: Options, tables: Tables) -> Places:
     """Embeddings -> the places most like each photo's GPS embedding."""
     return models.gps_search(tables.embeddings.gps, options.gps_places)
@@ -160,11 +137,6 @@ def believe(models: Models, options: Options, tables: Tables) -> Posterior:
     return frontier(models.tokens, models.memory(tables.embeddings, tables.neighbours), options.openings)
 
 
-def matcher_id(models: Models, options: Options) -> Facts:
-    """Matches follow from the gallery's pictures and from what compares them."""
-    return {"index": models.index.identity, "matcher": models.matcher.identity}
-
-
 def match(models: Models, options: Options, tables: Tables) -> Places:
     """Pictures and neighbours -> where each neighbour's picture puts the photo, and how well the two fit."""
     pixels, errors = load_pictures(tables.photos.images, models.matcher.size)
@@ -173,27 +145,11 @@ def match(models: Models, options: Options, tables: Tables) -> Places:
     return match_all(models.matcher, pixels, tables.neighbours, models.index)
 
 
-def mllm_id(models: Models, options: Options) -> Facts:
-    """Places that a multimodal model names follow from it, its prompts and what is retrieved."""
-    from rag_geotoken.verifiers.mllm import session_id
-
-    return session_id(models) | search_id(models, options)
-
-
 def diversify(models: Models, options: Options, tables: Tables) -> MllmVerdict:
     """Pictures and neighbours -> a multimodal model's answers to G3's prompts, which join the pool."""
     from rag_geotoken.verifiers.mllm import diverse_places
 
     return diverse_places(models, options, tables)
-
-
-def pool_id(added: tuple[str, ...], models: Models, options: Options) -> Facts:
-    """A pool follows from what is put together and from the shares and scales of the tuning that this needs."""
-    names = ["neighbor_share", "neighbor_scale", "gps_share"]
-    names += ["visual_share", "match_scale"] * ("matches" in added) + ["mllm_share"] * (
-        "verdicts-mllm-diversify" in added
-    )
-    return {"level": models.tokenizer.level} | {name: getattr(models.tuning, name) for name in names}
 
 
 def pool(models: Models, options: Options, tables: Tables) -> Pool:
@@ -214,7 +170,7 @@ def pool(models: Models, options: Options, tables: Tables) -> Pool:
     return keep_within(made, options.within) if options.within else made
 
 
-def judged(options: Options) -> str:
+def scored_table(options: Options) -> str:
     """The table that verifiers score: the pool, or that of the one source which is asked for alone."""
     return TABLE_OF[options.sources[0]] if len(options.sources) == 1 else "pool"
 
@@ -242,22 +198,11 @@ def chosen_pool(models: Models, options: Options, tables: Tables) -> Pool:
     return whole if np.isin(whole.source[whole.mask], kinds).all() else only(whole, *kinds)
 
 
-def verdict_id(verifier: Verifier, models: Models, options: Options) -> Facts:
-    """A verdict follows from the verifier's own facts, and where one source is judged alone, from its weights."""
-    one = options.sources if judged(options) != "pool" else ()
-    return verifier.identity(models, options) | ({"source": one[0], "tuning": asdict(models.tuning)} if one else {})
-
-
 def verdict(verifier: Verifier, models: Models, options: Options, tables: Tables) -> Verdict:
     """A verifier's score of every place; a multimodal model is asked about those alone that may be the answer."""
     asks_model = verifier.kind is MllmVerdict
     places = (chosen_pool if asks_model else whole_pool)(models, options, tables)
     return verifier.scores(models, options, tables, places)
-
-
-def decision_id(models: Models, options: Options) -> Facts:
-    """A decision follows from the tuning, and from which places may be the answer."""
-    return {"pooled": list(options.pooled), "tuning": asdict(models.tuning), "encoder": models.alignment.identity}
 
 
 def decide(models: Models, options: Options, tables: Tables) -> Answers:

@@ -26,16 +26,15 @@ VERIFIERS = {
 class Verifier(Protocol):
     """One kind of evidence for the places of a pool.
 
-    reads: the tables that its scores follow from besides the pool. version: raised when its code gives other scores.
-    kind: of its verdicts.
+    reads, models, tuning: the tables besides the pool, the models and the numbers of the tuning that its scores follow
+    from. version: raised when its code gives other scores. kind: of its verdicts.
     """
 
     reads: tuple[str, ...]
+    models: tuple[str, ...]
+    tuning: tuple[str, ...]
     version: int
     kind: type[Verdict]
-
-    def identity(self, models: Models, options: Options) -> dict[str, object]:
-        """What the scores follow from besides the tables, as JSON values. GeoError where something is missing."""
 
     def scores(self, models: Models, options: Options, tables: Tables, pool: Pool) -> Verdict:
         """A score (B, C) for every entry of the photos' pools, zero where there is none."""

@@ -16,11 +16,7 @@ if TYPE_CHECKING:
 class Alignment:
     """The cosine of the photo's GPS embedding with the place's."""
 
-    reads, version, kind = ("embeddings",), 1, Verdict
-
-    def identity(self, models: Models, options: Options) -> dict[str, object]:
-        """The encoder of photos and places."""
-        return {"weights": models.alignment.identity}
+    reads, models, tuning, version, kind = ("embeddings",), ("encoder",), (), 1, Verdict
 
     def scores(self, models: Models, options: Options, tables: Tables, pool: Pool) -> Verdict:
         """(B, C) cosines."""

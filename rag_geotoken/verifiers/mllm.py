@@ -13,8 +13,6 @@ from rag_geotoken.decision import strategies
 from rag_geotoken.decision.strategies import Given
 from rag_geotoken.errors import GeoError
 from rag_geotoken.mllm.pictures import encode_pictures
-from rag_geotoken.mllm.prompts import prompts_sha256
-from rag_geotoken.mllm.session import MllmSession
 from rag_geotoken.options import verified_by
 from rag_geotoken.types import Embeddings, MllmVerdict, Pool, Predictions, Tables
 from rag_geotoken.verifiers import questions
@@ -43,21 +41,20 @@ class Mllm:
     any place; diversify adds the answers to G3's prompts to the pool, and then asks which of the candidates it is.
     """
 
-    reads, version, kind = ("embeddings", "neighbours"), 1, MllmVerdict
-
-    def identity(self, models: Models, options: Options) -> dict[str, object]:
-        """The model, its prompts, the candidates, and what the evidence in words follows from."""
-        facts = session_id(models) | {"pooled": list(options.pooled), "encoder": models.alignment.identity}
-        if options.evidence:
-            facts |= {name: getattr(models.tuning, name) for name in ("alignment_scale", "search_weights")}
-        return facts | ({"index": models.index.identity} if options.near_pictures else {})
+    reads, models, tuning, version, kind = (
+        ("embeddings", "neighbours"),
+        ("mllm", "encoder", "index"),
+        ("alignment_scale", "search_weights"),
+        1,
+        MllmVerdict,
+    )
 
     def scores(self, models: Models, options: Options, tables: Tables, pool: Pool) -> MllmVerdict:
         """(B, C) log-probabilities of a shortlist's places, spread over the entries that they stand for."""
         pictures = _pictures(options, tables)
         if options.mllm_mode == "zero-shot":
             prompts = [[questions.zero_shot_request(picture)] for picture in pictures]
-            return _verdict(questions.ask_place(prompts, _session(models).ask, 1), pool.mask)
+            return _verdict(questions.ask_place(prompts, models.session.ask, 1), pool.mask)
         chosen = shortlist(pool)
         shown, near = _shown(models, options, tables, pool, chosen)
         if options.mllm_mode == "free":
@@ -65,18 +62,13 @@ class Mllm:
                 [questions.free_request(picture, places, seen)]
                 for picture, places, seen in zip(pictures, shown, near, strict=True)
             ]
-            return _verdict(questions.ask_place(prompts, _session(models).ask, 1), pool.mask)
-        found = questions.ask_pool(pictures, chosen, shown, _session(models).ask, near)
+            return _verdict(questions.ask_place(prompts, models.session.ask, 1), pool.mask)
+        found = questions.ask_pool(pictures, chosen, shown, models.session.ask, near)
         log_probs = found.log_probs.astype(np.float32)
         return _verdict(found, pool.mask, chosen.spread(log_probs[:, :-1], log_probs[:, -1]))
 
 
 VERIFIER = Mllm()
-
-
-def session_id(models: Models) -> dict[str, object]:
-    """What a multimodal model's answers follow from. Raises GeoError where there is none."""
-    return {"model": _session(models).model, "prompts": prompts_sha256()}
 
 
 def diverse_places(models: Models, options: Options, tables: Tables) -> MllmVerdict:
@@ -88,7 +80,7 @@ def diverse_places(models: Models, options: Options, tables: Tables) -> MllmVerd
         for picture, near, away in zip(_pictures(options, tables), tables.neighbours.lat_lon, far.lat_lon, strict=True)
     ]
     most = options.answers * len(questions.SIMILAR)
-    return _verdict(questions.ask_place(prompts, _session(models).ask, most), np.zeros((len(prompts), 1), bool))
+    return _verdict(questions.ask_place(prompts, models.session.ask, most), np.zeros((len(prompts), 1), bool))
 
 
 def decide_told(
@@ -123,12 +115,6 @@ def gain_of(models: Models, embeddings: Embeddings, own: Floats, decided: Predic
     theirs, ours = (models.alignment.embed_places(places) for places in (spots, decided.lat_lon))
     gain: Floats = np.einsum("bd,bd->b", embeddings.gps, theirs - ours).astype(np.float64)
     return gain
-
-
-def _session(models: Models) -> MllmSession:
-    if models.mllm is None:
-        raise GeoError("which multimodal model? Give --mllm http://HOST:PORT/v1, a folder, a hub's name or embedded")
-    return models.mllm
 
 
 def _pictures(options: Options, tables: Tables) -> list[bytes]:

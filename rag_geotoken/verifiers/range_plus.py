@@ -83,12 +83,13 @@ def bank_of(index: GeoIndex, embed: Callable[[NDArray[np.float64]], Vectors]) ->
 class RangePlus:
     """The cosine of the photo's image embedding with what RANGE makes of the place."""
 
-    reads, version, kind = ("embeddings",), 1, Verdict
-
-    def identity(self, models: Models, options: Options) -> dict[str, object]:
-        """The encoder, the bank and how its two parts are mixed."""
-        mix = models.tuning.look_beta, models.tuning.look_semantic, models.tuning.look_spatial
-        return {"weights": models.alignment.identity, "index": models.index.identity, "mix": list(mix)}
+    reads, models, tuning, version, kind = (
+        ("embeddings",),
+        ("encoder", "index"),
+        ("look_beta", "look_semantic", "look_spatial"),
+        1,
+        Verdict,
+    )
 
     def scores(self, models: Models, options: Options, tables: Tables, pool: Pool) -> Verdict:
         """(B, C) cosines."""

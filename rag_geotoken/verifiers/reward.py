@@ -16,11 +16,7 @@ if TYPE_CHECKING:
 class Reward:
     """The log of the utility that the head expects of a place's cell."""
 
-    reads, version, kind = ("embeddings", "neighbours"), 1, Verdict
-
-    def identity(self, models: Models, options: Options) -> dict[str, object]:
-        """The head, the token model below it and the gallery that it attends to."""
-        return {"weights": models.reward_id, "index": models.index.identity}
+    reads, models, tuning, version, kind = ("embeddings", "neighbours"), ("reward", "index"), (), 1, Verdict
 
     def scores(self, models: Models, options: Options, tables: Tables, pool: Pool) -> Verdict:
         """(B, C) logarithms."""

@@ -15,11 +15,7 @@ if TYPE_CHECKING:
 class Visual:
     """How well the matches support a place (:func:`.support`)."""
 
-    reads, version, kind = ("matches",), 1, Verdict
-
-    def identity(self, models: Models, options: Options) -> dict[str, object]:
-        """How near to where a neighbour puts the photo a place is supported."""
-        return {"visual_km": models.tuning.visual_km}
+    reads, models, tuning, version, kind = ("matches",), (), ("visual_km",), 1, Verdict
 
     def scores(self, models: Models, options: Options, tables: Tables, pool: Pool) -> Verdict:
         """(B, C) logarithms."""
