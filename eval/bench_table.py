@@ -1,4 +1,4 @@
-"""The figures of `rag-geotoken bench index` as a short Markdown page."""
+"""The figures of `python eval/bench_index.py` as a short Markdown page."""
 
 from __future__ import annotations
 

@@ -29,9 +29,10 @@ from rag_geotoken.options import Options
 from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.recipes import read_recipe
 from rag_geotoken.reward import RewardConfig, RewardHead
-from rag_geotoken.run.ablate import Variant, read_variants, walk_variants
+from rag_geotoken.run.ablate import walk_variants
 from rag_geotoken.run.build_index import make_index
 from rag_geotoken.run.demo import RECIPE
+from rag_geotoken.run.variants import Variant, read_variants
 from rag_geotoken.run.walk import RunFolder
 from rag_geotoken.sources import read_source
 from rag_geotoken.tables import write_table

@@ -27,8 +27,13 @@ def test_embeddings_have_length_one_and_their_shapes(alignment: GeoAlignment) ->
 
 def test_batches_change_nothing(alignment: GeoAlignment) -> None:
     pixels, places = cut(draw_views("test", 7, 0)), draw_views("test", 50, 1)[:, :2]
-    np.testing.assert_allclose(alignment.embed(pixels, batch=3), alignment.embed(pixels), atol=1e-6)
-    np.testing.assert_allclose(alignment.embed_places(places, batch=7), alignment.embed_places(places), atol=1e-6)
+    alone = np.concatenate([alignment.embed(pixels[i : i + 1]) for i in range(7)])
+    np.testing.assert_array_equal(alone, alignment.embed(pixels))
+    features = alignment.project(pixels)
+    np.testing.assert_allclose(alignment.project(pixels, batch=3), features, atol=1e-6)
+    np.testing.assert_allclose(alignment.heads(features, batch=3), alignment.embed(pixels), atol=1e-6)
+    alone = np.concatenate([alignment.embed_places(places[i : i + 7]) for i in range(0, 50, 7)])
+    np.testing.assert_array_equal(alone, alignment.embed_places(places))
 
 
 def test_a_black_and_a_white_view_are_finite(alignment: GeoAlignment) -> None:

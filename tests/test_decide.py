@@ -8,14 +8,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import PHOTOS, TOKENIZER, TUNING, pool_of
+from conftest import PHOTOS, TOKENIZER, TUNING, OneLine, pool_of
 from numpy.typing import NDArray
 
 from rag_geotoken.cells import S2Tokenizer
-from rag_geotoken.decision.confidence import _disk_chance, calibrated
-from rag_geotoken.decision.strategies import decide, log_probability, minimum_bayes_risk, snap, verified_by
+from rag_geotoken.decision import strategies
+from rag_geotoken.decision.confidence import _disk_chance, calibrated, confidence
+from rag_geotoken.decision.strategies import Chosen, Given, bayes_risk, decide
 from rag_geotoken.geo import haversine_km
-from rag_geotoken.types import BEAM, NEIGHBOUR, RADII_KM, Neighbors, Pool, Predictions
+from rag_geotoken.options import verified_by
+from rag_geotoken.types import BEAM, NEIGHBOUR, RADII_KM, Neighbors, Pool
 
 Floats = NDArray[np.float64]
 PAIRS = {
@@ -49,7 +51,7 @@ def chances_at(here: Floats, places: Floats, weights: Floats, spread: float) -> 
 def test_a_decision_is_a_plain_loop(names: Sequence[str], pool: Pool) -> None:
     tuning = replace(TUNING, spread_km=60.0, calibration=PAIRS)
     scores = verdicts(pool, names)
-    decided = decide(pool, scores, tuning)
+    decided = decide(pool, Given(scores, tuning))
     scales = {"alignment": tuning.alignment_scale, "reward": tuning.reward_scale}
     for b in range(PHOTOS):
         kept = np.flatnonzero(pool.mask[b])
@@ -69,7 +71,7 @@ def test_a_decision_is_a_plain_loop(names: Sequence[str], pool: Pool) -> None:
 
 
 def test_verdicts_change_the_decision(pool: Pool) -> None:
-    found = [decide(pool, verdicts(pool, names), TUNING).lat_lon for names in MODES[:4]]
+    found = [decide(pool, Given(verdicts(pool, names), TUNING)).lat_lon for names in MODES[:4]]
     for i in range(4):
         for j in range(i):
             assert (found[i] != found[j]).any()
@@ -80,17 +82,19 @@ def test_the_names_of_the_verifiers_in_one() -> None:
     assert verified_by(["reward", "alignment"]) == verified_by({"alignment": 1, "reward": 2}) == "alignment+reward"
 
 
-def test_without_verifiers_it_is_minimum_bayes_risk(pool: Pool) -> None:
-    plain = minimum_bayes_risk(pool, TUNING)
-    found = decide(pool, {}, replace(TUNING, confidence_scale=1.0))
+def test_without_verifiers_it_is_bayes_risk(pool: Pool) -> None:
+    plain = bayes_risk(pool, Given({}, TUNING))
+    found = decide(pool, Given({}, replace(TUNING, confidence_scale=1.0)))
     np.testing.assert_array_equal(found.lat_lon, plain.lat_lon)
-    np.testing.assert_allclose(found.confidence, plain.confidence, atol=1e-6)
+    np.testing.assert_array_equal(found.source, plain.source)
+    np.testing.assert_allclose(found.confidence, confidence(pool, plain.lat_lon, TUNING.confidence_km), atol=1e-6)
 
 
 def test_a_decision_is_sharp_and_its_confidence_mild() -> None:
     made = pool_of([(0.0, 0.0), (40.0, 40.0)], [0.5, 0.5], masked=3)
     similar = np.array([[0.0, 0.1, 0.5, 0.5, 0.5]], np.float32)
-    decided = decide(made, {"alignment": similar}, replace(TUNING, alignment_scale=1000.0, confidence_scale=0.01))
+    tuning = replace(TUNING, alignment_scale=1000.0, confidence_scale=0.01)
+    decided = decide(made, Given({"alignment": similar}, tuning))
     assert decided.lat_lon.tolist() == [[40.0, 40.0]]
     # exp(1000 * 0.1 * 0.01) to 1, not the certainty of the sharp scale.
     np.testing.assert_allclose(decided.confidence[0, 3], np.e / (1 + np.e), atol=1e-3)
@@ -102,9 +106,14 @@ def test_a_decision_is_sharp_and_its_confidence_mild() -> None:
 CELLS = S2Tokenizer(8, 2)  # about 30 km wide
 
 
-def answers(*places: tuple[float, float]) -> Predictions:
-    sure = np.linspace(0.1, 0.9, 5 * len(places)).reshape(-1, 5)
-    return Predictions(np.array(places), sure, np.full(len(places), BEAM, np.int8))
+def answers(*places: tuple[float, float]) -> Pool:
+    """Photos each with one entry, which is the answer before it is moved."""
+    one = len(places), 1
+    return Pool(np.array(places)[:, None], np.zeros(one, np.float32), np.full(one, BEAM, np.int8), np.ones(one, bool))
+
+
+def snap(given: Pool, neighbors: Neighbors, tokenizer: S2Tokenizer = CELLS) -> Chosen:
+    return strategies.snap(given, Given({}, TUNING, neighbors, tokenizer))
 
 
 def near(*photos: list[tuple[float, float]]) -> Neighbors:
@@ -118,31 +127,43 @@ def centre() -> tuple[float, float]:
     return float(lat[0]), float(lon[0])
 
 
-def test_snap_goes_to_the_densest_cluster_of_the_cell() -> None:
+def test_snap_goes_to_the_densest_cluster_of_the_cell(monkeypatch: pytest.MonkeyPatch) -> None:
     lat, lon = centre()
     # A better ranked neighbour alone, three within 400 m, and a denser cluster in the cell beside.
     alone, beside = (lat + 0.05, lon), (lat + 0.6, lon)
     cluster = [(lat - 0.05, lon), (lat - 0.052, lon), (lat - 0.054, lon + 0.001)]
-    found = snap(answers((lat, lon)), near([alone, *cluster, *[beside] * 4]), CELLS)
+    found = snap(answers((lat, lon)), near([alone, *cluster, *[beside] * 4]))
     assert found.lat_lon.tolist() == [list(cluster[0])]
     assert (CELLS.cell_ids(*found.lat_lon.T) == CELLS.cell_ids([lat], [lon])).all()
     # With 50 m no neighbour has another: the better ranked of equals.
-    assert snap(answers((lat, lon)), near([alone, *cluster]), CELLS, 0.05).lat_lon.tolist() == [list(alone)]
+    monkeypatch.setattr(strategies, "SNAP_KM", 0.05)
+    assert snap(answers((lat, lon)), near([alone, *cluster])).lat_lon.tolist() == [list(alone)]
 
 
 def test_snap_leaves_an_answer_without_a_neighbour_in_its_cell() -> None:
     lat, lon = centre()
     given = answers((lat, lon), (10.0, 10.0))
-    found = snap(given, near([(lat + 0.6, lon)] * 3, [(10.0, 10.0001), (10.0, 10.0002), (-10.0, 10.0)]), CELLS)
+    around = near([(lat + 0.6, lon)] * 3, [(10.0, 10.0001), (10.0, 10.0002), (-10.0, 10.0)])
+    found = snap(given, around)
     assert found.lat_lon.tolist() == [[lat, lon], [10.0, 10.0001]]
-    np.testing.assert_array_equal(found.confidence, given.confidence)
-    np.testing.assert_array_equal(found.source, given.source)
+    assert found.source.tolist() == [BEAM, BEAM]
+    # It is as sure as at the place that it was moved to: here as sure as before.
+    moved, stayed = decide(given, Given({}, TUNING, around, CELLS), "snap"), decide(given, Given({}, TUNING))
+    np.testing.assert_array_equal(moved.lat_lon, found.lat_lon)
+    np.testing.assert_allclose(moved.confidence, stayed.confidence, atol=1e-3)
+
+
+def test_snap_needs_neighbours(one_line: OneLine) -> None:
+    with one_line("select snap needs neighbours"):
+        decide(answers((10.0, 10.0)), Given({}, TUNING), "snap")
 
 
 @pytest.mark.parametrize("within", [1.0, 60.0, 200.0])
-def test_snap_is_a_plain_loop(pool: Pool, neighbors: Neighbors, within: float) -> None:
-    given = log_probability(pool, TUNING)
-    found = snap(given, neighbors, TOKENIZER, within)
+def test_snap_is_a_plain_loop(pool: Pool, neighbors: Neighbors, within: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strategies, "SNAP_KM", within)
+    given = bayes_risk(pool, Given({}, TUNING))
+    found = snap(pool, neighbors, TOKENIZER)
+    np.testing.assert_array_equal(found.source, given.source)
     moved = 0
     for b in range(PHOTOS):
         cell = int(TOKENIZER.cell_ids(*given.lat_lon[b]))
@@ -160,7 +181,7 @@ def test_snap_moves_an_answer_that_is_a_cells_centre() -> None:
     tokens = CELLS.encode(rng.uniform(-60, 60, 20), rng.uniform(-180, 180, 20))
     lat, lon = CELLS.decode(tokens)
     given = answers(*zip(lat.tolist(), lon.tolist(), strict=True))
-    around = given.lat_lon[:, None] + rng.normal(0, 0.04, (20, 6, 2))
-    found = snap(given, near(*(list(map(tuple, row)) for row in around.tolist())), CELLS)
+    around = given.lat_lon + rng.normal(0, 0.04, (20, 6, 2))
+    found = snap(given, near(*(list(map(tuple, row)) for row in around.tolist())))
     np.testing.assert_array_equal(CELLS.encode(*found.lat_lon.T), tokens)
-    assert (found.lat_lon != given.lat_lon).any(axis=1).sum() > 15
+    assert (found.lat_lon != given.lat_lon[:, 0]).any(axis=1).sum() > 15

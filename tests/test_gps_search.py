@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.cells import cell_centers, cell_ids, cell_level, parent_ids
 from rag_geotoken.gps_search import COARSE, FINE, REGION, GpsSearch
+from rag_geotoken.index import GeoIndex
 from rag_geotoken.posterior import descendants
 
 GALLERY = np.array([[48.2, 16.4], [48.3, 16.5], [-33.0, 18.0]])
+
+
+def index_of(places: NDArray[np.float64]) -> GeoIndex:
+    """An index that knows no more than where its photos were taken."""
+    return GeoIndex(None, pa.table({"lat": places[:, 0], "lon": places[:, 1]}), {})
 
 
 def photos(count: int) -> NDArray[np.float32]:
@@ -19,7 +28,7 @@ def photos(count: int) -> NDArray[np.float32]:
 
 
 def test_the_search_covers_the_regions_that_have_a_photo(alignment: GeoAlignment) -> None:
-    found = GpsSearch(alignment, GALLERY)
+    found = GpsSearch(alignment, index_of(GALLERY))
     regions = np.unique(cell_ids(GALLERY[:, 0], GALLERY[:, 1], REGION))
     assert len(regions) == 2 and set(cell_level(found.cells)) == {COARSE}
     assert len(np.unique(found.cells)) == 2 * 4 ** (COARSE - REGION)
@@ -27,7 +36,7 @@ def test_the_search_covers_the_regions_that_have_a_photo(alignment: GeoAlignment
 
 
 def test_the_best_places_are_those_of_all_cells(alignment: GeoAlignment) -> None:
-    search, gps = GpsSearch(alignment, GALLERY), photos(5)
+    search, gps = GpsSearch(alignment, index_of(GALLERY)), photos(5)
     found = search(gps, 12)
     assert found.lat_lon.shape == (5, 12, 2) and (np.diff(found.scores, axis=1) <= 0).all()
     every = descendants(search.cells, COARSE, FINE).ravel()
@@ -45,5 +54,15 @@ def test_the_best_places_are_those_of_all_cells(alignment: GeoAlignment) -> None
 
 
 def test_more_places_than_there_are(alignment: GeoAlignment) -> None:
-    search = GpsSearch(alignment, GALLERY[:1])
+    search = GpsSearch(alignment, index_of(GALLERY[:1]))
     assert search(photos(2), 10_000).scores.shape == (2, 4 ** (FINE - REGION))
+
+
+def test_cells_that_an_index_keeps_are_those_it_would_make(alignment: GeoAlignment, gallery: GeoIndex) -> None:
+    kept, made = (GpsSearch(alignment, index) for index in (gallery, replace(gallery, cell_vectors=None)))
+    assert gallery.cell_vectors is not None and kept.vectors.equal(made.vectors)
+    one, other = kept(photos(3), 20), made(photos(3), 20)
+    np.testing.assert_array_equal(one.lat_lon, other.lat_lon)
+    # And it is the kept ones that are looked at.
+    empty = GpsSearch(alignment, replace(gallery, cell_vectors=np.zeros_like(gallery.cell_vectors)))
+    assert not empty.vectors.any()

@@ -13,12 +13,14 @@ from conftest import ROWS, OneLine
 from numpy.typing import NDArray
 
 from rag_geotoken.alignment import GeoAlignment
+from rag_geotoken.gps_search import cell_vectors
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.indexing import build_index
 from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.tables import read_table, to_numpy, write_table
 
 WEIGHTS = (0.5, 1.0, 0.25)
+FILES = ("index.faiss", "rows.parquet", "cells.npy")
 
 
 def photos_of(folder: Path) -> tuple[Path, Path]:
@@ -51,7 +53,7 @@ def test_an_index_comes_back_as_it_was_built(index_folder: Path, gallery: GeoInd
     assert (
         manifest["encoder"] == GeoAlignment.from_pretrained(weights).identity and manifest["metric"] == "inner product"
     )
-    assert {path.name for path in index_folder.iterdir()} == {"index.faiss", "rows.parquet", "manifest.json", "stages"}
+    assert {path.name for path in index_folder.iterdir()} == {*FILES, "manifest.json", "stages"}
 
 
 @pytest.mark.parametrize("weights_of_parts", [WEIGHTS, (0.0, 1.0, 0.0), (1.0, 0.0, 2.0)])
@@ -127,22 +129,31 @@ def test_tables_of_different_photos_are_refused(index_folder: Path, tmp_path: Pa
         build_index(tmp_path / "index", photos, tmp_path / "embeddings.parquet", "tiny")
 
 
-def test_building_again_from_the_same_tables_does_nothing(copy: Path) -> None:
+def test_building_again_from_the_same_tables_does_nothing(copy: Path, alignment: GeoAlignment) -> None:
     def state() -> dict[str, tuple[int, int]]:
         return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in copy.iterdir() if path.is_file()}
 
     before, manifest = state(), json.loads((copy / "manifest.json").read_text())
-    assert build_index(copy, *photos_of(copy), manifest["encoder"]) == manifest
+    assert build_index(copy, *photos_of(copy), manifest["encoder"], embed=alignment.embed_places) == manifest
     assert state() == before
-    assert build_index(copy, *photos_of(copy), "another")["encoder"] == "another"
+    assert build_index(copy, *photos_of(copy), "another", embed=alignment.embed_places)["encoder"] == "another"
     assert state() != before
 
 
-def test_a_broken_index_is_built_again(copy: Path, index_folder: Path, gallery: GeoIndex) -> None:
-    (copy / "index.faiss").write_bytes(b"")
-    build_index(copy, *photos_of(copy), gallery.manifest["encoder"])
-    for name in ("index.faiss", "rows.parquet", "manifest.json"):
+@pytest.mark.parametrize("broken", FILES)
+def test_a_broken_index_is_built_again(broken: str, copy: Path, index_folder: Path, alignment: GeoAlignment) -> None:
+    (copy / broken).write_bytes(b"")
+    build_index(copy, *photos_of(copy), alignment.identity, embed=alignment.embed_places)
+    for name in (*FILES, "manifest.json"):
         assert (copy / name).read_bytes() == (index_folder / name).read_bytes()
+
+
+def test_the_index_keeps_the_cells_around_its_photos(gallery: GeoIndex, copy: Path, alignment: GeoAlignment) -> None:
+    assert gallery.cell_vectors is not None and gallery.manifest["cells"] == len(gallery.cell_vectors)
+    np.testing.assert_array_equal(gallery.cell_vectors, cell_vectors(gallery.lat_lon, alignment.embed_places))
+    # One that was built without a model of places keeps none, and no file of another index.
+    build_index(copy, *photos_of(copy), alignment.identity)
+    assert GeoIndex.load(copy).cell_vectors is None and not (copy / "cells.npy").exists()
 
 
 def test_stopped_before_the_manifest_there_is_no_index(
@@ -159,7 +170,7 @@ def test_stopped_before_the_manifest_there_is_no_index(
         GeoIndex.load(copy)
 
 
-@pytest.mark.parametrize("name", ["index.faiss", "rows.parquet"])
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("harm", ["cut", "changed", "missing"])
 def test_truncated_changed_and_missing_files_are_named(copy: Path, name: str, harm: str, one_line: OneLine) -> None:
     path = copy / name
@@ -224,7 +235,5 @@ def test_queries_of_another_size_are_refused(gallery: GeoIndex, shape: tuple[int
 
 
 def test_the_manifest_says_what_it_was_made_from(gallery: GeoIndex, index_folder: Path) -> None:
-    assert set(gallery.manifest["made_from"]) == {"photos", "embeddings", "encoder"}
-    assert gallery.manifest["bytes"] == {
-        name: (index_folder / name).stat().st_size for name in ("index.faiss", "rows.parquet")
-    }
+    assert set(gallery.manifest["made_from"]) == {"photos", "embeddings", "encoder", "cells"}
+    assert gallery.manifest["bytes"] == {name: (index_folder / name).stat().st_size for name in FILES}

@@ -15,9 +15,12 @@ from typer.testing import CliRunner
 
 from rag_geotoken.cli.app import app
 from rag_geotoken.encoders.shared import quiet
+from rag_geotoken.options import Options
 from rag_geotoken.pipeline import Geolocator
-from rag_geotoken.run.tables import read_matches, read_neighbors
-from rag_geotoken.types import Neighbors
+from rag_geotoken.run import stages
+from rag_geotoken.run.road import road
+from rag_geotoken.tables import read_table
+from rag_geotoken.types import Neighbors, Photos, Places, Tables
 from rag_geotoken.verifiers.keypoints import CHANCE, HALF, SIDE, KeypointMatcher, homographies, planar_inliers
 
 
@@ -166,11 +169,17 @@ def test_a_geolocator_asks_it(
     monkeypatch.setattr(matcher, "scores", scores)
     rows = np.arange(10).reshape(5, 2)
     near = Neighbors(rows, geolocator.index.lat_lon[rows], np.ones((5, 2), np.float32))
-    found = street.match(pictures(5), near)
+    tables = Tables(Photos.of(list(pictures(5)), list("abcde")))
+    tables.put("neighbours", near)
+    options = Options(verify=("visual",))
+    found = stages.match(street, options, tables)
     np.testing.assert_array_equal(found.lat_lon, near.lat_lon)
     assert (found.scores == np.float32(0.7)).all()
-    assert [(p[0], n[:3]) for p, n in asked] == [(4, (4, 2, SIDE)), (1, (1, 2, SIDE))]
-    assert matcher.identity in street.verifier_id("visual") != geolocator.verifier_id("visual")
+    assert [(p[:2], n[:3]) for p, n in asked] == [((4, SIDE), (4, 2, SIDE)), ((1, SIDE), (1, 2, SIDE))]
+    stage = next(stage for stage in road(options) if stage.name == "matches")
+    assert stage.settings(street, options)["matcher"] == matcher.identity
+    assert stage.settings(street, options) != stage.settings(geolocator, options)
+    assert "matches" in next(stage for stage in road(options) if stage.name == "verdicts-visual").reads
 
 
 def test_locate_takes_a_matcher(
@@ -182,4 +191,5 @@ def test_locate_takes_a_matcher(
     assert refused.exit_code == 2 and "--verify visual" in refused.output
     assert CliRunner().invoke(app, [*given, "--verify", "visual"]).exit_code == 0
     run = tmp_path / "found.run"
-    np.testing.assert_array_equal(read_matches(run).lat_lon, read_neighbors(run).lat_lon)
+    matches = Places.from_table(read_table(run / "matches.parquet"))
+    np.testing.assert_array_equal(matches.lat_lon, Neighbors.from_table(read_table(run / "neighbours.parquet")).lat_lon)

@@ -15,11 +15,10 @@ from PIL import Image
 from test_cli import call, fails, lines
 
 from rag_geotoken.geo import haversine_km
-from rag_geotoken.run.locate import parse_within
-from rag_geotoken.run.tables import read_candidates, read_pool
+from rag_geotoken.options import Options, parse_option
 from rag_geotoken.sources import blue_marble
 from rag_geotoken.tables import read_table
-from rag_geotoken.types import GREEDY, SAMPLE
+from rag_geotoken.types import GREEDY, SAMPLE, Candidates, Pool
 
 PHOTOS = 12
 HERE = (47.0, 8.0)
@@ -52,6 +51,14 @@ class Command:
     def tables(self) -> dict[str, int]:
         """Every table of the run folder and which file it is: another one when it is written anew."""
         return {path.stem: path.stat().st_ino for path in self.run.glob("*.parquet")}
+
+    @property
+    def pool(self) -> Pool:
+        return Pool.from_table(read_table(self.run / "pool.parquet"))
+
+    @property
+    def candidates(self) -> Candidates:
+        return Candidates.from_table(read_table(self.run / "candidates.parquet"))
 
 
 @pytest.fixture
@@ -90,7 +97,7 @@ def test_alignment_verifies_unless_something_else_is_asked(locate: Command) -> N
 
 def test_a_verifier_that_is_not_there(locate: Command, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = fails(capsys, *locate.given, "--verify", "alignment,sometimes")
-    assert "nothing verifies by the name 'sometimes': choose of alignment, reward" in said
+    assert "verify 'sometimes' is not known: choose of alignment, reward" in said
     bare = shutil.copytree(weights, locate.folder / weights.name, ignore=shutil.ignore_patterns("reward*"))
     given = [bare if part == weights else part for part in locate.given]
     assert "these weights have no reward head" in fails(capsys, *given, "--verify", "reward")
@@ -109,7 +116,7 @@ def test_within_leaves_places_inside_alone(km: int, verify: str, locate: Command
     cell = 800  # a cell of the tiny model reaches no further from its centre; the place's own cell always counts
     assert all(float(haversine_km(*HERE, *place)) <= max(km, cell) for place in places(rows))
     assert any(float(haversine_km(*HERE, *place)) > max(km, cell) for place in places(free))
-    pool = read_pool(locate.run)
+    pool = locate.pool
     away = haversine_km(*HERE, pool.lat_lon[..., 0], pool.lat_lon[..., 1])[pool.mask]
     assert (away <= max(km, cell)).all()
     np.testing.assert_allclose(np.exp(pool.log_weight).sum(axis=1), 1, atol=1e-5)
@@ -122,25 +129,29 @@ def test_within_where_no_neighbour_and_no_cells_centre_is(locate: Command) -> No
     assert float(haversine_km(-48.9, -123.4, *places(rows)[0])) < 800
     alone = locate("--within", "-48.9,-123.4,5", "--propose", "none")
     assert {row["source"] for row in alone} == {"neighbour"}
-    assert (read_pool(locate.run).mask.sum(axis=1) == 1).all()
+    assert (locate.pool.mask.sum(axis=1) == 1).all()
 
 
-NO_PLACES = ("", "47,8", "47,8,100,2", "47;8;100", "91,8,100", "47,181,100", "nan,8,100")
+NO_NUMBERS = ("", "47,8", "47,8,100,2", "47;8;100")
+NO_PLACES = ("91,8,100", "47,181,100", "nan,8,100")
 NO_DISTANCES = ("47,8,0", "47,8,-1", "47,8,nan", "47,8,inf", "47,8,20041")
 
 
-@pytest.mark.parametrize("text", [*NO_PLACES, *NO_DISTANCES])
+@pytest.mark.parametrize("text", [*NO_NUMBERS, *NO_PLACES, *NO_DISTANCES])
 def test_within_that_is_no_place_and_distance(text: str, one_line: OneLine) -> None:
-    with one_line(f"--within {re.escape(text)}: "):
-        parse_within(text)
+    shown = text if text in NO_NUMBERS else ",".join(str(float(part)) for part in text.split(","))
+    with one_line(f"^within {re.escape(shown)}: .*give"):
+        Options(within=parse_option("within", text))
 
 
 def test_within_is_read_as_latitude_longitude_and_kilometres(
     locate: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert parse_within(None) is None
-    assert parse_within("-48.5, 170,2.5") == (-48.5, 170.0, 2.5)
-    assert "--within 8,91000,1" in fails(capsys, *locate.given, "--within", "8,91000,1")
+    assert Options(within=parse_option("within", None)).within is None
+    assert Options(within=parse_option("within", "-48.5, 170,2.5")).within == (-48.5, 170.0, 2.5)
+    assert "within 8.0,91000.0,1.0: give" in fails(capsys, *locate.given, "--within", "8,91000,1")
+    assert "within here: give LAT,LON,KM" in fails(capsys, *locate.given, "--within", "here")
+    assert not locate.run.exists()
 
 
 # --max-area
@@ -190,11 +201,11 @@ def test_abstained_photos_count_as_wrong(locate: Command, tmp_path: Path) -> Non
 @pytest.mark.parametrize("options", [("--top-p", 0.01), ("--epsilon", 0.99)])
 def test_samples_cut_down_to_the_likeliest_token_are_greedy(options: tuple[object, ...], locate: Command) -> None:
     locate(*options)
-    cells = read_candidates(locate.run)
+    cells = locate.candidates
     greedy, samples = (cells.tokens[:, cells.source[0] == kind] for kind in (GREEDY, SAMPLE))
     assert samples.shape[1] == 8 and (samples == greedy).all()
     locate()
-    cells = read_candidates(locate.run)
+    cells = locate.candidates
     assert (cells.tokens[:, cells.source[0] == SAMPLE] != greedy).any()
 
 
@@ -202,7 +213,7 @@ def test_the_seed_changes_the_samples_and_nothing_else(locate: Command) -> None:
     found = []
     for seed in (0, 1, 0):
         locate("--seed", seed)
-        found.append(read_candidates(locate.run))
+        found.append(locate.candidates)
     sampled = found[0].source[0] == SAMPLE
     assert (found[0].tokens[:, sampled] != found[1].tokens[:, sampled]).any()
     np.testing.assert_array_equal(found[0].tokens[:, ~sampled], found[1].tokens[:, ~sampled])
@@ -219,14 +230,14 @@ def test_without_proposals_and_verification_neighbours_are_left(locate: Command)
 
 def test_an_unknown_way_to_propose(locate: Command, capsys: pytest.CaptureFixture[str]) -> None:
     said = fails(capsys, *locate.given, "--propose", "beam,guess")
-    assert "cells cannot be proposed by 'guess': choose greedy, beam, sample" in said
+    assert "propose 'guess' is not known: choose of greedy, beam, sample" in said
 
 
 def test_asked_again_it_repeats_nothing(locate: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ("--verify", "alignment,reward", "--max-area", 1e7)
     first = locate(*options)
-    for name in ("pipeline.Geolocator.memory", "index.GeoIndex.search", "alignment.load_pictures"):
+    alignment = [f"alignment.GeoAlignment.{name}" for name in ("load", "embed", "embed_places")]
+    for name in ("run.models.Models.memory", "index.GeoIndex.search", *alignment, "run.stages.decide"):
         monkeypatch.setattr(f"rag_geotoken.{name}", lambda *_, **__: pytest.fail("computed again"))
-    monkeypatch.setattr("rag_geotoken.alignment.GeoAlignment.embed_places", lambda *_: pytest.fail("computed again"))
     locate.out.unlink()
     assert locate(*options) == first

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from rag_geotoken.files import shipped
 from rag_geotoken.geo import to_unit
+from rag_geotoken.options import Options
 from rag_geotoken.pipeline import Geolocator
+from rag_geotoken.recipes import read_recipe
+from rag_geotoken.run.road import road
 from rag_geotoken.training.tuning import _looks
-from rag_geotoken.types import Pool
-from rag_geotoken.verifiers.range_plus import Look
+from rag_geotoken.types import Embeddings, Photos, Pool, Tables
+from rag_geotoken.verifiers import load_verifier
+from rag_geotoken.verifiers.range_plus import Look, bank_of
 
 DIM = 6
 
@@ -56,30 +62,61 @@ def test_the_index_knows_how_its_places_look(geolocator: Geolocator) -> None:
     embed = geolocator.alignment.embed_places
     image = index.vectors(np.arange(len(index.rows)))[:, 0]
     expected = Look(index.lat_lon, embed(index.lat_lon), image).of(spots, embed(spots), 0.7)
-    np.testing.assert_allclose(index.look_of(spots, embed, 0.7), expected, atol=1e-6)
+    np.testing.assert_allclose(bank_of(index, embed).of(spots, embed(spots), 0.7), expected, atol=1e-6)
+    np.testing.assert_allclose(geolocator.range_bank.of(spots, embed(spots), 0.7), expected, atol=1e-6)
+
+
+def test_a_large_gallery_is_a_bank_by_a_draw(geolocator: Geolocator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rag_geotoken.verifiers.range_plus.BANK", 50)
+    index, embed = geolocator.index, geolocator.alignment.embed_places
+    one, other = (bank_of(index, embed) for _ in range(2))
+    assert one.lat_lon.shape == (50, 2) and one.place.shape == one.image.shape == (50, 32)
+    rows = [index.lat_lon.tolist().index(place) for place in one.lat_lon.tolist()]
+    np.testing.assert_array_equal(one.image, index.vectors(np.array(rows))[:, 0])
+    np.testing.assert_array_equal(one.lat_lon, other.lat_lon)
+
+
+def tables_of(geolocator: Geolocator, pool: Pool) -> Tables:
+    """Gallery photos, one for each photo of the pool."""
+    rows = np.arange(len(pool.mask))
+    names = [str(row) for row in rows]
+    tables = Tables(Photos.of(names, names))
+    digests: list[str] = geolocator.index.rows["digest"].take(rows).to_pylist()
+    tables.put("embeddings", Embeddings(geolocator.index.vectors(rows), digests, [None] * len(rows)))
+    tables.put("pool", pool)
+    return tables
+
+
+def looks_of(geolocator: Geolocator, tables: Tables) -> NDArray[np.float32]:
+    """The verifier's scores of the pool."""
+    return load_verifier("look").scores(geolocator, Options(), tables, tables.pool).scores
+
+
+def follows_from(geolocator: Geolocator, verifier: str) -> dict[str, Any]:
+    """What the verdict's stage is known by."""
+    options = Options(verify=(verifier,))
+    stage = next(stage for stage in road(options) if stage.name == f"verdicts-{verifier}")
+    return stage.settings(geolocator, options)
 
 
 def test_look_verifies_every_entry(geolocator: Geolocator, pool: Pool) -> None:
-    photo = geolocator.index.vectors(np.arange(len(pool.mask)))
-    neighbors = geolocator.search(photo, 6)
-    scores = geolocator.verify("look", photo, neighbors, pool)
+    tables = tables_of(geolocator, pool)
+    scores, photo = looks_of(geolocator, tables), tables.embeddings.image
     assert (scores[~pool.mask] == 0).all() and (~pool.mask).any()
     spots, embed = pool.lat_lon[1][pool.mask[1]], geolocator.alignment.embed_places
-    looks = geolocator.index.look_of(spots, embed, 0.5, 12.0, 10000.0)
-    cosine = looks @ photo[1, 0] / np.linalg.norm(looks, axis=1)
+    looks = geolocator.range_bank.of(spots, embed(spots), 0.5, 12.0, 10000.0)
+    cosine = looks @ photo[1] / np.linalg.norm(looks, axis=1)
     np.testing.assert_allclose(scores[1][pool.mask[1]], cosine, atol=1e-5)
-    assert geolocator.verifier_id("look") != geolocator.verifier_id("alignment")
+    assert follows_from(geolocator, "look") != follows_from(geolocator, "alignment")
 
 
 def test_the_tuning_says_how_a_look_is_estimated(geolocator: Geolocator, pool: Pool) -> None:
-    photo = geolocator.index.vectors(np.arange(len(pool.mask)))
-    neighbors = geolocator.search(photo, 6)
-    scores = _looks(geolocator, photo, pool)
+    tables, grid = tables_of(geolocator, pool), read_recipe(shipped("training/earth.toml"))["tuning"]["grid"]["look"]
+    scores = _looks(geolocator, tables, grid)
     same = (0.5, 12.0, 10000.0)  # as a tuning has it that says nothing
     assert same in scores and len(scores) > 20
     for mix in (same, (0.25, 48.0, 4000.0), (1.0, 24.0, 40.0), (0.0, 12.0, 10000.0)):
         chosen = dict(zip(("look_beta", "look_semantic", "look_spatial"), mix, strict=True))
-        parts = geolocator.alignment, geolocator.tokens, geolocator.index
-        tuned = Geolocator(*parts, replace(geolocator.tuning, **chosen))  # type: ignore[arg-type]
-        np.testing.assert_allclose(scores[mix], tuned.verify("look", photo, neighbors, pool), atol=1e-5)
-        assert (tuned.verifier_id("look") == geolocator.verifier_id("look")) == (mix == same)
+        tuned = geolocator.replace(tuning=replace(geolocator.tuning, **chosen))  # type: ignore[arg-type]
+        np.testing.assert_allclose(scores[mix], looks_of(tuned, tables), atol=1e-5)
+        assert (follows_from(tuned, "look") == follows_from(geolocator, "look")) == (mix == same)

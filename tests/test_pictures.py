@@ -222,12 +222,12 @@ def test_batches_from_several_threads_leave_the_warnings_alone(tmp_path: Path) -
 
 
 def test_blue_marble_references_go_to_their_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def cut_references(references: list[str], size: int) -> np.ndarray:
+    def drawn(references: list[str], size: int) -> np.ndarray:
         values = np.array([int(reference[-1]) for reference in references], np.uint8)
         return np.broadcast_to(values[:, None, None, None], (len(values), size, size, 3))
 
     stand_in = types.ModuleType("blue_marble")
-    stand_in.cut_references = cut_references  # type: ignore[attr-defined]
+    stand_in.draw, stand_in.PIXELS = drawn, 4  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "rag_geotoken.sources.blue_marble", stand_in)
     grey = save(tmp_path / "a.png", np.full((8, 8), 7, np.uint8))
     pixels, errors = load_pictures(["blue-marble:1", grey, "blue-marble:3", "none.png"], 4)

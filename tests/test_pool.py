@@ -77,8 +77,7 @@ def test_either_kind_has_its_share(neighbors: Neighbors, candidates: Candidates,
     fine = S2Tokenizer(24, 2)
     lat, lon = TOKENIZER.decode(candidates.tokens.reshape(-1, 4))
     tokens = fine.encode(lat, lon).reshape(PHOTOS, N, -1)
-    cells = Candidates(tokens, candidates.log_prob, candidates.source)
-    made = make_pool(neighbors, cells, fine, replace(TUNING, neighbor_share=share))
+    made = make_pool(neighbors, replace(candidates, tokens=tokens), fine, replace(TUNING, neighbor_share=share))
     weight = np.where(made.mask, np.exp(made.log_weight), 0.0)
     np.testing.assert_allclose((weight * (made.source == NEIGHBOUR)).sum(axis=1), share, atol=1e-5)
 

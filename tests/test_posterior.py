@@ -172,7 +172,7 @@ def test_photos_are_separate() -> None:
 
 
 @pytest.mark.parametrize("level", [0, 1, 4, 10, 29])
-def testdescendants_are_those_whose_parent_it_is(level: int) -> None:
+def test_descendants_are_those_whose_parent_it_is(level: int) -> None:
     cells = np.unique(cell_ids(*points(30, level), level))
     for deeper in range(level, min(level + 4, 31)):
         found = descendants(cells, level, deeper)

@@ -8,7 +8,7 @@ import pytest
 from conftest import OneLine
 
 from rag_geotoken.recipes import index_source, read_recipe, training_recipe
-from rag_geotoken.sources import SCHEMES, blue_marble
+from rag_geotoken.sources import blue_marble, schemes
 from rag_geotoken.training.run import SETTINGS
 
 INDEXES = Path(__file__).parents[1] / "indexes"
@@ -28,13 +28,15 @@ def test_a_recipe_names_its_source(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(INDEXES.glob("*.toml")), ids=lambda path: path.name)
 def test_index_recipes_that_ship(path: Path) -> None:
     scheme, _, rest = index_source(str(path)).partition(":")
-    assert scheme in SCHEMES
+    assert scheme in schemes()
     if scheme == "blue-marble":
         assert blue_marble.parse(rest)[0] == "gallery"
 
 
 def test_the_training_recipe_that_ships_fits_the_trainings() -> None:
     recipe = training_recipe(None)
+    scheme, _, rest = recipe.pop("gallery").partition(":")
+    assert scheme == "blue-marble" and blue_marble.parse(rest)[0] == "gallery"
     assert set(recipe) == {"alignment", "tokens", "reward", "tuning", "verifier"}
     for name, settings in recipe.items():
         assert {key: type(value) for key, value in settings.items()} == SETTINGS[name]

@@ -18,7 +18,12 @@ from PIL import Image
 
 from rag_geotoken import maps, metrics, report
 from rag_geotoken.errors import GeoError
-from rag_geotoken.run.ablation import ASKED, VARIANTS
+from rag_geotoken.files import shipped
+from rag_geotoken.recipes import read_recipe
+from rag_geotoken.run.demo import RECIPE
+from rag_geotoken.run.variants import read_variants
+
+DEMO = read_variants(read_recipe(shipped(RECIPE)))
 
 HOSTILE = "<script>alert('x')</script>\"><img src=http://evil.example/a.png onerror=alert(1)>"
 NAMES = ("nearest", "density", "tokens-greedy", "tokens-beam", "tokens-samples", "pool", "pool+alignment", "oracle-20")
@@ -62,7 +67,8 @@ def _errors() -> dict[str, Any]:
 
 def _page(folder: Path, **changes: Any) -> str:
     path = folder / "report.html"
-    given = {"metrics": _metrics(), "errors": _errors(), "examples": [_example()], "notes": ["A note."], **changes}
+    given = {"metrics": _metrics(), "errors": _errors(), "examples": [_example()], "notes": ["A note."]}
+    given |= {"about": DEMO.about, **changes}
     report.write_report(path, **given)
     return path.read_text(encoding="utf-8")
 
@@ -125,7 +131,10 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     figures["stages"] = {HOSTILE: 1.0}
     example = _example(id=HOSTILE, split=HOSTILE)
     example["candidates"][0]["source"] = HOSTILE
-    page = _page(tmp_path, metrics=figures, examples=[example], notes=[HOSTILE])
+    verified = figures["variants"][1]
+    verified |= {"name": HOSTILE, "gain": verified["acc"], "gain_ci95": verified["ci95"], "gap_closed": None}
+    verified |= {"mended": 1, "broken": 0, "cost": {"seconds": 0.0}}
+    page = _page(tmp_path, metrics=figures, examples=[example], notes=[HOSTILE], about=HOSTILE)
     parsed = _Tags(page)
     assert not parsed.open and "script" not in {tag for tag, _ in parsed.tags}
     assert all("evil" not in str(attributes.get("src", "")) for _, attributes in parsed.tags)
@@ -306,7 +315,7 @@ def test_areas_in_words() -> None:
 
 
 def test_every_variant_of_the_ablation_is_described_and_grouped(tmp_path: Path) -> None:
-    names = [*VARIANTS, *ASKED, "oracle-20"]
+    names = [*(variant.name for variant in DEMO.variants), "oracle-20"]
     rows = [metrics.summary(name, "test", [1.0, 300.0], draws=10) for name in [*names, "one-of-your-own"]]
     page = _page(tmp_path, metrics=_metrics() | {"variants": rows})
     assert not _Tags(page).open
@@ -318,6 +327,21 @@ def test_every_variant_of_the_ablation_is_described_and_grouped(tmp_path: Path) 
     groups = re.findall(r'<th scope="rowgroup" colspan="7">(.*?)</th>', table)
     assert len(groups) == len(set(groups)) == 7  # each group stands once: its variants come together
     assert table.count("<tbody>") == table.count("</tbody>")
+
+
+def test_gains_stand_in_a_table_of_their_own(tmp_path: Path) -> None:
+    assert "What verification gains" not in _page(tmp_path)
+    figures = _metrics()
+    row = next(row for row in figures["variants"] if row["name"] == "pool+alignment")
+    row |= {"gain": dict.fromkeys(row["acc"], 2.5), "gain_ci95": dict.fromkeys(row["acc"], [1.5, 3.5])}
+    row |= {"gap_closed": 0.25, "mended": 12, "broken": 3, "cost": {"seconds": 0.0123}}
+    page = _page(tmp_path, metrics=figures)
+    assert not _Tags(page).open
+    section = page.split("What verification gains")[1].split("</section>")[0]
+    table = section.split("<tbody>")[1].split("</tbody>")[0]
+    assert table.count("<tr>") == 1 and "pool+alignment" in table
+    assert all(f'<span class="n">{shown}</span>' in table for shown in ("12", "3", "12.3", "–"))
+    assert "2.5" in table and "1.5" in table and "3.5" in table and "25" in table
 
 
 def test_median_that_is_infinite_is_a_dash(tmp_path: Path) -> None:

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import OPTIONS, REWARD, tiny_tokens
+from conftest import REWARD, VARIANTS, tiny_tokens
 
-from rag_geotoken import tables
-from rag_geotoken.alignment import GeoAlignment
-from rag_geotoken.index import GeoIndex
-from rag_geotoken.options import Options
+from rag_geotoken.files import read_json
 from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.reward import RewardHead
-from rag_geotoken.run import retrieval
-from rag_geotoken.run.ablation import VARIANTS
-from rag_geotoken.run.demo import run_demo, run_road
+from rag_geotoken.run import resumable, stages
+from rag_geotoken.run.ablate import walk_variants
+from rag_geotoken.run.demo import run_demo
+from rag_geotoken.run.models import Models
+from rag_geotoken.run.variants import Variant
+from rag_geotoken.run.walk import RunFolder
 
 STAGES = (
     "embeddings",
@@ -44,15 +45,32 @@ MODELS = (
     "alignment.GeoAlignment.embed",
     "alignment.GeoAlignment.embed_places",
     "index.GeoIndex.search",
-    "pipeline.Geolocator.memory",
-    "pipeline.Geolocator.match",
+    "run.models.Models.memory",
+    "run.stages.match_all",
 )
+PICTURES = ("alignment.load_pictures", "run.stages.load_pictures")
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a run but those that hold its seconds."""
-    files = [p for p in folder.rglob("*") if p.is_file() and p.name not in ("metrics.json", "report.html")]
-    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+def contents(folder: Path) -> dict[str, Any]:
+    """Every file of a run: bytes, and JSON without the seconds of the work; no page, which shows them."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "report.html"]
+    return {str(path.relative_to(folder)): timeless(path) for path in files}
+
+
+def timeless(path: Path) -> Any:
+    if path.suffix != ".json":
+        return path.read_bytes()
+    facts = read_json(path)
+    return {name: value for name, value in facts.items() if name not in ("seconds", "stages")} | {
+        "variants": [{k: v for k, v in row.items() if k != "cost"} for row in facts.get("variants", [])]
+    }
+
+
+def walk(folder: Path, models: Models, variants: Sequence[Variant] = VARIANTS) -> RunFolder:
+    """The road as a new process meets it."""
+    run = RunFolder(folder, models)
+    walk_variants(run, list(variants))
+    return run
 
 
 def begin(run_folder: Path, folder: Path) -> Path:
@@ -66,81 +84,94 @@ def forbid(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
         monkeypatch.setattr(f"rag_geotoken.{name}", lambda *_, name=name, **__: pytest.fail(f"{name} again"))
 
 
+def plain(name: str) -> str:
+    """A table's stage: a second table of one has a part of its identity behind the name."""
+    return re.sub(r"-[0-9a-f]{8}$", "", name)
+
+
 def test_a_run_leaves_every_table_and_nothing_else(run_folder: Path) -> None:
-    names = {*STAGES[:-1], *(f"predictions-{variant}" for variant in VARIANTS)}
-    found = {str(path.relative_to(run_folder)) for path in run_folder.rglob("*")}
-    assert found == {f"{name}.{end}" for name in names for end in ("parquet", "json")} | {"photos.parquet"}
+    names = [*STAGES[:-1], *(f"predictions-{variant.name}" for variant in VARIANTS)]
+    names += ["verdicts-visual"]  # that of the moved places alone
+    found = sorted(str(path.relative_to(run_folder)) for path in run_folder.rglob("*"))
+    assert len(set(found)) == 2 * len(names) + 1 and "photos.parquet" in found
+    for end in ("parquet", "json"):
+        tables = [plain(name.removesuffix(f".{end}")) for name in found if name.endswith(f".{end}")]
+        assert sorted(tables) == sorted([*names, *["photos"] * (end == "parquet")])
 
 
 @pytest.mark.parametrize("stopped", STAGES)
 def test_stopped_before_a_stage_ends_goes_on_to_the_same_bytes(
     stopped: str, run_folder: Path, geolocator: Geolocator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = tables.write_tables
+    whole = resumable.write_tables
 
-    def stop(path: Path, parts: object) -> int:
+    def stop(path: Path, parts: Any) -> int:
         if Path(path).name == f"{stopped}.parquet":
             raise KeyboardInterrupt
-        return whole(path, parts)  # type: ignore[arg-type]
+        return whole(path, parts)
 
     begin(run_folder, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(tables, "write_tables", stop)
+        patch.setattr(resumable, "write_tables", stop)
         with pytest.raises(KeyboardInterrupt):
-            run_road(tmp_path, geolocator, OPTIONS)
+            walk(tmp_path, geolocator)
     assert not list(tmp_path.rglob(f"{stopped}.parquet"))
-    run_road(tmp_path, geolocator, OPTIONS)
+    walk(tmp_path, geolocator)
     assert contents(tmp_path) == contents(run_folder)
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "count"),
+    ("name", "tables"),
     [
-        (GeoAlignment, "embed", 4),
-        (GeoIndex, "search", 4),
-        (Geolocator, "propose", 4),
-        (Geolocator, "posterior", 4),
-        (Geolocator, "pool", 4 + 4),  # four variants make a pool of one kind
-        (Geolocator, "match", 4),
-        (Geolocator, "verify", 4 + 3 + 3),  # three verifiers
+        ("embed", 1),
+        ("search", 1),
+        ("propose", 1),
+        ("find_places", 1),
+        ("believe", 1),
+        ("match", 1),
+        ("pool", 1),
+        ("verdict", 4),  # three verifiers of the pool, and one of the moved places alone
+        ("decide", len(VARIANTS)),
     ],
 )
 def test_stopped_inside_a_stage_goes_on_with_the_block_that_is_missing(
-    owner: type,
     name: str,
-    count: int,
+    tables: int,
     run_folder: Path,
     geolocator: Geolocator,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(retrieval, "BLOCK", 11)  # 30 photos: three blocks
+    monkeypatch.setattr(resumable, "BLOCK", 11)  # 30 photos: three blocks
     begin(run_folder, tmp_path / "through")
-    run_road(tmp_path / "through", geolocator, OPTIONS)
-    method = getattr(owner, name)
+    walk(tmp_path / "through", geolocator)
+    work = getattr(stages, name)
     calls: list[int] = []
 
     def counted(*given: Any, **named: Any) -> Any:
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return method(*given, **named)
+        return work(*given, **named)
 
     begin(run_folder, tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(owner, name, counted)
+        patch.setattr(stages, name, counted)
         with pytest.raises(KeyboardInterrupt):
-            run_road(tmp_path / "run", geolocator, OPTIONS)
-        run_road(tmp_path / "run", geolocator, OPTIONS)
-    assert len(calls) == count  # the block that was stopped is done again, no other
+            walk(tmp_path / "run", geolocator)
+        walk(tmp_path / "run", geolocator)
+    assert len(calls) == 3 * tables + 1  # the block that was stopped is done again, no other
     assert contents(tmp_path / "run") == contents(tmp_path / "through")
 
 
 def test_killed_processes_end_in_the_same_bytes(weights: Path, tmp_path: Path) -> None:
-    run_demo(tmp_path / "through", 20, 1, weights, 100)
+    def demo(out: Path) -> None:
+        run_demo(out, test_n=20, seed=1, weights=weights, gallery=100)
+
+    demo(tmp_path / "through")
     program = (
         "from pathlib import Path; from rag_geotoken.run.demo import run_demo; "
-        f"run_demo(Path({str(tmp_path / 'run')!r}), 20, 1, Path({str(weights)!r}), 100)"
+        f"run_demo(Path({str(tmp_path / 'run')!r}), test_n=20, seed=1, weights=Path({str(weights)!r}), gallery=100)"
     )
     # Killed as soon as a table of the next folder is there, wherever the process is by then.
     for marker in ("index/stages/photos.parquet", "test/candidates.parquet"):
@@ -150,7 +181,8 @@ def test_killed_processes_end_in_the_same_bytes(weights: Path, tmp_path: Path) -
             time.sleep(0.005)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    run_demo(tmp_path / "run", 20, 1, weights, 100)
+        assert (tmp_path / "run" / marker).exists() and not (tmp_path / "run" / "metrics.json").exists()
+    demo(tmp_path / "run")
     assert contents(tmp_path / "run") == contents(tmp_path / "through")
 
 
@@ -158,20 +190,26 @@ def test_done_stages_are_not_done_again(
     run_folder: Path, geolocator: Geolocator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(shutil.copytree(run_folder, tmp_path / "run"))
-    forbid(monkeypatch, "alignment.load_pictures", *MODELS)
-    run_road(folder, geolocator, OPTIONS)
-    assert contents(folder) == contents(run_folder)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    forbid(monkeypatch, *PICTURES, *MODELS)
+    run = walk(folder, geolocator)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert {f"{name}.parquet" for name in run.reused} == {p.name for p in before if p.suffix == ".parquet"} - {
+        "photos.parquet"
+    }
 
 
 def test_one_lost_table_is_made_again_and_nothing_before_it(
     run_folder: Path, geolocator: Geolocator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(shutil.copytree(run_folder, tmp_path / "run"))
-    for name in ("pool.parquet", "predictions-density.parquet", "verdicts-alignment.json"):
+    lost = ("pool.parquet", "predictions-density.parquet", "verdicts-alignment.json")
+    for name in lost:
         (folder / name).unlink()
-    forbid(monkeypatch, "alignment.load_pictures", "index.GeoIndex.search", "pipeline.Geolocator.memory")
-    run_road(folder, geolocator, OPTIONS)
+    forbid(monkeypatch, *PICTURES, "index.GeoIndex.search", "run.models.Models.memory")
+    run = walk(folder, geolocator)
     assert contents(folder) == contents(run_folder)
+    assert set(run.seconds) - set(run.reused) == {Path(name).stem for name in lost}
 
 
 def other(geolocator: Geolocator, **changes: Any) -> Geolocator:
@@ -186,29 +224,36 @@ def other_tokens() -> torch.nn.Module:
     return model
 
 
+NAMED = {variant.name: variant.options for variant in VARIANTS}
 POOLED = {"pool", "verdicts-alignment", "verdicts-reward", "verdicts-visual"}
-DECIDED = {f"predictions-{variant}" for variant in VARIANTS}
-REWARDED = {f"predictions-{variant}" for variant, (inputs, _) in VARIANTS.items() if "verdicts-reward" in inputs}
-NO_CELLS = ("nearest", "density", "gps", "tokens-frontier", "visual-best", "visual-consensus")
-WITHOUT_CELLS = {f"predictions-{variant}" for variant in NO_CELLS}
+DECIDED = {f"predictions-{name}" for name in NAMED}
+REWARDED = {f"predictions-{name}" for name, options in NAMED.items() if "reward" in options.verify}
+ALONE = {name: options.sources[0] for name, options in NAMED.items() if len(options.sources) == 1}
+# Of the decisions, those that follow from neighbours or compared pictures and from no cell of the token model.
+WITHOUT_CELLS = {f"predictions-{n}" for n, kind in ALONE.items() if kind in ("neighbour", "gps", "frontier", "visual")}
 SAMPLED: dict[str, dict[str, Any]] = {
     "samples": {"samples": 7},
     "seed": {"seed": 1},
     "top_p": {"top_p": 0.5},
     "epsilon": {"epsilon": 0.1},
     "temperature": {"temperature": 0.5},
-    "within": {"within": (20.0, 20.0, 4000.0)},
 }
-ANEW: dict[str, tuple[Callable[[Geolocator], Geolocator], Options, set[str]]] = {
-    "nothing": (lambda to: to, OPTIONS, set()),
-    "tokens": (lambda to: other(to, tokens=other_tokens()), OPTIONS, {"candidates", "posterior", *POOLED, *DECIDED}),
-    "reward": (lambda to: other(to, reward=RewardHead(REWARD)), OPTIONS, {"verdicts-reward", *REWARDED}),
-    "spread": (lambda to: other(to, tuning=replace(to.tuning, spread_km=99.0)), OPTIONS, DECIDED),
+ANEW: dict[str, tuple[Callable[[Geolocator], Geolocator], dict[str, Any], set[str]]] = {
+    "nothing": (lambda to: to, {}, set()),
+    "tokens": (lambda to: other(to, tokens=other_tokens()), {}, {"candidates", "posterior", *POOLED, *DECIDED}),
+    "reward": (lambda to: other(to, reward=RewardHead(REWARD)), {}, {"verdicts-reward", *REWARDED}),
+    "spread": (lambda to: other(to, tuning=replace(to.tuning, spread_km=99.0)), {}, DECIDED),
     # Places have no weight in the tests' tuning: the pool is made again and stays the same, so nothing follows it.
-    "gps_places": (lambda to: to, replace(OPTIONS, gps_places=3), {"places", "pool", "predictions-gps"}),
-    "openings": (lambda to: to, replace(OPTIONS, openings=2), {"posterior", *DECIDED}),
+    "gps_places": (lambda to: to, {"gps_places": 3}, {"places", "pool", "predictions-gps"}),
+    "openings": (lambda to: to, {"openings": 2}, {"posterior", *DECIDED}),
+    # All but the embeddings and the places: what is found near a photo is another.
+    "within": (
+        lambda to: to,
+        {"within": (20.0, 20.0, 4000.0)},
+        {"neighbours", "candidates", "posterior", "matches", *POOLED, *DECIDED},
+    ),
     **{
-        name: (lambda to: to, replace(OPTIONS, **change), {"candidates", *POOLED, *DECIDED} - WITHOUT_CELLS)
+        name: (lambda to: to, change, {"candidates", *POOLED, *DECIDED} - WITHOUT_CELLS)
         for name, change in SAMPLED.items()
     },
 }
@@ -221,8 +266,11 @@ def test_other_weights_and_options_redo_what_depends_on_them_and_no_more(
     changed, options, expected = ANEW[change]
     folder = Path(shutil.copytree(run_folder, tmp_path / "run"))
     before = {path.stem: path.stat().st_ino for path in folder.glob("*.parquet")}
-    run_road(folder, changed(geolocator), options)
+    variants = [replace(variant, options=replace(variant.options, **options)) for variant in VARIANTS]
+    run = walk(folder, changed(geolocator), variants)
     after = {path.stem: path.stat().st_ino for path in folder.glob("*.parquet")}
-    assert before.keys() == after.keys()
-    redone = {name for name in after if after[name] != before[name]}
-    assert redone == expected
+    assert {plain(name) for name in after} == {plain(name) for name in before}
+    redone = {name for name in after if after[name] != before.get(name)}
+    assert redone == set(run.seconds) - set(run.reused)
+    # The visual verdict of the moved places alone has a name of its own.
+    assert {name for name in redone if plain(name) == name} == expected

@@ -5,40 +5,43 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
-from conftest import PHOTOS, TUNING, K, pool_of
+from conftest import PHOTOS, TUNING, K, OneLine, pool_of
 from numpy.typing import NDArray
 
+from rag_geotoken.decision import STRATEGIES as NAMES
 from rag_geotoken.decision.confidence import _disk_chance, confidence
-from rag_geotoken.decision.pool import neighbor_pool
-from rag_geotoken.decision.strategies import (
-    decide,
-    density,
-    highest,
-    log_probability,
-    mean_shift,
-    medoid,
-    minimum_bayes_risk,
-    nearest,
-)
+from rag_geotoken.decision.pool import neighbor_pool, reweigh
+from rag_geotoken.decision.strategies import Given, Scores, bayes_risk, decide, density, mean_shift
 from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.geo import destination, haversine_km
-from rag_geotoken.types import NEIGHBOUR, RADII_KM, SOURCES, Neighbors, Pool, Predictions
+from rag_geotoken.run.walk import complete
+from rag_geotoken.types import NEIGHBOUR, RADII_KM, SOURCES, Answers, Neighbors, Photos, Pool, Predictions
 
 Strategy = Callable[[Pool, Tuning], Predictions]
 Place = tuple[float, float]
-STRATEGIES: dict[str, Strategy] = {
-    "log_probability": log_probability,
-    "medoid": medoid,
-    "density": density,
-    "mean_shift": mean_shift,
-    "mbr": minimum_bayes_risk,
-    **{f"mbr-{r}": lambda pool, tuning, r=r: minimum_bayes_risk(pool, tuning, r) for r in RADII_KM},  # type: ignore[misc]
-    "highest": lambda pool, tuning: highest(pool, scores_of(pool), tuning),
-    "decide": lambda pool, tuning: decide(pool, {"alignment": scores_of(pool)}, tuning),
-}
+
+
+def choose(name: str, pool: Pool, tuning: Tuning, scores: Scores | None = None) -> Predictions:
+    """A strategy's decision, its confidence by the weights as they are."""
+    return decide(pool, Given(scores or {}, replace(tuning, confidence_scale=1.0)), name)
+
+
+def choose_scored(name: str, pool: Pool, tuning: Tuning) -> Predictions:
+    return choose(name, pool, tuning, {"alignment": scores_of(pool)})
+
+
+def choose_within(radius: int, pool: Pool, tuning: Tuning) -> Predictions:
+    chosen = bayes_risk(pool, Given({}, tuning), radius)
+    return Predictions(chosen.lat_lon, confidence(pool, chosen.lat_lon, tuning.confidence_km), chosen.source)
+
+
+STRATEGIES: dict[str, Strategy] = {name: partial(choose, name) for name in NAMES if name not in ("highest", "snap")}
+STRATEGIES |= {f"within {r}": partial(choose_within, r) for r in RADII_KM}
+STRATEGIES |= {f"{name}, scored": partial(choose_scored, name) for name in ("highest", "bayes-risk")}
 
 
 def scores_of(pool: Pool) -> NDArray[np.float32]:
@@ -83,47 +86,66 @@ def check_chosen(decided: Predictions, pool: Pool, value: Callable[[Place, list[
 
 
 def test_log_probability_takes_the_heaviest_entry(pool: Pool) -> None:
-    check_chosen(log_probability(pool, TUNING), pool, lambda here, places, weights: weights[places.index(here)])
+    check_chosen(
+        choose("log-probability", pool, TUNING), pool, lambda here, places, weights: weights[places.index(here)]
+    )
 
 
 def test_highest_takes_the_highest_score(pool: Pool) -> None:
-    decided = highest(pool, scores_of(pool), TUNING)
-    check_chosen(decided, pool, lambda here, *_: math.sin(100 * here[0]))
+    decided = choose_scored("highest", pool, TUNING)
+    believed = reweigh(pool, scores_of(pool), TUNING.alignment_scale)
+    check_chosen(decided, believed, lambda here, *_: math.sin(100 * here[0]))
+
+
+def test_highest_of_two_verifiers_adds_them_by_their_scales(pool: Pool) -> None:
+    # The reward head says the opposite, and counts for more where its scale is larger.
+    tuning = replace(TUNING, alignment_scale=1.0, reward_scale=2.0)
+    decided = choose("highest", pool, tuning, {"alignment": scores_of(pool), "reward": -scores_of(pool)})
+    believed = reweigh(pool, -scores_of(pool), 1.0)
+    check_chosen(decided, believed, lambda here, *_: -math.sin(100 * here[0]))
+
+
+def test_highest_needs_a_verifier(pool: Pool, one_line: OneLine) -> None:
+    with one_line("select highest .*: name one in verify"):
+        choose("highest", pool, TUNING)
 
 
 def test_medoid_is_a_plain_loop(pool: Pool) -> None:
     def value(here: Place, places: list[Place], weights: list[float]) -> float:
         return -sum(w * km(here, p) for p, w in zip(places, weights, strict=True))
 
-    check_chosen(medoid(pool, TUNING), pool, value)
+    check_chosen(choose("medoid", pool, TUNING), pool, value)
 
 
 @pytest.mark.parametrize("spread", [30.0, 100.0, 300.0])
 def test_density_is_a_plain_loop(pool: Pool, spread: float) -> None:
-    decided = density(pool, replace(TUNING, density_km=spread))
+    decided = choose("density", pool, replace(TUNING, density_km=spread))
     check_chosen(decided, pool, lambda here, places, weights: density_at(here, places, weights, spread))
 
 
 @pytest.mark.parametrize("radius", [None, *RADII_KM])
-def test_minimum_bayes_risk_is_a_plain_loop(pool: Pool, radius: int | None) -> None:
+def test_bayes_risk_is_a_plain_loop(pool: Pool, radius: int | None) -> None:
     # A spread for which no two entries are as good as each other.
     tuning = replace(TUNING, spread_km=60.0)
+    decided = choose("bayes-risk", pool, tuning) if radius is None else choose_within(radius, pool, tuning)
 
     def value(here: Place, places: list[Place], weights: list[float]) -> float:
         found = utilities(here, places, weights, 60.0)
         return sum(found) / 5 if radius is None else found[RADII_KM.index(radius)]
 
     if radius == 2500:  # all entries lie nearer together: the first of equals
-        assert (minimum_bayes_risk(pool, tuning, radius).confidence[:, -1] > 0.999).all()
+        assert (decided.confidence[:, -1] > 0.999).all()
     else:
-        check_chosen(minimum_bayes_risk(pool, tuning, radius), pool, value)
+        check_chosen(decided, pool, value)
+    if f"bayes-risk-{radius}" in NAMES:
+        np.testing.assert_array_equal(choose(f"bayes-risk-{radius}", pool, tuning).lat_lon, decided.lat_lon)
 
 
-def test_minimum_bayes_risk_prefers_the_middle_of_many_to_one_alone() -> None:
+def test_bayes_risk_prefers_the_middle_of_many_to_one_alone() -> None:
     made = pool_of([(0.0, 0.0), (50.0, 179.95), (50.0, -179.95), (50.0, 179.85)], [0.4, 0.2, 0.2, 0.2], masked=2)
-    decided = minimum_bayes_risk(made, TUNING)
+    decided = choose("bayes-risk", made, TUNING)
     assert decided.lat_lon.tolist() == [[50.0, 179.95]]
-    assert log_probability(made, TUNING).lat_lon.tolist() == [[0.0, 0.0]]
+    assert choose("log-probability", made, TUNING).lat_lon.tolist() == [[0.0, 0.0]]
     assert decided.confidence[0, 4] == pytest.approx(0.6, abs=1e-4)
 
 
@@ -131,7 +153,7 @@ def test_the_radius_decides_what_is_best() -> None:
     # One heavy place alone; two lighter ones 20 km apart; four still lighter ones 150 km apart.
     far = [(60.0, float(x)) for x in (0.0, 2.7, 5.4, 8.1)]
     made = pool_of([(0.0, 0.0), (0.0, 90.0), (0.0, 90.18), *far], [0.24, 0.19, 0.17, 0.1, 0.1, 0.1, 0.1])
-    found = {r: minimum_bayes_risk(made, replace(TUNING, spread_km=1.0), r).lat_lon[0].tolist() for r in (1, 25, 750)}
+    found = {r: choose_within(r, made, replace(TUNING, spread_km=1.0)).lat_lon[0].tolist() for r in (1, 25, 750)}
     assert found[1] == [0.0, 0.0] and found[25] in ([0.0, 90.0], [0.0, 90.18]) and found[750][0] == 60.0
 
 
@@ -153,7 +175,7 @@ def test_masked_entries_are_never_chosen_and_never_count(name: str, pool: Pool) 
         assert padded.source[b] == expected.source[0]
 
 
-@pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "mean_shift"])
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "mean-shift"])
 def test_where_there_is_no_entry_there_is_no_answer(name: str) -> None:
     # What fills the arrays up counts as lying at (0, 0): the best place of all here, were it one.
     around = [(0.0, 0.12), (0.0, -0.12), (0.12, 0.0), (-0.12, 0.0)]
@@ -172,7 +194,7 @@ def test_confidence_is_a_chance_that_grows_with_the_radius(name: str, pool: Pool
 
 
 def test_mean_shift_is_a_plain_loop(pool: Pool) -> None:
-    decided = mean_shift(pool, TUNING, steps=4)
+    found = mean_shift(pool, Given({}, TUNING), steps=4)
     for b in range(PHOTOS):
         places, weights = places_of(pool, b)
         here = max(places, key=lambda place: density_at(place, places, weights, 100.0))
@@ -183,15 +205,17 @@ def test_mean_shift_is_a_plain_loop(pool: Pool) -> None:
                 unit = np.array([math.cos(phi) * math.cos(turn), math.cos(phi) * math.sin(turn), math.sin(phi)])
                 mean += w * math.exp(-0.5 * (km(here, (lat, lon)) / 100.0) ** 2) * unit
             here = (math.degrees(math.asin(mean[2] / np.linalg.norm(mean))), math.degrees(math.atan2(mean[1], mean[0])))
-        assert decided.lat_lon[b].tolist() == pytest.approx(here, abs=1e-9)
-        np.testing.assert_allclose(decided.confidence[b], confidence(pool, decided.lat_lon, 15.0)[b])
+        assert found.lat_lon[b].tolist() == pytest.approx(here, abs=1e-9)
+    decided = choose("mean-shift", pool, TUNING)
+    np.testing.assert_array_equal(decided.lat_lon, mean_shift(pool, Given({}, TUNING)).lat_lon)
+    np.testing.assert_allclose(decided.confidence, confidence(pool, decided.lat_lon, 15.0), atol=1e-6)
 
 
 @pytest.mark.parametrize("spread", [50.0, 100.0, 200.0])
 def test_mean_shift_goes_uphill(pool: Pool, spread: float) -> None:
-    tuning = replace(TUNING, density_km=spread)
-    paths = [mean_shift(pool, tuning, steps).lat_lon for steps in range(12)]
-    np.testing.assert_array_equal(paths[0], density(pool, tuning).lat_lon)
+    given = Given({}, replace(TUNING, density_km=spread))
+    paths = [mean_shift(pool, given, steps).lat_lon for steps in range(12)]
+    np.testing.assert_array_equal(paths[0], density(pool, given).lat_lon)
     for b in range(PHOTOS):
         places, weights = places_of(pool, b)
         heights = [density_at((float(at[b, 0]), float(at[b, 1])), places, weights, spread) for at in paths]
@@ -206,7 +230,7 @@ def test_mean_shift_reaches_the_mode_of_a_dense_grid(lon: float) -> None:
     lats, lons = destination(48.0, lon, bearing, away)
     places = [*zip(lats.tolist(), lons.tolist(), strict=True), (10.0, 10.0)]
     made = pool_of(places, rng.dirichlet(np.ones(13)).tolist(), masked=3)
-    found = mean_shift(made, TUNING)
+    found = mean_shift(made, Given({}, TUNING))
     grid_lat, grid_lon = np.meshgrid(np.linspace(45.6, 50.4, 241), np.linspace(lon - 3.6, lon + 3.6, 241))
     height = sum(
         math.exp(w) * np.exp(-0.5 * (haversine_km(grid_lat, grid_lon, *place) / 100.0) ** 2)
@@ -224,12 +248,15 @@ def test_mean_shift_reaches_the_mode_of_a_dense_grid(lon: float) -> None:
 
 
 def test_nearest_is_the_first_neighbour(neighbors: Neighbors) -> None:
-    decided = nearest(neighbors, TUNING)
+    def nearest(those: Neighbors) -> Predictions:
+        return choose("log-probability", neighbor_pool(those, TUNING.density_scale), TUNING)
+
+    decided = nearest(neighbors)
     np.testing.assert_array_equal(decided.lat_lon, neighbors.lat_lon[:, 0])
     assert (decided.source == NEIGHBOUR).all()
     # Neighbours in one place: sure beyond the spread.
     same = Neighbors(neighbors.rows, np.repeat(neighbors.lat_lon[:, :1], K, axis=1), neighbors.scores)
-    np.testing.assert_allclose(nearest(same, TUNING).confidence[:, 2:], 1)
+    np.testing.assert_allclose(nearest(same).confidence[:, 2:], 1)
 
 
 def test_the_kernel_of_the_density_is_gaussian() -> None:
@@ -238,13 +265,22 @@ def test_the_kernel_of_the_density_is_gaussian() -> None:
     for weight, expected in ((1.5, 0.0), (1.7, 50.0)):
         scores = np.array([[0.5 + math.log(weight) / TUNING.density_scale, 0.5, 0.5]], np.float32)
         near = neighbor_pool(Neighbors(np.arange(3)[None], lat_lon, scores), TUNING.density_scale)
-        assert density(near, TUNING).lat_lon[0, 0] == expected
+        assert density(near, Given({}, TUNING)).lat_lon[0, 0] == expected
 
 
 def test_predictions_become_rows(pool: Pool) -> None:
-    decided = minimum_bayes_risk(pool, TUNING)
-    rows = decided.rows([str(b) for b in range(PHOTOS)])
-    assert [row.id for row in rows] == ["0", "1", "2", "3", "4", "5"]
-    lat_lon: NDArray[np.float64] = np.array([[row.lat, row.lon] for row in rows], float)
+    decided = choose("bayes-risk", pool, TUNING)
+    names = [str(b) for b in range(PHOTOS + 1)]
+    photos = Photos.of(names, names)
+    answers = Answers.of(photos[:PHOTOS], [None] * PHOTOS)
+    for name, values in vars(decided).items():
+        getattr(answers, name)[:] = values
+    rows = complete(photos, [None] * PHOTOS + ["broken"], answers).rows()
+    assert [row.id for row in rows] == ["0", "1", "2", "3", "4", "5", "6"]
+    lat_lon: NDArray[np.float64] = np.array([[row.lat, row.lon] for row in rows[:PHOTOS]], float)
     np.testing.assert_array_equal(lat_lon, decided.lat_lon)
-    assert rows[0].source in SOURCES and rows[0].error is None and len(rows[0].confidence or ()) == 5
+    assert [row.source for row in rows[:PHOTOS]] == [SOURCES[source] for source in decided.source]
+    assert [row.confidence for row in rows[:PHOTOS]] == [tuple(sure) for sure in decided.confidence.tolist()]
+    assert {row.error for row in rows[:PHOTOS]} == {None}
+    last = rows[-1]
+    assert last.error == "broken" and last.lat is last.lon is last.source is last.confidence is None

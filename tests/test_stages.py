@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +11,23 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from conftest import OPTIONS, OneLine, write_test_photos
-from rag_geotoken.run.tables import (
-    read_candidates,
-    read_embeddings,
-    read_matches,
-    read_neighbors,
-    read_places,
-    read_pool,
-    read_posterior,
-    read_predictions,
-    read_verdicts,
-)
 
 from rag_geotoken.cells import cell_level, parent_ids
-from rag_geotoken.decision.strategies import decide
+from rag_geotoken.decision.strategies import Given, decide
 from rag_geotoken.files import read_json
-from rag_geotoken.options import VERIFIERS
+from rag_geotoken.options import Options
 from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.posterior import effective_area_km2
-from rag_geotoken.run import retrieval, stages
+from rag_geotoken.run import resumable, stages
+from rag_geotoken.run.road import road
+from rag_geotoken.run.walk import RunFolder
 from rag_geotoken.tables import read_table, write_table
-from rag_geotoken.types import RADII_KM, SOURCES, Predictions
+from rag_geotoken.types import RADII_KM, SOURCES, Answers, Candidates, Embeddings, Pool, Posterior, Tables, Verdict
+from rag_geotoken.verifiers import load_verifier
 from rag_geotoken.weights import fingerprint
 
 PHOTOS, BROKEN = 30, 2
+EVERY = replace(OPTIONS, verify=("alignment", "look", "reward", "visual"), area=True)
 
 
 @pytest.fixture
@@ -42,21 +35,46 @@ def copy(run_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(run_folder, tmp_path / "run"))
 
 
+@pytest.fixture(scope="module")
+def folder(run_folder: Path, geolocator: Geolocator, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That run with every verifier that is no multimodal model. Not to be changed."""
+    folder = Path(shutil.copytree(run_folder, tmp_path_factory.mktemp("every") / "run"))
+    run = RunFolder(folder, geolocator)
+    run.walk(EVERY)
+    assert set(run.seconds) - set(run.reused) == {"verdicts-look", "predictions-alignment+look+reward+visual"}
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tables(folder: Path, geolocator: Geolocator) -> Tables:
+    """What the stages' tables hold, of the readable photos."""
+    return RunFolder(folder, geolocator).tables(EVERY, {stage.name: stage.name for stage in road(EVERY)})
+
+
+def readable(folder: Path) -> list[str]:
+    table = read_table(folder / "embeddings.parquet", ["id", "error"])
+    names: list[str] = table.filter(table["error"].is_null())["id"].to_pylist()
+    return names
+
+
 def by_photo(folder: Path, table: str) -> list[list[dict[str, Any]]]:
     """A table's rows, a list for each readable photo in order."""
-    ids, _, _ = read_embeddings(folder)
+    ids = readable(folder)
     rows = read_table(folder / f"{table}.parquet").to_pylist()
     assert [row["id"] for row in rows] == sorted((row["id"] for row in rows), key=ids.index)
     return [[row for row in rows if row["id"] == name] for name in ids]
 
 
-def test_a_broken_picture_is_missing_between_and_stands_again_at_the_end(run_folder: Path) -> None:
+def test_a_broken_picture_is_missing_between_and_stands_again_at_the_end(run_folder: Path, tables: Tables) -> None:
     photos, embeddings = (read_table(run_folder / f"{name}.parquet") for name in ("photos", "embeddings"))
     broken = photos["id"][BROKEN].as_py()
     errors = embeddings["error"].to_pylist()
     assert "missing.png" in errors.pop(BROKEN) and set(errors) == {None}
-    ids, vectors, digests = read_embeddings(run_folder)
-    assert len(ids) == len(vectors) == len(digests) == PHOTOS - 1 and broken not in ids
+    whole, ids = Embeddings.from_table(embeddings), readable(run_folder)
+    assert whole.vectors.shape[0] == len(whole.digests) == PHOTOS and not whole.vectors[BROKEN].any()
+    assert np.flatnonzero(~whole.readable).tolist() == [BROKEN]
+    assert ids == tables.photos.ids and len(ids) == len(tables.embeddings.vectors) == PHOTOS - 1 and broken not in ids
+    np.testing.assert_array_equal(tables.embeddings.vectors, np.delete(whole.vectors, BROKEN, axis=0))
     for name in ("neighbours", "candidates", "posterior", "pool", "verdicts-alignment", "verdicts-reward"):
         assert set(read_table(run_folder / f"{name}.parquet", ["id"])["id"].to_pylist()) == set(ids)
     for path in run_folder.glob("predictions-*.parquet"):
@@ -67,8 +85,10 @@ def test_a_broken_picture_is_missing_between_and_stands_again_at_the_end(run_fol
         assert {row[name] for name in ("lat", "lon", "source", "confidence_25", "area_km2")} == {None}
 
 
-def test_neighbours_and_candidates_come_back_as_arrays(run_folder: Path, geolocator: Geolocator) -> None:
-    neighbors, candidates = read_neighbors(run_folder), read_candidates(run_folder)
+def test_neighbours_and_candidates_come_back_as_arrays(
+    run_folder: Path, tables: Tables, geolocator: Geolocator
+) -> None:
+    neighbors, candidates = tables.neighbours, tables.candidates
     assert neighbors.rows.shape == (PHOTOS - 1, 6) and candidates.log_prob.shape == (PHOTOS - 1, 1 + 4 + 6)
     for b, (near, cells) in enumerate(
         zip(by_photo(run_folder, "neighbours"), by_photo(run_folder, "candidates"), strict=True)
@@ -82,25 +102,37 @@ def test_neighbours_and_candidates_come_back_as_arrays(run_folder: Path, geoloca
         assert [row["source"] for row in cells] == [SOURCES[s] for s in candidates.source[b]]
         centres = np.column_stack(geolocator.tokenizer.decode(candidates.tokens[b]))
         np.testing.assert_allclose([[row["lat"], row["lon"]] for row in cells], centres)
+        np.testing.assert_array_equal([[row["lat"], row["lon"]] for row in cells], candidates.lat_lon[b])
+
+
+def test_places_and_matches_come_back_as_arrays(run_folder: Path, tables: Tables, geolocator: Geolocator) -> None:
+    for name, found, count in (("places", tables.places, OPTIONS.gps_places), ("matches", tables.matches, 6)):
+        assert found.scores.shape == (PHOTOS - 1, count) and found.scores.dtype == np.float32
+        for b, rows in enumerate(by_photo(run_folder, name)):
+            assert [row["rank"] for row in rows] == list(range(1, count + 1))
+            assert [[row["lat"], row["lon"]] for row in rows] == found.lat_lon[b].tolist()
+            np.testing.assert_array_equal([row["score"] for row in rows], found.scores[b])
+    made = stages.find_places(geolocator, OPTIONS, tables)
+    np.testing.assert_array_equal(made.lat_lon, tables.places.lat_lon)
+    moved = stages.match(geolocator, OPTIONS, tables)
+    np.testing.assert_allclose(moved.lat_lon, tables.matches.lat_lon, atol=1e-4)
 
 
 def test_a_photos_candidates_do_not_depend_on_the_photos_around_it(
-    run_folder: Path, geolocator: Geolocator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_folder: Path, tables: Tables, geolocator: Geolocator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retrieval, "BLOCK", 4)
+    monkeypatch.setattr(resumable, "BLOCK", 4)
     write_table(tmp_path / "photos.parquet", read_table(run_folder / "photos.parquet").slice(5, 11))
-    retrieval.encode(tmp_path, geolocator.alignment)
-    retrieval.search(tmp_path, geolocator.index, OPTIONS.neighbors, geolocator.tuning.search_weights)
-    stages.propose(tmp_path, geolocator, OPTIONS)
-    few, many = read_candidates(tmp_path), read_candidates(run_folder)
+    run = RunFolder(tmp_path, geolocator)
+    files = run.walk(OPTIONS, until="candidates")
+    assert list(files) == ["photos", "embeddings", "neighbours", "candidates"]
+    few, many = run.result("candidates", Candidates), tables.candidates
     np.testing.assert_array_equal(few.tokens, many[4:15].tokens)
     np.testing.assert_allclose(few.log_prob, many[4:15].log_prob, atol=1e-4)
 
 
-def test_the_posterior_is_a_table_of_cells(run_folder: Path, geolocator: Geolocator) -> None:
-    _, photo, _ = read_embeddings(run_folder)
-    found = geolocator.posterior(photo, read_neighbors(run_folder), OPTIONS)
-    back = read_posterior(run_folder)
+def test_the_posterior_is_a_table_of_cells(run_folder: Path, tables: Tables, geolocator: Geolocator) -> None:
+    found, back = stages.believe(geolocator, OPTIONS, tables), tables.posterior
     for b, rows in enumerate(by_photo(run_folder, "posterior")):
         cells, mass = np.array([row["cell"] for row in rows], np.uint64), [row["mass"] for row in rows]
         assert sum(mass) == pytest.approx(1, abs=1e-5) and min(mass) > 0 and mass == sorted(mass, reverse=True)
@@ -122,34 +154,33 @@ def test_photos_of_different_numbers_of_cells_and_entries_come_back(tmp_path: Pa
     mass = [1.0, 0.5, 0.25, 0.25, 0.75, 0.25]
     table = pa.table({"id": names, "cell": np.array(cells, np.uint64), "mass": np.array(mass, np.float32)})
     write_table(tmp_path / "posterior.parquet", table)
-    found = read_posterior(tmp_path)
+    found = Posterior.from_table(read_table(tmp_path / "posterior.parquet"))
     assert found.mass.tolist() == [[1.0, 0.0, 0.0], [0.5, 0.25, 0.25], [0.75, 0.25, 0.0]]
     assert [found.cells[1].tolist(), found.cells[2, :2].tolist()] == [cells[1:4], cells[4:]]
     assert np.isfinite(effective_area_km2(found)).all()
     places = {"lat": np.arange(6.0), "lon": np.arange(6.0) * 10, "log_weight": np.log(np.array(mass, np.float32))}
     write_table(tmp_path / "pool.parquet", pa.table({"id": names} | places | {"source": ["beam"] * 5 + ["neighbour"]}))
-    pool = read_pool(tmp_path)
+    pool = Pool.from_table(read_table(tmp_path / "pool.parquet"))
     assert pool.mask.tolist() == [[True, False, False], [True, True, True], [True, True, False]]
     assert pool.lat_lon[1].tolist() == [[1, 10], [2, 20], [3, 30]] and pool.lat_lon[2, 1].tolist() == [5, 50]
     assert (pool.log_weight[~pool.mask] == -np.inf).all() and SOURCES[pool.source[2, 1]] == "neighbour"
     scores = pa.array([[1.0], [2.0, 3.0, 4.0], [5.0, 6.0]], pa.list_(pa.float32()))
     write_table(tmp_path / "verdicts-reward.parquet", pa.table({"scores": scores}))
-    assert read_verdicts(tmp_path, pool, "reward").tolist() == [[1, 0, 0], [2, 3, 4], [5, 6, 0]]
+    verdict = Verdict.from_table(read_table(tmp_path / "verdicts-reward.parquet"))
+    assert verdict.over(pool.mask).tolist() == [[1, 0, 0], [2, 3, 4], [5, 6, 0]]
 
 
-def test_the_pool_and_its_verdicts_come_back_as_arrays(run_folder: Path, geolocator: Geolocator) -> None:
-    _, photo, _ = read_embeddings(run_folder)
-    neighbors, pool = read_neighbors(run_folder), read_pool(run_folder)
-    matches = read_matches(run_folder)
-    made = geolocator.pool(neighbors, read_candidates(run_folder), read_places(run_folder), matches=matches)
+def test_the_pool_and_its_verdicts_come_back_as_arrays(folder: Path, tables: Tables, geolocator: Geolocator) -> None:
+    pool, made = tables.pool, stages.pool(geolocator, EVERY, tables)
     for b in range(PHOTOS - 1):
         for name in ("lat_lon", "log_weight", "source"):
             np.testing.assert_array_equal(getattr(pool, name)[b][pool.mask[b]], getattr(made, name)[b][made.mask[b]])
-    for verifier in VERIFIERS:
-        scores = read_verdicts(run_folder, pool, verifier)
-        np.testing.assert_allclose(scores, geolocator.verify(verifier, photo, neighbors, pool, matches), atol=1e-5)
-        for b, rows in enumerate(by_photo(run_folder, f"verdicts-{verifier}")):
-            assert [(row["verifier"], row["status"]) for row in rows] == [(verifier, "ok")]
+    for verifier in EVERY.verify:
+        scores = tables.verdicts[verifier].over(pool.mask)
+        again = load_verifier(verifier).scores(geolocator, EVERY, tables, pool)
+        np.testing.assert_allclose(scores, again.scores, atol=1e-5)
+        for b, rows in enumerate(by_photo(folder, f"verdicts-{verifier}")):
+            assert [row["status"] for row in rows] == ["ok"]
             assert rows[0]["scores"] == scores[b][pool.mask[b]].tolist()
 
 
@@ -160,23 +191,24 @@ def test_the_manifests_name_weights_and_settings(run_folder: Path, geolocator: G
         for name in ("candidates", "posterior", "verdicts-alignment", "verdicts-reward", "predictions-pool")
     }
     tokens = fingerprint(geolocator.tokens)
-    assert recipes["candidates"]["weights"] == recipes["posterior"]["weights"] == tokens
-    assert recipes["verdicts-reward"]["weights"] == fingerprint(geolocator.tokens, geolocator.reward)
-    assert recipes["verdicts-alignment"]["weights"] == geolocator.alignment.identity
+    assert recipes["candidates"]["tokens"] == recipes["posterior"]["tokens"] == tokens
+    assert recipes["verdicts-reward"]["reward"] == fingerprint(geolocator.tokens, geolocator.reward)
+    assert recipes["verdicts-alignment"]["encoder"] == geolocator.alignment.identity
     assert {name: recipes["candidates"][name] for name in ("top_p", "epsilon", "within", "samples")} == {
         name: asdict(OPTIONS)[name] for name in ("top_p", "epsilon", "within", "samples")
     }
     assert recipes["predictions-pool"]["max_area_km2"] is None
 
 
-# write_decision
+# the decision
 
 
 def test_a_decision_is_a_row_a_photo(copy: Path, geolocator: Geolocator) -> None:
-    pool = read_pool(copy)
-    decision = decide(pool, {}, geolocator.tuning)
-    path = stages.write_decision(copy, "mine", geolocator, ["pool"], lambda: decision)
-    assert path.name == "predictions-mine.parquet"
+    run, options = RunFolder(copy, geolocator), replace(OPTIONS, verify=())
+    files = run.walk(options, label="mine")
+    assert files["predictions"] == "predictions-mine"
+    decision = decide(run.tables(options, files).pool, Given({}, geolocator.tuning))
+    path = copy / "predictions-mine.parquet"
     rows, photos = read_table(path).to_pylist(), read_table(copy / "photos.parquet").to_pylist()
     good = [i for i in range(PHOTOS) if i != BROKEN]
     for i, photo in enumerate(photos):
@@ -186,31 +218,38 @@ def test_a_decision_is_a_row_a_photo(copy: Path, geolocator: Geolocator) -> None
         assert [rows[i][f"confidence_{r}"] for r in RADII_KM] == decision.confidence[b].tolist()
         assert rows[i]["source"] == SOURCES[decision.source[b]] and rows[i]["error"] is None
         assert rows[i]["area_km2"] is None and rows[i]["verified"] is False
-    truth, answers, sure = read_predictions(path)
-    np.testing.assert_array_equal(answers[good], decision.lat_lon)
-    assert np.isnan(answers[BROKEN]).all() and np.isnan(sure[BROKEN]).all() and np.isfinite(truth).all()
+    found: Answers = run.result("predictions-mine", Answers)
+    np.testing.assert_array_equal(found.lat_lon[good], decision.lat_lon)
+    np.testing.assert_array_equal(found.confidence[good], decision.confidence)
+    np.testing.assert_array_equal(found.source[good], decision.source)
+    np.testing.assert_array_equal(found.true_lat_lon, run.photos.lat_lon)
+    assert np.isnan(found.lat_lon[BROKEN]).all() and np.isnan(found.confidence[BROKEN]).all()
+    assert np.isfinite(found.true_lat_lon).all() and found.ids == run.photos.ids and found.errors == run.errors
 
 
-def test_a_decision_that_is_there_is_not_made_again(copy: Path, geolocator: Geolocator) -> None:
-    made, pool = [], read_pool(copy)
+def test_a_decision_that_is_there_is_not_made_again(
+    copy: Path, geolocator: Geolocator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, decided = [], stages.decide
 
-    def decided() -> Predictions:
+    def count(*given: Any) -> Answers:
         made.append(1)
-        return decide(pool, {}, geolocator.tuning)
+        return decided(*given)
 
-    for variant in ("mine", "mine", "other"):
-        stages.write_decision(copy, variant, geolocator, ["pool"], decided)
+    monkeypatch.setattr(stages, "decide", count)
+    for label in ("mine", "mine", "other"):
+        RunFolder(copy, geolocator).walk(replace(OPTIONS, verify=()), label=label)
     assert len(made) == 2
 
 
-def test_a_photo_whose_posterior_is_too_wide_gets_no_answer(copy: Path, geolocator: Geolocator) -> None:
-    pool = read_pool(copy)
-    scores = {"alignment": read_verdicts(copy, pool, "alignment")}
-    decision = decide(pool, scores, geolocator.tuning)
-    area = effective_area_km2(read_posterior(copy))
+def test_a_photo_whose_posterior_is_too_wide_gets_no_answer(copy: Path, tables: Tables, geolocator: Geolocator) -> None:
+    area = effective_area_km2(tables.posterior)
     most = float(np.sort(area)[10])  # eleven photos keep their answer, one of them by a hair
-    inputs = ["pool", "posterior", "verdicts-alignment"]
-    path = stages.write_decision(copy, "mine", geolocator, inputs, lambda: decision, area, most)
+    path, wide = copy / "predictions-mine.parquet", replace(OPTIONS, max_area_km2=most)
+    run = RunFolder(copy, geolocator)
+    pool = run.tables(wide, run.walk(wide, label="mine")).pool
+    aligned = load_verifier("alignment").scores(geolocator, wide, tables, pool).scores
+    decision = decide(pool, Given({"alignment": aligned}, geolocator.tuning))
     rows = read_table(path).to_pylist()
     assert len(rows) == PHOTOS
     assert "missing.png" in rows.pop(BROKEN)["error"]
@@ -226,18 +265,36 @@ def test_a_photo_whose_posterior_is_too_wide_gets_no_answer(copy: Path, geolocat
     assert sum(row["error"] is None for row in rows) == 11
     # The same with another limit is another decision; without one, all have an answer and their area.
     for limit, answered in ((0.0, 0), (None, PHOTOS - 1), (1e9, PHOTOS - 1)):
-        table = read_table(stages.write_decision(copy, "mine", geolocator, inputs, lambda: decision, area, limit))
+        RunFolder(copy, geolocator).walk(replace(OPTIONS, area=True, max_area_km2=limit), label="mine")
+        table = read_table(path)
         assert table["lat"].null_count == table["source"].null_count == PHOTOS - answered
         assert table["area_km2"].null_count == 1
+
+
+def test_a_photo_that_is_too_unsure_gets_no_answer(copy: Path, geolocator: Geolocator) -> None:
+    run, within = RunFolder(copy, geolocator), RADII_KM.index(200)
+    run.walk(OPTIONS, label="all")
+    free: Answers = run.result("predictions-all", Answers)
+    least = float(np.nanmedian(free.confidence[:, within]))
+    run.walk(replace(OPTIONS, least_confidence=least), label="sure")
+    sure: Answers = run.result("predictions-sure", Answers)
+    unsure = free.confidence[:, within] < least
+    assert 0 < unsure.sum() < PHOTOS - 1
+    for i, error in enumerate(sure.errors):
+        if unsure[i]:
+            assert error == f"abstained: the chance to be within 200 km is below {least:g}"
+            assert np.isnan(sure.lat_lon[i]).all() and not sure.verified[i]
+        else:
+            assert error == free.errors[i]
+            np.testing.assert_array_equal(sure.lat_lon[i], free.lat_lon[i])
 
 
 def test_a_run_without_a_readable_picture(tmp_path: Path, geolocator: Geolocator, one_line: OneLine) -> None:
     write_test_photos(tmp_path, 3)
     table = read_table(tmp_path / "photos.parquet").slice(BROKEN)
     write_table(tmp_path / "photos.parquet", table)
-    retrieval.encode(tmp_path, geolocator.alignment)
     with one_line("none of the 1 pictures can be read; the first: .*missing.png"):
-        retrieval.search(tmp_path, geolocator.index, 6, geolocator.tuning.search_weights)
+        RunFolder(tmp_path, geolocator).walk(OPTIONS)
 
 
 @pytest.mark.parametrize("verifier", ["nobody", "reward"])
@@ -247,6 +304,6 @@ def test_a_verifier_that_is_not_there_leaves_no_table(
     for path in copy.glob(f"*verdicts-{verifier}*"):
         path.unlink()
     parts = (geolocator.alignment, geolocator.tokens, geolocator.index, geolocator.tuning)
-    with one_line("nothing verifies by the name 'nobody'|these weights have no reward head"):
-        stages.verify(copy, Geolocator(*parts), verifier)
+    with one_line("verify 'nobody' is not known: choose of alignment|these weights have no reward head"):
+        RunFolder(copy, Geolocator(*parts)).walk(Options(**asdict(OPTIONS) | {"verify": (verifier,)}))
     assert not list(copy.glob(f"*verdicts-{verifier}*.parquet"))

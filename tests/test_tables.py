@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from rag_geotoken import files, progress, tables
 from rag_geotoken.errors import GeoError
+from rag_geotoken.run import resumable
 
 KEYS = [f"photo-{i}" for i in range(10)]
 RECIPE = {"encoder": "tiny", "seed": 7}
@@ -51,11 +52,16 @@ def source(tmp_path: Path) -> Path:
 
 def make(folder: Path, source: Path, work: Worker, **change: object) -> Path:
     arguments: dict[str, Any] = {"recipe": RECIPE, "inputs": [source], "keys": KEYS, "block": 3} | change
-    return tables.stage(folder, "encode", work=work, **arguments)
+    return resumable.stage(folder, "encode", work=work, **arguments)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def contents(folder: Path) -> dict[str, Any]:
+    """Every file's bytes, and manifests without how long it took."""
+    return {path.name: timeless(path) if path.suffix == ".json" else path.read_bytes() for path in folder.iterdir()}
+
+
+def timeless(manifest: Path) -> dict[str, Any]:
+    return {name: value for name, value in files.read_json(manifest).items() if name != "seconds"}
 
 
 # tables
@@ -181,10 +187,12 @@ def test_stopped_between_table_and_manifest(tmp_path: Path, source: Path, monkey
     make(tmp_path / "through", source, Worker())
 
     def killed(path: Path, obj: object) -> None:
-        raise KeyboardInterrupt
+        if path.name == "encode.json":
+            raise KeyboardInterrupt
+        files.write_json(path, obj)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(tables, "write_json", killed)
+        patch.setattr(resumable, "write_json", killed)
         make(tmp_path / "run", source, Worker())
     work = Worker()
     make(tmp_path / "run", source, work)
@@ -196,7 +204,7 @@ def test_broken_parts_are_made_again_and_strange_ones_removed(tmp_path: Path, so
     for recipe in (RECIPE | {"seed": 8}, RECIPE):
         with pytest.raises(KeyboardInterrupt):
             make(tmp_path / "run", source, Worker(2), recipe=recipe)
-    parts = sorted((tmp_path / "run" / ".encode.parts").iterdir())
+    parts = sorted((tmp_path / "run" / ".encode.parts").glob("*.parquet"))
     assert len(parts) == 2 and len({part.name.split("-")[0] for part in parts}) == 1
     parts[0].write_bytes(parts[0].read_bytes()[:-9])
     work = Worker()
@@ -224,6 +232,30 @@ def test_killed_outright_and_resumed_gives_the_same_bytes(tmp_path: Path, source
     work = Worker()
     make(tmp_path / "run", source, work)
     assert work.seen == [(6, 9), (9, 10)] and contents(tmp_path / "run") == contents(tmp_path / "through")
+
+
+def test_seconds_are_those_of_the_work_whenever_it_was_done(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("rag_geotoken.run.resumable.time.perf_counter", lambda: now[0])
+
+    class Slow(Worker):
+        """A block takes two seconds."""
+
+        def __call__(self, at: slice) -> pa.Table:
+            made = super().__call__(at)
+            now[0] += 2.0
+            return made
+
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "run", source, Slow(3))
+    now[0] = 1000.0  # another process, another clock
+    path = make(tmp_path / "run", source, Slow())
+    assert files.read_json(path.with_suffix(".json"))["seconds"] == 8.0
+    before = path.with_suffix(".json").read_bytes()
+    make(tmp_path / "run", source, Slow())
+    assert path.with_suffix(".json").read_bytes() == before
 
 
 def test_no_keys_and_missing_inputs(tmp_path: Path, source: Path) -> None:

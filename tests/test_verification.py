@@ -21,8 +21,9 @@ from rag_geotoken.mllm.request import Client, Reply, Request
 from rag_geotoken.mllm.session import JOURNAL, MllmSession
 from rag_geotoken.options import Options
 from rag_geotoken.pipeline import Geolocator
-from rag_geotoken.run.ablate import Setup, Variant, ablate, read_variants, table_text, walk_variants
+from rag_geotoken.run.ablate import Setup, ablate, table_text, walk_variants
 from rag_geotoken.run.models import Models
+from rag_geotoken.run.variants import Variant, read_variants
 from rag_geotoken.run.walk import RunFolder
 from rag_geotoken.tables import read_table
 from rag_geotoken.types import MLLM, Answers, MllmVerdict, Pool

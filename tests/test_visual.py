@@ -9,16 +9,19 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import OPTIONS, TUNING, OneLine
+from conftest import OPTIONS, TUNING
 from numpy.typing import NDArray
-from rag_geotoken.run.tables import read_embeddings, read_matches, read_neighbors, read_pool
 
 from rag_geotoken.decision.pool import extend, without
 from rag_geotoken.geo import destination, haversine_km
+from rag_geotoken.options import Options
 from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.run import stages
+from rag_geotoken.run.road import road
+from rag_geotoken.run.walk import RunFolder
 from rag_geotoken.sources.blue_marble import cut
-from rag_geotoken.types import VISUAL, Neighbors, Places, Pool
+from rag_geotoken.types import VISUAL, Neighbors, Photos, Places, Pool, Tables
+from rag_geotoken.verifiers import load_verifier
 from rag_geotoken.verifiers.agreement import NO_MATCH, moved_places, support
 from rag_geotoken.verifiers.registration import Registration, register
 
@@ -177,11 +180,15 @@ def test_matches_are_a_stage_that_goes_on(run_folder: Path, geolocator: Geolocat
     shutil.copytree(run_folder, tmp_path / "run")
     whole = (tmp_path / "run/matches.parquet").read_bytes()
     (tmp_path / "run/matches.json").unlink()
-    assert stages.matches(tmp_path / "run", geolocator).read_bytes() == whole
-    found, neighbors = read_matches(run_folder), read_neighbors(run_folder)
+    options, run = replace(OPTIONS, verify=("visual",)), RunFolder(tmp_path / "run", geolocator)
+    files = run.walk(options, until="pool")
+    assert files["matches"] == "matches" and "matches" not in run.reused
+    assert {"embeddings", "neighbours"} <= set(run.reused)
+    assert (tmp_path / "run/matches.parquet").read_bytes() == whole
+    tables = run.tables(options, files)
+    found, neighbors, entries = tables.matches, tables.neighbours, tables.pool
     assert found.scores.shape == neighbors.scores.shape and (found.scores >= 0).all() and (found.scores <= 1).all()
-    entries, ids = read_pool(run_folder), read_embeddings(run_folder)[0]
-    assert (entries.source[entries.mask] == VISUAL).sum() == len(ids) * OPTIONS.neighbors
+    assert (entries.source[entries.mask] == VISUAL).sum() == len(run.readable) * OPTIONS.neighbors
 
 
 def test_a_neighbour_without_its_picture_costs_a_match(geolocator: Geolocator, near: Floats, photos: Floats) -> None:
@@ -192,16 +199,36 @@ def test_a_neighbour_without_its_picture_costs_a_match(geolocator: Geolocator, n
     table = geolocator.index.rows.slice(0, K)
     table = table.set_column(table.column_names.index("image"), "image", pa.array(images))
     locator = Geolocator(geolocator.alignment, None, replace(geolocator.index, rows=table), TUNING)
-    found = locator.match(cut_all(photos[:1]), Neighbors(rows, near[:1, :, :2], np.ones((1, K), np.float32)))
+    tables = Tables(Photos.of(list(cut_all(photos[:1])), ["it"]))
+    tables.put("neighbours", Neighbors(rows, near[:1, :, :2], np.ones((1, K), np.float32)))
+    found = stages.match(locator, OPTIONS, tables)
     assert found.scores[0, 3] == 0 and (np.delete(found.scores[0], 3) > 0.5).sum() >= K - 2
     best = found.lat_lon[0, found.scores[0].argmax()]
     assert haversine_km(*best, *PLACES[0]) < 5
 
 
-def test_visual_verification_needs_matches(geolocator: Geolocator, pool: Pool, one_line: OneLine) -> None:
-    photo = np.zeros((len(pool.mask), 3, 32), np.float32)
-    nobody = Neighbors(
-        np.zeros((len(photo), 1), np.int64), np.zeros((len(photo), 1, 2)), np.zeros((len(photo), 1), "f")
-    )
-    with one_line("needs matches"):
-        geolocator.verify("visual", photo, nobody, pool)
+@pytest.mark.parametrize(
+    "options",
+    [
+        Options(verify=("visual",)),
+        Options(sources=("visual",), verify=()),
+        Options(sources=("gps",), verify=("visual",)),
+    ],
+)
+def test_where_pictures_count_the_road_has_matches(options: Options) -> None:
+    """Before the pool and the verdict that are made of them; and nowhere else."""
+    names = [stage.name for stage in road(options)]
+    readers = [stage for stage in road(options) if "matches" in stage.reads]
+    assert readers and all(names.index("matches") < names.index(stage.name) for stage in readers)
+    assert ("verdicts-visual" in names) == ("verdicts-visual" in [stage.name for stage in readers])
+    assert not any("matches" in (stage.name, *stage.reads) for stage in road(Options()))
+
+
+def test_visual_verdicts_are_the_support_of_the_matches(geolocator: Geolocator, pool: Pool) -> None:
+    rng, count = np.random.default_rng(2), len(pool.mask)
+    matches = Places(pool.lat_lon[:, :3], rng.uniform(0, 1, (count, 3)).astype(np.float32))
+    tables = Tables(Photos.of(["it"] * count, ["it"] * count))
+    tables.put("matches", matches)
+    verdict = load_verifier("visual").scores(geolocator, Options(), tables, pool)
+    np.testing.assert_array_equal(verdict.scores, support(pool, matches, geolocator.tuning.visual_km))
+    np.testing.assert_array_equal(verdict.mask, pool.mask)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,14 @@ from rag_geotoken.files import check_writable, read_json, write_json
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.metrics import abstention, bootstrap, calibration, summary
 from rag_geotoken.mllm.session import MllmSession
-from rag_geotoken.options import Options, parse_option
+from rag_geotoken.options import Options
 from rag_geotoken.pictures import load_pictures
 from rag_geotoken.posterior import heat_map
 from rag_geotoken.run.build_index import make_index
 from rag_geotoken.run.models import Models
 from rag_geotoken.run.road import ASKING, DECIDING
 from rag_geotoken.run.stages import chosen_pool
+from rag_geotoken.run.variants import Recipe, Variant, read_variants
 from rag_geotoken.run.walk import RunFolder, write_photos
 from rag_geotoken.tables import read_table, versions, write_table
 from rag_geotoken.types import RADII_KM, SOURCES, Answers, MllmVerdict, Tables
@@ -35,7 +35,6 @@ Log = Callable[[str], object]
 VERSION = 1  # of what metrics.json says
 MENDED_KM = 200  # a photo is mended where its answer comes within so many km, broken where it leaves them
 SHOWN = 8  # photos in the report
-OPTIONAL = {"gallery": str, "options": dict, "best": str, "about": str, "notes": list, "seed": int, "examples": str}
 
 
 @dataclass(frozen=True)
@@ -50,93 +49,6 @@ class Setup:
     mllm_model: str | None = None
     mllm_concurrent: int | None = None
     resume: bool = False
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One cell of the crossing: options of the road and of the decision, the splits it is run on (all for none)."""
-
-    name: str
-    options: Options
-    splits: tuple[str, ...] = ()
-
-    @property
-    def unverified(self) -> Options:
-        """The same without verification: what its gain is measured against."""
-        sources = tuple(name for name in self.options.sources if name not in ("visual", "mllm"))
-        plain = {name: getattr(Options, name) for name in (*ASKING[1:], "select")}
-        return replace(self.options, sources=sources, verify=(), **plain)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """An ablation: splits of photos by name, the variants, and what the report says."""
-
-    photos: dict[str, str]
-    variants: list[Variant]
-    gallery: str | None = None
-    best: str | None = None
-    about: str = ""
-    notes: tuple[str, ...] = ()
-    seed: int = 0
-    examples: str = "errors"
-
-
-def read_variants(recipe: Mapping[str, Any]) -> Recipe:
-    """A recipe as TOML gives it -> the same checked, its lists crossed. Raises GeoError for what does not fit."""
-    known = {"photos", "variants", *OPTIONAL}
-    if unknown := [name for name in recipe if name not in known]:
-        raise GeoError(f"a recipe has no {unknown[0]}: it has photos and variants, and may have {', '.join(OPTIONAL)}")
-    for name, kind in ({"photos": dict, "variants": list} | OPTIONAL).items():
-        if name in recipe and not isinstance(recipe[name], kind):
-            raise GeoError(f"the recipe's {name} is no {kind.__name__}")
-    if not recipe.get("photos") or not recipe.get("variants"):
-        raise GeoError("a recipe needs photos (a table of sources by name) and variants (a list of tables)")
-    if not all(isinstance(source, str) for source in recipe["photos"].values()):
-        raise GeoError("the recipe's photos are no table of sources by name")
-    if not all(isinstance(block, dict) for block in recipe["variants"]):
-        raise GeoError("the recipe's variants are no list of tables: write [[variants]]")
-    variants = [variant for block in recipe["variants"] for variant in _crossed(block, recipe.get("options", {}))]
-    for i, variant in enumerate(variants):
-        if variant.name in [other.name for other in variants[:i]]:
-            raise GeoError(f"two variants are called {variant.name}: name them apart")
-        if missing := [split for split in variant.splits if split not in recipe["photos"]]:
-            raise GeoError(f"the variant {variant.name} is for the photos {missing[0]}, which the recipe has not")
-    said = {name: recipe[name] for name in ("gallery", "best", "about", "seed", "examples") if name in recipe}
-    if "best" in said and said["best"] not in [variant.name for variant in variants]:
-        raise GeoError(f"best = {said['best']!r} is none of the variants")
-    return Recipe(dict(recipe["photos"]), variants, notes=tuple(recipe.get("notes", ())), **said)
-
-
-def _crossed(block: Mapping[str, Any], common: Mapping[str, Any]) -> Iterator[Variant]:
-    """Every combination of a block's values: lists of values, or tables of values by the names shown."""
-    names = {item.name for item in fields(Options)}
-    lists: list[list[tuple[str, str, Any]]] = []
-    for key, value in block.items():
-        if key in ("name", "photos"):
-            continue
-        if key not in names:
-            raise GeoError(f"a variant has no {key!r}: give options of locate, and name or photos")
-        named = value if isinstance(value, dict) else {_shown(key, one): one for one in _as_list(value)}
-        lists.append([(label, key, one) for label, one in named.items()])
-    for combination in product(*lists):
-        given = dict(common) | {key: one for _, key, one in combination}
-        label = block.get("name") or " ".join(label for label, *_ in combination)
-        try:
-            options = Options(**{key: parse_option(key, value) for key, value in given.items()})
-        except TypeError as error:
-            raise GeoError(f"the variant {label} does not fit: {error}") from None
-        yield Variant(label, options, tuple(block.get("photos", ())))
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def _shown(key: str, value: Any) -> str:
-    if isinstance(value, bool):
-        return key if value else f"no-{key}"
-    return str(value) if key in ("sources", "verify", "select", "mllm_mode", "propose") else f"{key}={value}"
 
 
 def ablate(recipe: Mapping[str, Any], out: Path, setup: Setup, log: Log) -> dict[str, Any]:
