@@ -26,7 +26,7 @@ def check_manifest(folder: Path) -> dict[str, Any]:
         files = {name: (manifest["bytes"][name], manifest["sha256"][name]) for name in names}
         known = {"encoder", "dim", "rows", "made_from", "factory"} <= manifest.keys()
         known = known and (PROJECTIONS not in names or (int(manifest["refine"]) > 0 and int(manifest["effort"]) >= 0))
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, AttributeError):
         known = False
     if not known:
         raise GeoError(f"{MANIFEST} in {folder} is not that of a {' or '.join(FORMATS)} index: build it again")

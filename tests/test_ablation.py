@@ -193,7 +193,8 @@ def drawn_tables(photos: int = 60, around: tuple[float, float] | None = None) ->
 
 
 def test_the_other_variants_are_the_strategies() -> None:
-    tables, tuning = drawn_tables(), replace(TUNING, gps_share=0.4, spread_km=60.0)
+    tables = drawn_tables()
+    tuning = replace(TUNING, gps_share=0.4, spread_km=60.0, visual_km=60.0, visual_spread_km=60.0)
     neighbors, candidates, places, matches = tables.neighbours, tables.candidates, tables.places, tables.matches
     extended = extend(make_pool(neighbors, candidates, TOKENIZER, tuning, places), matches, tuning)
     everything, pool = only(extended, *range(GPS + 1)), only(extended, *range(SAMPLE + 1))
@@ -343,14 +344,15 @@ def test_within_a_region_no_variant_leaves_it(
 def test_one_source_alone_stays_within_a_region(source: str) -> None:
     """These places are found anywhere, so the decision alone can keep to the region."""
     lat, lon, km = within = (10.0, 10.0, 60.0)
-    tables, models = drawn_tables(around=(lat, lon)), SimpleNamespace(tuning=TUNING, tokenizer=TOKENIZER)
+    tables, tuning = drawn_tables(around=(lat, lon)), replace(TUNING, gps_share=0.1)
+    models: Any = SimpleNamespace(tuning=tuning, tokenizer=TOKENIZER)
     options = Options(sources=(source,), verify=(), select="log-probability")
 
     def away(given: Options) -> Floats:
-        found = stages.decide(models, given, tables)  # type: ignore[arg-type]
+        found = stages.decide(models, given, tables)
         return haversine_km(found.lat_lon[:, 0], found.lat_lon[:, 1], lat, lon)
 
-    pool = stages.whole_pool(models, options, tables)  # type: ignore[arg-type]
+    pool = stages.whole_pool(models, options, tables)
     inside = ((haversine_km(pool.lat_lon[..., 0], pool.lat_lon[..., 1], lat, lon) <= km) & pool.mask).any(axis=1)
     assert inside.any() and (away(options)[inside] > km).any()
     assert (away(replace(options, within=within))[inside] <= km).all()

@@ -10,14 +10,13 @@ from rag_geotoken.cells import cell_centers, cell_ids, cell_level, parent_ids
 from rag_geotoken.geo import EARTH_RADIUS_KM, destination, haversine_km
 from rag_geotoken.posterior import (
     EARTH_KM2,
-    Posterior,
     area_km2,
     chance_within,
     descendants,
     effective_area_km2,
     heat_map,
 )
-from rag_geotoken.types import RADII_KM
+from rag_geotoken.types import RADII_KM, Posterior
 
 Floats = NDArray[np.float64]
 FACES = np.arange(6, dtype=np.uint64) << np.uint64(61) | np.uint64(1 << 60)

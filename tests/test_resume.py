@@ -243,7 +243,7 @@ ANEW: dict[str, tuple[Callable[[Geolocator], Geolocator], dict[str, Any], set[st
     "tokens": (lambda to: other(to, tokens=other_tokens()), {}, {"candidates", "posterior", *POOLED, *DECIDED}),
     "reward": (lambda to: other(to, reward=RewardHead(REWARD)), {}, {"verdicts-reward", *REWARDED}),
     "spread": (lambda to: other(to, tuning=replace(to.tuning, spread_km=99.0)), {}, DECIDED),
-    # Places have no weight in the tests' tuning: the pool is made again and stays the same, so nothing follows it.
+    # All places of a photo lie in one cell: the pool is made again and stays the same, so nothing follows it.
     "gps_places": (lambda to: to, {"gps_places": 3}, {"places", "pool", "predictions-gps"}),
     "openings": (lambda to: to, {"openings": 2}, {"posterior", *DECIDED}),
     # All but the embeddings and the places: what is found near a photo is another.

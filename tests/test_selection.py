@@ -283,4 +283,4 @@ def test_predictions_become_rows(pool: Pool) -> None:
     assert [row.confidence for row in rows[:PHOTOS]] == [tuple(sure) for sure in decided.confidence.tolist()]
     assert {row.error for row in rows[:PHOTOS]} == {None}
     last = rows[-1]
-    assert last.error == "broken" and last.lat is last.lon is last.source is last.confidence is None
+    assert last.error == "broken" and [last.lat, last.lon, last.source, last.confidence] == [None] * 4

@@ -195,10 +195,8 @@ def ablate(
     from rag_geotoken.run.ablate import Setup, ablate, table_text
 
     what = read_recipe(recipe or shipped("eval/verification.toml"))
-    if photos is not None:
-        what["photos"] = {"photos": photos}
     server = mllm_model, mllm_concurrent
-    setup = Setup(index, weights, backbone, matcher, mllm, *server, resume)
+    setup = Setup(photos, index, weights, backbone, matcher, mllm, *server, resume)
     typer.echo(table_text(ablate(what, out, setup, typer.echo)))
 
 

@@ -39,8 +39,12 @@ SHOWN = 8  # photos in the report
 
 @dataclass(frozen=True)
 class Setup:
-    """What a recipe runs with: an index instead of its gallery, weights, and a multimodal model for those that ask."""
+    """What a recipe runs with: photos or an index in the place of its own, weights, a multimodal model.
 
+    photos: a source, on which every variant is run.
+    """
+
+    photos: str | None = None
     index: Path | None = None
     weights: Path | None = None
     backbone: str | None = None
@@ -57,7 +61,7 @@ def ablate(recipe: Mapping[str, Any], out: Path, setup: Setup, log: Log) -> dict
     Run again, only what is missing is done. Raises GeoError for a recipe that does not fit or a model that does not
     answer, before any work.
     """
-    plan = read_variants(recipe)
+    plan = read_variants(recipe if setup.photos is None else _elsewhere(recipe, setup.photos))
     check_writable(out)
     asks = any(variant.options.asks_mllm for variant in plan.variants)
     session = None
@@ -85,6 +89,12 @@ def ablate(recipe: Mapping[str, Any], out: Path, setup: Setup, log: Log) -> dict
         return done
     results = [row for split, (run, made) in runs.items() for row in _rows(plan, split, run, made)]
     return _conclude(plan, out, runs, results, models, identity)
+
+
+def _elsewhere(recipe: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """A recipe with all of its variants run on one source."""
+    blocks = [{key: value for key, value in block.items() if key != "photos"} for block in recipe["variants"]]
+    return dict(recipe) | {"photos": {"photos": source}, "variants": blocks}
 
 
 def recipe_of(plan: Recipe) -> dict[str, Any]:
