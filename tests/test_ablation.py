@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import OPTIONS, SMALL, TUNING, VARIANTS, OneLine, write_test_photos
+from conftest import SMALL, TUNING, VARIANTS, OneLine, write_test_photos
 from numpy.typing import NDArray
+from PIL import Image
 from test_cli import call
 
 from rag_geotoken.cells import S2Tokenizer
@@ -419,13 +419,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no values": ({"variants": [{"samples": []}]}, "samples|variants"),
     "a number for a name": ({"variants": [{"name": 3}]}, "name"),
     "a name that is a path": ({"variants": [{"name": "../a"}]}, "name"),
+    "a shown value that is a path": ({"variants": [{"sources": {"../a": "neighbour"}}]}, "name"),
     "photos that are no list": ({"variants": [{"photos": "test"}]}, "photos"),
     "photos that are a number": ({"variants": [{"photos": 3}]}, "photos"),
-    "photos of no split": ({"variants": [{"photos": ["unseen"]}]}, "unseen, which the recipe has not"),
+    "photos of no split": ({"variants": [{"name": "a", "photos": ["unseen"]}]}, "unseen, which the recipe has not"),
     "a split that is a path": ({"photos": {"../test": TEN}}, r"\.\./test"),
     "a split in the index's place": ({"photos": {"index": TEN}}, "index"),
-    "a split without variants": ({"photos": {"test": TEN, "other": TEN}, "variants": [{"name": "a", "photos": ["test"]}]},
-                                 "other"),
+    "a split of no variant": ({"photos": {"test": TEN, "more": TEN}, "variants": [{"photos": ["test"], "seed": 1}]},
+                              "more"),
     "an unknown best": ({"best": "b"}, "best = 'b' is none of the variants"),
     "unknown examples": ({"examples": "nice"}, "examples"),
     "a seed below zero": ({"seed": -1}, "seed"),
@@ -447,7 +448,8 @@ def test_without_gallery_index_or_model_nothing_begins(weights: Path, tmp_path: 
     asking = recipe_of({"verify": ["none", "mllm"]})
     with one_line("asks a multimodal model: give --mllm"):
         ablate(asking, tmp_path / "asking", Setup(weights=weights), pytest.fail)
-    bare = {name: value for name, value in recipe_of({"name": "a"}).items() if name != "gallery"}
+    bare = recipe_of({"name": "a"})
+    del bare["gallery"]
     with one_line("names no gallery: give --index DIR"):
         ablate(bare, tmp_path / "bare", Setup(weights=weights), pytest.fail)
     assert not list(tmp_path.rglob("*.parquet"))
@@ -582,7 +584,7 @@ def test_rows_by_hand(ablated: tuple[Path, dict[str, Any]]) -> None:
         assert row["gap_closed"] == closed
     assert rows["test", "oracle-6"]["acc"]["2500"] >= rows["test", "alone"]["acc"]["2500"]
     # Photos with the answers of the variant that is best by the sum of its shares.
-    methods = {name: sum(row["acc"].values()) for (split, name), row in rows.items() if split == "test" and name != "oracle-6"}  # fmt: skip
+    methods = {name: sum(rows["test", name]["acc"].values()) for name in (*names, "alone")}
     assert methods[metrics["best"]] == max(methods.values())
     best = out / "test" / f"predictions-{metrics['best']}.parquet"
     assert (out / "predictions.parquet").read_bytes() == best.read_bytes()
@@ -590,7 +592,8 @@ def test_rows_by_hand(ablated: tuple[Path, dict[str, Any]]) -> None:
 
 def test_cost_is_the_time_of_the_verification_alone(ablated: tuple[Path, dict[str, Any]]) -> None:
     out, metrics = ablated
-    seconds = {path.stem: read_json(path)["seconds"] for path in (out / "test").glob("*.json") if path.stem not in ("photos", "left_out")}  # fmt: skip
+    verifying = ("matches", "verdicts-look", "verdicts-visual")
+    seconds = {name: read_json(out / "test" / f"{name}.json")["seconds"] for name in verifying}
     rows = {row["name"]: row for row in metrics["variants"] if row["split"] == "test"}
     visual = seconds["matches"] + seconds["verdicts-visual"]
     assert rows["all visual"]["cost"] == {"seconds": pytest.approx(visual / 40, abs=1e-4)}
@@ -602,7 +605,8 @@ def test_an_index_of_ones_own_is_used_and_left_as_it_is(
     index_folder: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = bytes_of(index_folder)
-    recipe = {n: v for n, v in recipe_of({"name": "near", "sources": "neighbour", "verify": "none"}).items() if n != "gallery"}  # fmt: skip
+    recipe = recipe_of({"name": "near", "sources": "neighbour", "verify": "none"})
+    del recipe["gallery"]
     ablate(recipe, tmp_path / "python", Setup(index=index_folder, weights=weights), print)
     mine = tmp_path / "mine.toml"
     mine.write_text(
@@ -639,24 +643,17 @@ def test_an_index_of_another_encoder_is_refused(
 
 def test_one_photo_and_one_that_is_no_picture(weights: Path, tmp_path: Path, index_folder: Path) -> None:
     """The smallest run of all has its figures, and an unreadable photo counts as wrong."""
-    run: Callable[..., dict[str, Any]] = lambda name, source: ablate(  # noqa: E731
-        recipe_of({"verify": ["none", "alignment"]}, photos={"test": source}),
-        tmp_path / name,
-        Setup(index=index_folder, weights=weights),
-        print,
-    )
-    assert all(row["n"] == 1 for row in run("one", "blue-marble:test,n=1")["variants"])
+    setup, blocks = Setup(index=index_folder, weights=weights), {"verify": ["none", "alignment"]}
+
+    def rows_of(source: str) -> list[dict[str, Any]]:
+        recipe = recipe_of(blocks, photos={"test": source})
+        rows: list[dict[str, Any]] = ablate(recipe, tmp_path / source[:4], setup, print)["variants"]
+        return rows
+
+    assert {row["n"] for row in rows_of("blue-marble:test,n=1")} == {1}
     folder = tmp_path / "pictures"
     folder.mkdir()
     (folder / "text.png").write_text("this is no picture")
-    from PIL import Image
-
     Image.new("RGB", (64, 64), "teal").save(folder / "good.png")
     (folder / "photos.csv").write_text("file,lat,lon\ntext.png,1,2\ngood.png,3,4\n")
-    rows = run("two", f"folder:{folder}")["variants"]
-    assert all(row["n"] == 2 and row["acc"]["2500"] <= 50 for row in rows)
-
-
-def test_options_of_the_tests_are_the_recipes(run_folder: Path) -> None:
-    """The shared run has the options that other tests compare it with."""
-    assert all(getattr(variant.options, name) == getattr(OPTIONS, name) for variant in VARIANTS for name in SMALL)
+    assert all(row["n"] == 2 and row["acc"]["2500"] <= 50 for row in rows_of(f"folder:{folder}"))

@@ -333,14 +333,14 @@ def test_gains_stand_in_a_table_of_their_own(tmp_path: Path) -> None:
     assert "What verification gains" not in _page(tmp_path)
     figures = _metrics()
     row = next(row for row in figures["variants"] if row["name"] == "pool+alignment")
-    row |= {"gain": dict.fromkeys(row["acc"], 2.5), "gain_ci95": dict.fromkeys(row["acc"], [1.5, 3.5])}
+    row |= {"gain": dict.fromkeys(row["acc"], 2.5), "gain_ci95": {radius: [1.5, 3.5] for radius in row["acc"]}}
     row |= {"gap_closed": 0.25, "mended": 12, "broken": 3, "cost": {"seconds": 0.0123}}
     page = _page(tmp_path, metrics=figures)
     assert not _Tags(page).open
     section = page.split("What verification gains")[1].split("</section>")[0]
     table = section.split("<tbody>")[1].split("</tbody>")[0]
     assert table.count("<tr>") == 1 and "pool+alignment" in table
-    assert all(f'<span class="n">{shown}</span>' in table for shown in ("12", "3", "12.3", "–"))
+    assert all(f'<span class="n">{shown}</span>' in table for shown in ("12", "3", "12.3", "\N{EN DASH}"))
     assert "2.5" in table and "1.5" in table and "3.5" in table and "25" in table
 
 
