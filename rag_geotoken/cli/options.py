@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -61,6 +62,14 @@ def _parameter(item: Any) -> inspect.Parameter:
     if isinstance(value, tuple):
         kind, value = str, ",".join(value) or "none"
     numbers = {"min": limits["low"], "max": limits["high"]} if kind in (int, float, float | None) else {}
+    if kind in (float, float | None):
+        numbers["callback"] = _finite
     names = [f"{flag}/--no-{flag[2:]}"] if value is True else [flag]
     annotation = Annotated[kind, typer.Option(*names, help=help_, show_default=value is not None, **numbers)]
     return inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=annotation)
+
+
+def _finite(value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter("give a finite number")
+    return value

@@ -56,6 +56,8 @@ def _shares(neighbors: bool, candidates: bool, places: bool, tuning: Tuning) -> 
     """The weight of each kind that is there; the shares of those that are not go to the others in proportion."""
     given = tuning.neighbor_share, 1.0 - tuning.neighbor_share - tuning.gps_share, tuning.gps_share
     there = [share * here for share, here in zip(given, (neighbors, candidates, places), strict=True)]
+    if not sum(there):  # the only kind that is there has no share: it gets all
+        there = [float(here) for here in (neighbors, candidates, places)]
     if not sum(there):
         raise ValueError("a pool needs neighbours, candidates or places")
     first, second, third = (share / sum(there) for share in there)

@@ -214,7 +214,7 @@ def _cost(run: RunFolder, options: Options, files: dict[str, str]) -> dict[str, 
     """What a variant's verification takes a photo: seconds, and of a multimodal model requests and tokens."""
     count, cost = len(run.photos), dict[str, float]()
     tables = [file for stage, file in files.items() if stage.split("-")[0] == "verdicts" and _needs(stage, options)]
-    tables += [files["matches"]] * options.visual
+    tables += [files["matches"]] if options.visual else []
     for stage, file in files.items():
         if stage.startswith("verdicts-mllm"):
             found: MllmVerdict = run.result(file, MllmVerdict)

@@ -85,8 +85,8 @@ def road(options: Options) -> list[Stage]:
               ("mllm", "index"), ("search_weights",)),
         Stage("pool", do.pool, Pool, ("neighbours", *added), ("within",), (), SHARES),
         *verdicts,
-        Stage("predictions", do.decide, Answers, tuple(dict.fromkeys(decided)), DECIDING, ("encoder",), ("*",),
-              own=True, whole=True),
+        Stage("predictions", do.decide, Answers, tuple(dict.fromkeys(decided)), (*DECIDING, "within"), ("encoder",),
+              ("*",), own=True, whole=True),
     ]  # fmt: skip
     return [stage for stage in every if stage.name in {*NEAR, *added, *decided, "predictions"}]
 
@@ -102,7 +102,7 @@ def _verdict(name: str, places: str, options: Options) -> Stage:
             f"verdicts-{name}-{mode}", work, by.kind, reads, ASKING, by.models, by.tuning, by.version, own=True
         )
     one = places != "pool"
-    depends, tuning = (("sources",), ("*",)) if one else ((), by.tuning)
+    depends, tuning = (("sources", "within"), ("*",)) if one else ((), by.tuning)
     return Stage(
         f"verdicts-{name}", work, by.kind, (*by.reads, places), depends, by.models, tuning, by.version, own=one
     )

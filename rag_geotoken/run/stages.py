@@ -179,6 +179,11 @@ def whole_pool(models: Models, options: Options, tables: Tables) -> Pool:
     """The places that verifiers score: the pool, or those of the one source that is asked for, each its own entry."""
     if len(options.sources) != 1:
         return tables.pool
+    alone = _source_alone(models, options, tables)
+    return keep_within(alone, options.within) if options.within else alone
+
+
+def _source_alone(models: Models, options: Options, tables: Tables) -> Pool:
     tuning, source = models.tuning, options.sources[0]
     if source == "neighbour":
         return neighbor_pool(tables.neighbours, tuning.density_scale)

@@ -59,11 +59,25 @@ def read_variants(recipe: Mapping[str, Any]) -> Recipe:
     if not all(isinstance(block, dict) for block in recipe["variants"]):
         raise GeoError("the recipe's variants are no list of tables: write [[variants]]")
     variants = [variant for block in recipe["variants"] for variant in _crossed(block, recipe.get("options", {}))]
+    if not variants:
+        raise GeoError("the recipe's variants have no values: give every option at least one")
+    for split in recipe["photos"]:
+        if not is_name(split) or split == "index":
+            raise GeoError(f"photos cannot be called {split!r}: it is a folder's name, and index is taken")
+    if recipe.get("examples", "errors") not in ("errors", "mended"):
+        raise GeoError("the recipe's examples are errors or mended")
+    if recipe.get("seed", 0) < 0:
+        raise GeoError("the recipe's seed is below zero")
+    if not all(isinstance(note, str) for note in recipe.get("notes", ())):
+        raise GeoError("the recipe's notes are no list of texts")
     for i, variant in enumerate(variants):
         if variant.name in [other.name for other in variants[:i]]:
             raise GeoError(f"two variants are called {variant.name}: name them apart")
         if missing := [split for split in variant.splits if split not in recipe["photos"]]:
             raise GeoError(f"the variant {variant.name} is for the photos {missing[0]}, which the recipe has not")
+    for split in recipe["photos"]:
+        if not any(not variant.splits or split in variant.splits for variant in variants):
+            raise GeoError(f"no variant is for the photos {split}")
     said = {name: recipe[name] for name in ("gallery", "best", "about", "seed", "examples") if name in recipe}
     if "best" in said and said["best"] not in [variant.name for variant in variants]:
         raise GeoError(f"best = {said['best']!r} is none of the variants")
@@ -74,6 +88,9 @@ def _crossed(block: Mapping[str, Any], common: Mapping[str, Any]) -> Iterator[Va
     """Every combination of a block's values: lists of values, or tables of values by the names shown."""
     names = {item.name for item in fields(Options)}
     lists: list[list[tuple[str, str, Any]]] = []
+    splits = block.get("photos", [])
+    if not isinstance(splits, list) or not all(isinstance(split, str) for split in splits):
+        raise GeoError(f"a variant's photos {splits!r} are no list of names")
     for key, value in block.items():
         if key in ("name", "photos"):
             continue
@@ -84,11 +101,18 @@ def _crossed(block: Mapping[str, Any], common: Mapping[str, Any]) -> Iterator[Va
     for combination in product(*lists):
         given = dict(common) | {key: one for _, key, one in combination}
         label = block.get("name") or " ".join(label for label, *_ in combination)
+        if not isinstance(label, str) or not is_name(label):
+            raise GeoError(f"a variant's name {label!r} is none: it is a part of files' names")
         try:
             options = Options(**{key: parse_option(key, value) for key, value in given.items()})
         except TypeError as error:
             raise GeoError(f"the variant {label} does not fit: {error}") from None
         yield Variant(label, options, tuple(block.get("photos", ())))
+
+
+def is_name(text: str) -> bool:
+    """Whether a text may be a part of a file's name, in its own folder."""
+    return bool(text) and "/" not in text and not text.startswith(".")
 
 
 def _as_list(value: Any) -> list[Any]:
