@@ -13,11 +13,12 @@ VLLM_STAMP := $(VLLM)/.installed
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 
-.PHONY: help demo test test-vllm lint weights clean .venv-vllm
+.PHONY: help demo test test-all test-vllm lint weights clean .venv-vllm
 
 help:
 	@echo "make demo       run the main job on the embedded Earth imagery, into runs/demo (a few minutes)"
-	@echo "make test       style, types and tests"
+	@echo "make test       style, types and tests (8 minutes at most on 2 quiet cores)"
+	@echo "make test-all   what trains or serves for long, a real vLLM server among it"
 	@echo "make test-vllm  requests to a real vLLM server on the CPU (2.5 GB, a few minutes)"
 	@echo "make lint       style and types only"
 	@echo "make weights    train the embedded models again, into runs/weights (about two hours on 2 cores)"
@@ -41,7 +42,10 @@ demo: $(STAMP) $(if $(filter vllm,$(MLLM)),$(VLLM_STAMP))
 	$(BIN)/rag-geotoken demo --out runs/demo $(if $(filter vllm,$(MLLM)),--vllm-python $(VLLM)/bin/python)
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: test-vllm
+	$(BIN)/python -m pytest -m slow
 
 # torchaudio, torchcodec and triton break torch's CPU build, or weigh a gigabyte, and the server needs none of them.
 $(VLLM_STAMP): export PIP_CONSTRAINT := $(CURDIR)/constraints-vllm.txt

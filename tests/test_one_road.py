@@ -131,7 +131,10 @@ def same_answers(one: list[Prediction], other: list[Prediction]) -> None:
             assert a.area_km2 == pytest.approx(b.area_km2, rel=1e-3)
 
 
-@pytest.mark.parametrize("mode", MODES)
+LONG = [pytest.param(mode, marks=pytest.mark.slow) for mode in MODES if mode != "pool"]
+
+
+@pytest.mark.parametrize("mode", ["pool", *LONG])
 def test_memory_and_folders_and_batches_agree_with_every_verifier(
     mode: str, asking: Geolocator, pictures: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

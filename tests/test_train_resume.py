@@ -168,6 +168,7 @@ def _pictures(folder: Path, lat: float) -> None:
     (folder / "photos.csv").write_text(f"file,lat,lon\n0.png,{lat},20\n1.png,30,40\n")
 
 
+@pytest.mark.slow
 def test_killed_processes_end_in_the_same_bytes(tmp_path: Path) -> None:
     recipe = toml(SETTINGS | {"epochs": 25}, tmp_path / "recipe.toml")  # 150 steps, a check every 15
     killed, through = (save_alignment(tmp_path / name / "w") for name in ("killed", "through"))
@@ -195,6 +196,7 @@ def float32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(tmp_path: Path, float32: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DROPOUT", "0")  # each process drops its own
     settings = SETTINGS | {"source": "blue-marble:train,n=80,seed=1", "epochs": 2, "batch": 40}  # four steps

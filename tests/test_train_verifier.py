@@ -100,6 +100,7 @@ def train(examples: Examples, alignment: GeoAlignment) -> Callable[..., Path]:
     return call
 
 
+@pytest.mark.slow
 def test_a_stopped_training_ends_in_the_same_bytes(
     train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,6 +123,7 @@ def test_a_stopped_training_ends_in_the_same_bytes(
     TransformersClient(whole)
 
 
+@pytest.mark.slow
 def test_training_learns(train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verifier, "CHECKS", 4)
     said: list[str] = []
