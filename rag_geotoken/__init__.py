@@ -7,11 +7,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rag_geotoken.alignment import GeoAlignment as GeoAlignment
     from rag_geotoken.cells import S2Tokenizer as S2Tokenizer
     from rag_geotoken.errors import GeoError as GeoError
+    from rag_geotoken.geo import haversine_km as haversine_km
     from rag_geotoken.index import GeoIndex as GeoIndex
+    from rag_geotoken.location import LocationEncoder as LocationEncoder
     from rag_geotoken.options import Options as Options
     from rag_geotoken.pipeline import Geolocator as Geolocator
+    from rag_geotoken.token_model import TokenModel as TokenModel
     from rag_geotoken.types import Prediction as Prediction
 
 # Idle OpenMP threads give their core away soon: beside a busy process, spinning ones make everything several times as
@@ -20,12 +24,16 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 _PUBLIC = {
+    "GeoAlignment": "alignment",
     "GeoError": "errors",
     "GeoIndex": "index",
     "Geolocator": "pipeline",
+    "LocationEncoder": "location",
     "Options": "options",
     "Prediction": "types",
     "S2Tokenizer": "cells",
+    "TokenModel": "token_model",
+    "haversine_km": "geo",
 }
 __all__ = sorted(_PUBLIC)
 
@@ -35,3 +43,7 @@ def __getattr__(name: str) -> object:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'rag_geotoken' has no attribute {name!r}")
     return getattr(import_module(f"rag_geotoken.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -23,7 +23,7 @@ POOL = ["decision/pool.py", "cells.py", "run/stages.py:whole_pool", "run/stages.
 SHOWN = ["mllm/pictures.py", "mllm/prompts.py", "verifiers/questions.py", "mllm/parse.py", "verifiers/mllm.py"]
 # Stage -> the code that its results follow from: a file, or FILE:FUNCTION.
 SOURCES = {
-    "embeddings": ["run/stages.py:embed", "run/stages.py:digests", "alignment.py", "pictures.py", "dense.py",
+    "embeddings": ["run/stages.py:embed_pictures", "run/stages.py:digests", "alignment.py", "pictures.py", "dense.py",
                    "encoders/earth.py", "encoders/clip.py", "encoders/open_clip.py"],
     "neighbours": ["run/stages.py:search", "index.py", "exact.py", "exclusion.py", "approximate.py"],
     "candidates": ["run/stages.py:propose", "decoding.py", "prefix_tree.py", "lattice.py", *MEMORY],

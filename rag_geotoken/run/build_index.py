@@ -14,8 +14,11 @@ from rag_geotoken.files import check_writable, read_json
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.index_files import MANIFEST
 from rag_geotoken.indexing import Plan, build_approximate, build_index
+from rag_geotoken.options import Options
 from rag_geotoken.run.resumable import run_stage, stage
+from rag_geotoken.run.road import road
 from rag_geotoken.run.stages import digests as digests_of
+from rag_geotoken.run.stages import embed_pictures
 from rag_geotoken.run.walk import write_photos
 from rag_geotoken.sources.photos import SCHEMA
 from rag_geotoken.tables import fixed_list, read_table
@@ -50,12 +53,10 @@ def _embeddings(folder: Path, alignment: GeoAlignment) -> Path:
     photos = Photos.from_table(read_table(folder / "photos.parquet"))
 
     def work(at: slice) -> pa.Table:
-        pixels, errors = alignment.load(photos.images[at])
-        vectors = alignment.embed(pixels)
-        vectors[[error is not None for error in errors]] = 0.0
-        return Embeddings(vectors, digests_of(pixels), errors).to_table(photos.ids[at])
+        return embed_pictures(alignment, photos.images[at]).to_table(photos.ids[at])
 
-    return run_stage(folder, "embeddings", {"encoder": alignment.identity}, ["photos"], photos.ids, work)
+    recipe = {"encoder": alignment.identity, "version": road(Options())[0].version}
+    return run_stage(folder, "embeddings", recipe, ["photos"], photos.ids, work)
 
 
 def project(folder: Path, alignment: GeoAlignment) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from hashlib import blake2b
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from rag_geotoken import decoding
+from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.decision import strategies
 from rag_geotoken.decision.pool import (
     extend,
@@ -26,7 +28,7 @@ from rag_geotoken.frontier import frontier
 from rag_geotoken.index import COPIES
 from rag_geotoken.lattice import Lattice
 from rag_geotoken.options import Options
-from rag_geotoken.pictures import load_pictures
+from rag_geotoken.pictures import Picture, load_pictures
 from rag_geotoken.posterior import effective_area_km2
 from rag_geotoken.run.models import Models
 from rag_geotoken.types import (
@@ -64,8 +66,13 @@ TABLE_OF = {
 
 def embed(models: Models, options: Options, tables: Tables) -> Embeddings:
     """Pictures -> embeddings, zeros where a picture cannot be read."""
-    pixels, errors = models.alignment.load(tables.photos.images)
-    vectors = models.alignment.embed(pixels)
+    return embed_pictures(models.alignment, tables.photos.images)
+
+
+def embed_pictures(alignment: GeoAlignment, images: Sequence[Picture]) -> Embeddings:
+    """The same, without an index: an index is made of these."""
+    pixels, errors = alignment.load(images)
+    vectors = alignment.embed(pixels)
     vectors[[error is not None for error in errors]] = 0.0
     return Embeddings(vectors, digests(pixels), errors)
 
