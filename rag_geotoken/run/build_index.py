@@ -56,7 +56,7 @@ def _embeddings(folder: Path, alignment: GeoAlignment) -> Path:
         return embed_pictures(alignment, photos.images[at]).to_table(photos.ids[at])
 
     recipe = {"encoder": alignment.identity, "version": road(Options())[0].version}
-    return run_stage(folder, "embeddings", recipe, ["photos"], photos.ids, work)
+    return run_stage(folder, "embeddings", recipe, ["photos"], photos.ids, work, many=True)
 
 
 def project(folder: Path, alignment: GeoAlignment) -> Path:
@@ -74,7 +74,7 @@ def project(folder: Path, alignment: GeoAlignment) -> Path:
         return pa.table({"id": pa.array(photos.ids[at], pa.string()), "projection": fixed_list(vectors)} | told)
 
     recipe = {"encoder": alignment.encoder_identity}
-    return run_stage(folder, "projections", recipe, ["photos"], photos.ids, work)
+    return run_stage(folder, "projections", recipe, ["photos"], photos.ids, work, many=True)
 
 
 def _thumbnails(folder: Path, size: int) -> Path:
@@ -85,7 +85,7 @@ def _thumbnails(folder: Path, size: int) -> Path:
         made = make_thumbnails(photos.images[at], size)
         return pa.table({"id": pa.array(photos.ids[at], pa.string()), "picture": pa.array(made, pa.binary())})
 
-    return run_stage(folder, "thumbnails", {"size": size, "quality": QUALITY}, ["photos"], photos.ids, work)
+    return run_stage(folder, "thumbnails", {"size": size, "quality": QUALITY}, ["photos"], photos.ids, work, many=True)
 
 
 def gallery_tables(folder: Path, index: GeoIndex) -> None:
@@ -98,7 +98,7 @@ def gallery_tables(folder: Path, index: GeoIndex) -> None:
         vectors, names = index.vectors(np.arange(at.start, at.stop)), digests[at]
         return Embeddings(vectors, names, [None] * len(names)).to_table(ids[at])
 
-    run_stage(folder, "embeddings", {"gallery": index.identity}, ["photos"], ids, work)
+    run_stage(folder, "embeddings", {"gallery": index.identity}, ["photos"], ids, work, many=True)
 
 
 def index_for_training(folder: Path, source: str, alignment: GeoAlignment) -> Path:

@@ -31,10 +31,14 @@ def run_stage(
     inputs: Sequence[str],
     ids: Sequence[str],
     work: Callable[[slice], pa.Table],
+    many: bool = False,
 ) -> Path:
-    """A stage of a run: ``inputs`` are tables of its folder, ``ids`` the photos in order; see :func:`stage`."""
+    """A stage of a run: ``inputs`` are tables of its folder, ``ids`` the photos in order; see :func:`stage`.
+
+    many: whether its work takes little memory a photo, so that large runs have large blocks.
+    """
     files = [folder / f"{file}.parquet" for file in inputs]
-    block = LARGE_BLOCK if len(ids) > MANY else BLOCK
+    block = LARGE_BLOCK if many and len(ids) > MANY else BLOCK
     with progress_bar(len(ids), f"{folder.name}: {name}") as advance:
         return stage(folder, name, recipe, files, ids, work, block=block, progress=advance)
 

@@ -173,9 +173,8 @@ class RunFolder:
         before = manifest.stat().st_mtime_ns if manifest.is_file() else None
         ids = self.photos.ids if step.whole else [self.photos.ids[i] for i in self.readable.tolist()]
         recipe = step.settings(self.models, options)
-        run_stage(
-            self.folder, file, recipe, list(reads.values()), ids, lambda at: self._block(step, options, reads, at)
-        )
+        inputs, many = list(reads.values()), step.name == "embeddings"
+        run_stage(self.folder, file, recipe, inputs, ids, lambda at: self._block(step, options, reads, at), many)
         self.seconds[file] = read_json(manifest)["seconds"]
         if manifest.stat().st_mtime_ns == before:
             self.reused.append(file)
@@ -215,7 +214,7 @@ class RunFolder:
         tables = Tables(self.photos[self.readable[at]])
         for step in steps:
             result = self.result(files[step.name], step.kind)
-            tables.put(step.name, (result[self.readable] if step.whole else result)[at])
+            tables.put(step.name, result[self.readable[at]] if step.whole else result[at])
         return tables
 
     def _forget_failures(self, file: str) -> None:
