@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from rag_geotoken.options import Options
 from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.reward import RewardConfig, RewardHead
+from rag_geotoken.run.road import road
 from rag_geotoken.run.walk import answered, embedded
 from rag_geotoken.sources.blue_marble import cut, draw_views
 from rag_geotoken.types import RADII_KM, Photos, Tables
@@ -190,7 +191,8 @@ def test_a_reward_head_of_another_width_is_refused(
 
 def test_scores_are_known_by_the_weights_they_follow_from(geolocator: Geolocator, weights: Path) -> None:
     def identity(name: str, models: Geolocator) -> dict[str, object]:
-        return load_verifier(name).identity(models, OPTIONS)
+        [stage] = [each for each in road(Options(verify=(name,))) if each.name == f"verdicts-{name}"]
+        return stage.settings(models, OPTIONS)
 
     assert geolocator.reward is not None
     assert geolocator.alignment.identity in identity("alignment", geolocator).values()
