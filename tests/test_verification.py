@@ -276,7 +276,7 @@ def test_the_crossing(weights: Path, llava: Path, tmp_path: Path) -> None:
         ({"variants": [{"verify": 3}]}, "does not fit"),
         ({"variants": []}, "variants"),
         ({"variants": ["none"]}, "variants"),
-        ({"variants": [{"photos": ["test", "unseen"]}]}, "is for the photos unseen"),
+        ({"variants": [{"verify": "none", "photos": ["test", "unseen"]}]}, "is for the photos unseen"),
         ({"photos": 3}, "photos is no dict"),
         ({"photos": {}}, "needs photos"),
         ({"photos": {"test": 3}}, "photos"),
