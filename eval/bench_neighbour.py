@@ -121,7 +121,8 @@ def main() -> int:
         for rows in tasks.values()
     )
     if arguments.json:
-        record = {"command": "python eval/bench_neighbour.py --index runs/demo/index", "rounds": arguments.rounds}
+        command = f"python eval/bench_neighbour.py --index runs/demo/index --rounds {arguments.rounds}"
+        record: dict[str, Any] = {"command": command, "rounds": arguments.rounds, "repeats": REPEATS, "photos": PHOTOS}
         record |= {"policies": POLICIES, "seed": 0, "threads": os.cpu_count(), "met": met, "tasks": tasks}
         write_json(arguments.json, record | {"versions": versions()})
     return 0 if met else 1

@@ -9,11 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rag_geotoken.errors import GeoError
-from rag_geotoken.files import check_writable
 from rag_geotoken.gallery import Found
 from rag_geotoken.geoclip import GeoCLIP
 from rag_geotoken.progress import progress_bar
-from rag_geotoken.run.export import check_format, write_predictions
+from rag_geotoken.run.export import check_output, write_predictions
 from rag_geotoken.run.locate import read_photos
 from rag_geotoken.run.resumable import stage
 from rag_geotoken.tables import fixed_list, read_table, to_numpy, write_table
@@ -33,8 +32,7 @@ def locate_by_gallery(
 
     Raises GeoError when nothing can be located, a file cannot be written, or weights and backbone do not fit.
     """
-    check_format(out)
-    check_writable(out.parent)
+    check_output(out)
     table = read_photos(photos, limit)
     geoclip = GeoCLIP.from_pretrained(weights, backbone)
     write_table(run / "photos.parquet", table)

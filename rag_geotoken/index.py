@@ -95,6 +95,7 @@ class GeoIndex:
         weights: tuple[float, ...],
         digests: list[str] | None = None,
         keep: Mask | None = None,
+        *,
         dissimilar: bool = False,
         exact: bool = False,
         authors: list[str | None] | None = None,
@@ -128,7 +129,9 @@ class GeoIndex:
             assert authors is not None
             others = self.mask(not_author=authors[i])
             others = others if keep is None else keep & others if others is not None else keep
-            again = self.search(queries[i : i + 1], k, weights, digests and [digests[i]], others, dissimilar, exact)
+            again = self.search(
+                queries[i : i + 1], k, weights, digests and [digests[i]], others, dissimilar=dissimilar, exact=exact
+            )
             found.rows[i], found.lat_lon[i], found.scores[i] = again.rows[0], again.lat_lon[0], again.scores[0]
         return found
 
@@ -241,16 +244,18 @@ class GeoIndex:
         if (index.d, index.ntotal, len(rows), index.metric_type) != (dim if kept else 3 * dim, count, count, 0):
             raise wrong
         small = Thumbnails.load(folder, count) if manifest.get("thumbnails") else None
-        halves: dict[str, NDArray[np.float16] | None] = {PROJECTIONS: None, CELLS: None}
-        for name, length in ((PROJECTIONS, count * kept), (CELLS, manifest.get("cells", 0))):
-            if length:
-                try:
-                    halves[name] = np.load(folder / name, mmap_mode="r", allow_pickle=False)
-                except (OSError, ValueError):
-                    raise wrong from None
-                if (halves[name].shape, halves[name].dtype) != ((length, dim), np.float16):  # type: ignore[union-attr]
-                    raise wrong
-        return cls(index, rows, manifest, halves[PROJECTIONS], heads if kept else None, small, halves[CELLS])
+
+        def halves(name: str, length: int) -> NDArray[np.float16] | None:
+            try:
+                array = np.load(folder / name, mmap_mode="r", allow_pickle=False) if length else None
+            except (OSError, ValueError):
+                raise wrong from None
+            if array is not None and (array.shape, array.dtype) != ((length, dim), np.float16):
+                raise wrong
+            return array
+
+        projections, cells = halves(PROJECTIONS, count * kept), halves(CELLS, manifest.get("cells", 0))
+        return cls(index, rows, manifest, projections, heads if kept else None, small, cells)
 
 
 def unit(projections: NDArray[np.float16]) -> Vectors:

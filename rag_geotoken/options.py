@@ -23,10 +23,20 @@ CHOICES = {
 
 
 def option(
-    default: Any, help: str, low: float | None = None, high: float | None = None, flag: str | None = None
+    default: Any,
+    help: str,
+    low: float | None = None,
+    high: float | None = None,
+    *,
+    flag: str | None = None,
+    kind: type | None = None,
 ) -> Any:
-    """A field of :class:`Options`: its help, its limits, and its flag where that is not its name."""
-    return field(default=default, metadata={"help": help, "low": low, "high": high, "flag": flag})
+    """A field of :class:`Options`: its help, its limits, its flag where that is not its name.
+
+    kind: what a value is on the command line, that of the default unless given; names are a text there.
+    """
+    kind = kind or (str if isinstance(default, tuple) else type(default))
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "flag": flag, "kind": kind})
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,9 @@ class Options:
     neighbors: int = option(20, "Gallery photos retrieved a photo.", 1, 1000)
     exact: bool = option(False, "Compare all gallery photos, whatever the index.")
     other_authors: bool = option(False, "No neighbour by the photo's own author, where a source names it.")
-    within: tuple[float, float, float] | None = option(None, "LAT,LON,KM: only places within so many km of there.")
+    within: tuple[float, float, float] | None = option(
+        None, "LAT,LON,KM: only places within so many km of there.", kind=str
+    )
     gps_places: int = option(32, "Places found by GPS embedding a photo.", 0, 1000)
     propose: tuple[str, ...] = option(PROPOSERS, "How cells are generated: some of {}, or none.")
     beam_width: int = option(10, "Cells kept by the beam search.", 1, 1000)
@@ -59,7 +71,7 @@ class Options:
     picture_size: int = option(512, "Longer side of the pictures that it is shown, in pixels.", 16, 4096)
     area: bool = option(False, "State over what area the token model's belief is spread.")
     max_area_km2: float | None = option(
-        None, "Abstain where the posterior is spread over more km2.", 0.0, flag="--max-area"
+        None, "Abstain where the posterior is spread over more km2.", 0.0, flag="--max-area", kind=float
     )
     least_confidence: float = option(
         0.0, "Abstain where the chance to be within 200 km is lower.", 0.0, 1.0, flag="--abstain-below"
@@ -74,10 +86,12 @@ class Options:
                     raise GeoError(f"{name.replace('_', '-')} {given!r} is not known: choose of {', '.join(choices)}")
         for item in fields(self):
             value, low, high = getattr(self, item.name), item.metadata["low"], item.metadata["high"]
-            kind = float if item.name == "max_area_km2" and value is not None else type(item.default)
+            kind = item.metadata["kind"]
+            if value is None and item.default is None:
+                continue
             if kind in (bool, int, float) and type(value) not in ((int, float) if kind is float else (kind,)):
                 raise GeoError(f"{item.name.replace('_', '-')} {value!r} does not fit: give {kind.__name__}")
-            if value is None or low is None:
+            if low is None:
                 continue
             if not math.isfinite(value) or value < low or (high is not None and value > high):
                 most = "" if high is None else f" and at most {high:g}"

@@ -123,10 +123,10 @@ def pad_lists(lists: pa.ChunkedArray) -> tuple[NDArray[np.float64], NDArray[np.b
     import pyarrow.compute as pc
 
     lengths = pc.list_value_length(lists).to_numpy()
-    there = np.arange(max(1, lengths.max(initial=0))) < lengths[:, None]
-    values = np.full(there.shape, np.nan)
-    values[there] = pc.list_flatten(lists).to_numpy()
-    return values, there
+    mask = np.arange(max(1, lengths.max(initial=0))) < lengths[:, None]
+    values = np.full(mask.shape, np.nan)
+    values[mask] = pc.list_flatten(lists).to_numpy()
+    return values, mask
 
 
 def versions(*more: str) -> dict[str, str]:

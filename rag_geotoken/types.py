@@ -310,11 +310,11 @@ class MllmVerdict(Verdict):
         import pyarrow as pa
 
         table, doubles = super().to_table(ids), pa.list_(pa.float64())
-        there = [np.isfinite(places[:, 0]) for places in self.lat_lon]
+        named = [np.isfinite(places[:, 0]) for places in self.lat_lon]
         columns = {"lat": self.lat_lon[..., 0], "lon": self.lat_lon[..., 1], "confidence": self.confidence}
         table = table.set_column(1, "status", pa.array(self.status, pa.string()))
         for name, values in columns.items():
-            lists = [row[known] for row, known in zip(values, there, strict=True)]
+            lists = [row[known] for row, known in zip(values, named, strict=True)]
             table = table.append_column(name, pa.array(lists, doubles))
         table = table.append_column("raw", pa.array(self.raw, pa.list_(pa.string())))
         for name in self.COSTS:
@@ -327,8 +327,9 @@ class MllmVerdict(Verdict):
         scores, lat, lon, confidence = (pad_lists(table[name]) for name in ("scores", "lat", "lon", "confidence"))
         costs = (table[name].to_numpy() for name in cls.COSTS)
         places = np.stack([lat[0], lon[0]], axis=-1)
-        told = table["status"].to_pylist(), places, confidence[0], table["raw"].to_pylist()
-        return cls(np.nan_to_num(scores[0]).astype(np.float32), scores[1], *told, *costs)
+        status, raw = table["status"].to_pylist(), table["raw"].to_pylist()
+        values = np.nan_to_num(scores[0]).astype(np.float32)
+        return cls(values, scores[1], status, places, confidence[0], raw, *costs)
 
 
 @dataclass(frozen=True)
@@ -358,7 +359,7 @@ class Answers(Predictions):
     ids: list[str]
     true_lat_lon: Floats
 
-    def to_table(self, ids: Sequence[str] = ()) -> pa.Table:
+    def to_table(self) -> pa.Table:
         """Columns id, true_lat, true_lon, lat, lon, source, confidence_1 (to 2500), area_km2, verified, error.
 
         Null where a number is not known or there is no answer.

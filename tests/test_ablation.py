@@ -20,12 +20,13 @@ from rag_geotoken.cells import S2Tokenizer
 from rag_geotoken.decision import strategies
 from rag_geotoken.decision.pool import extend, make_pool, moved_pool, neighbor_pool, only, posterior_pool
 from rag_geotoken.decision.strategies import Given
-from rag_geotoken.files import read_json
+from rag_geotoken.files import read_json, write_json
 from rag_geotoken.geo import haversine_km, pairwise_km
+from rag_geotoken.index import GeoIndex
 from rag_geotoken.options import Options
 from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.posterior import effective_area_km2
-from rag_geotoken.run import stages, walk
+from rag_geotoken.run import resumable, stages, walk
 from rag_geotoken.run.ablate import Made, Setup, ablate, oracle, walk_variants
 from rag_geotoken.run.road import road
 from rag_geotoken.run.variants import Variant, read_variants
@@ -523,6 +524,35 @@ def test_run_again_nothing_changes(
         timeless = {name: value for name, value in row.items() if name != "cost"}
         assert timeless == {name: value for name, value in other.items() if name != "cost"}
     assert (tmp_path / "predictions.parquet").read_bytes() == before["predictions.parquet"]
+
+
+def test_tables_of_a_version_that_noted_no_seconds_count_none(weights: Path, tmp_path: Path) -> None:
+    recipe = recipe_of({"name": "near", "sources": "neighbour", "verify": "none"})
+    first = ablate(recipe, tmp_path, Setup(weights=weights), print)
+    for path in (tmp_path / "index" / "stages" / "photos.json", tmp_path / "test" / "neighbours.json"):
+        manifest = read_json(path)
+        del manifest["seconds"]
+        write_json(path, manifest)
+    (tmp_path / "report.html").unlink()
+    again = ablate(recipe, tmp_path, Setup(weights=weights), print)
+    assert again["stages"].keys() == first["stages"].keys() and again["stages"]["test: neighbours"] == 0
+    # With an index of one's own, the one that was made here before is no part of the work.
+    (tmp_path / "report.html").unlink()
+    other = ablate(recipe, tmp_path, Setup(index=tmp_path / "index", weights=weights), print)
+    assert not [name for name in other["stages"] if name.startswith("index")]
+
+
+def test_a_region_is_found_once_for_all_blocks(
+    geolocator: Geolocator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resumable, "BLOCK", 3)
+    write_test_photos(tmp_path, 12)
+    asked, mask = list[object](), GeoIndex.mask
+    monkeypatch.setattr(GeoIndex, "mask", lambda self, *w, **how: asked.append(w) or mask(self, *w, **how))
+    models = geolocator.replace()
+    models._regions = {}
+    RunFolder(tmp_path, models).walk(Options(within=(47, 8, 3000), propose=(), gps_places=0, verify=()))
+    assert len(asked) == 1
 
 
 def test_a_lost_page_or_another_recipe_is_made_anew(

@@ -19,7 +19,11 @@ from rag_geotoken.verifiers import VERIFIERS
 KNOWN = Path(__file__).parent / "data" / "stage_fingerprints.json"
 PACKAGE = Path(rag_geotoken.__file__).parent
 MEMORY = ["run/models.py:memory", "token_model.py", "spherical.py", "dense.py", "cells.py"]
-POOL = ["decision/pool.py", "cells.py", "run/stages.py:whole_pool", "run/stages.py:chosen_pool"]
+POOL = [
+    "decision/pool.py",
+    "cells.py",
+    *(f"run/stages.py:{name}" for name in ("whole_pool", "_source_alone", "_pooled")),
+]
 SHOWN = ["mllm/pictures.py", "mllm/prompts.py", "verifiers/questions.py", "mllm/parse.py", "verifiers/mllm.py"]
 # Stage -> the code that its results follow from: a file, or FILE:FUNCTION.
 SOURCES = {
@@ -39,8 +43,8 @@ SOURCES = {
     "verdicts-visual": ["verifiers/visual.py", "verifiers/agreement.py", *POOL],
     "verdicts-mllm-pool": ["verifiers/shortlist.py", "verifiers/alignment.py", *SHOWN, *POOL],
     "predictions": ["run/stages.py:decide", "run/stages.py:_abstaining", "decision/strategies.py",
-                    "decision/confidence.py", "verifiers/router.py", "verifiers/mllm.py:decide_told", "posterior.py",
-                    *POOL],
+                    "decision/confidence.py", "verifiers/router.py", "verifiers/mllm.py:decide_with_mllm",
+                    "posterior.py", *POOL],
 }  # fmt: skip
 
 

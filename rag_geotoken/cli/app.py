@@ -78,6 +78,7 @@ def locate(
     photos: Annotated[list[str], typer.Argument(help="Pictures, folders, a CSV with a column 'image', or a source.")],
     out: Annotated[Path, typer.Option(help="File: .parquet, .csv, .jsonl, .geojson or .kml.")],
     options: Options,
+    *,
     index: Annotated[Path | None, typer.Option(help="Folder of an index; needed without --preset.")] = None,
     weights: Weights = None,
     backbone: Backbone = None,
@@ -104,7 +105,7 @@ def locate(
         _say_located(out, *locate_by_gallery(photos, out, folder, backbone, top_k, run, limit))
         return
     from rag_geotoken.mllm.session import MllmSession
-    from rag_geotoken.run.export import check_format
+    from rag_geotoken.run.export import check_output
     from rag_geotoken.run.locate import locate_photos, read_photos
     from rag_geotoken.run.models import Models
 
@@ -114,7 +115,7 @@ def locate(
         raise GeoError("which multimodal model? Give --mllm http://HOST:PORT/v1, a folder, a hub's name or embedded")
     if mllm is not None and not options.asks_mllm:
         raise GeoError("--mllm is given and verifies nothing: add --verify mllm, or --mllm-mode diversify")
-    check_format(out)
+    check_output(out)
     session = None if mllm is None else MllmSession.open(mllm, mllm_model, mllm_concurrent, resume)
     table = read_photos(photos, limit)
     models = Models.from_pretrained(index, folder, backbone, matcher, session)
@@ -175,6 +176,7 @@ def ablate(
     recipe: Annotated[
         Path | None, typer.Argument(help="TOML: photos, variants and more; eval/verification.toml unless given.")
     ] = None,
+    *,
     photos: Annotated[str | None, typer.Option(help="A source in the place of the recipe's photos.")] = None,
     index: Annotated[Path | None, typer.Option(help="An index in the place of the recipe's gallery.")] = None,
     weights: Weights = None,
@@ -195,8 +197,17 @@ def ablate(
     from rag_geotoken.run.ablate import Setup, ablate, table_text
 
     what = read_recipe(recipe or shipped("eval/verification.toml"))
-    server = mllm_model, mllm_concurrent
-    setup = Setup(photos, index, weights, backbone, matcher, mllm, *server, resume)
+    setup = Setup(
+        photos=photos,
+        index=index,
+        weights=weights,
+        backbone=backbone,
+        matcher=matcher,
+        mllm=mllm,
+        mllm_model=mllm_model,
+        mllm_concurrent=mllm_concurrent,
+        resume=resume,
+    )
     typer.echo(table_text(ablate(what, out, setup, typer.echo)))
 
 

@@ -17,6 +17,7 @@ index_app = typer.Typer(help="Build an index of photos, look at one, search one.
 def index_build(
     source: Annotated[str, typer.Argument(help="A recipe (indexes/NAME.toml) or a source, SCHEME:REST.")],
     out: Annotated[Path, typer.Option(help="Folder of the index.")],
+    *,
     limit: Limit = None,
     factory: Annotated[str | None, typer.Option(help="FAISS factory, such as IVF4096,SQfp16; else chosen.")] = None,
     memory_gib: Annotated[float, typer.Option(help="Memory that the index may take when searched.")] = 16.0,
@@ -61,6 +62,7 @@ def index_info(folder: Annotated[Path, typer.Argument(help="Folder of an index."
 def index_search(
     folder: Annotated[Path, typer.Argument(help="Folder of an index.")],
     photo: Annotated[Path, typer.Argument(help="A picture file.")],
+    *,
     k: Annotated[int, typer.Option(min=1, help="Neighbours to show.")] = 10,
     within: Annotated[str | None, typer.Option(help="LAT,LON,KM: only photos within so many km of there.")] = None,
     not_author: Annotated[str | None, typer.Option(help="Leave the photos of this author out.")] = None,

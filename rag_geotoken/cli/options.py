@@ -58,13 +58,14 @@ def _parameter(item: Any) -> inspect.Parameter:
     value, limits = item.default, item.metadata
     flag = limits["flag"] or "--" + item.name.replace("_", "-")
     help_ = limits["help"].format(", ".join(CHOICES.get(item.name, ())))
-    kind: Any = {"within": str | None, "max_area_km2": float | None}.get(item.name, type(value))
+    kind: Any = limits["kind"]
     if isinstance(value, tuple):
-        kind, value = str, ",".join(value) or "none"
-    numbers = {"min": limits["low"], "max": limits["high"]} if kind in (int, float, float | None) else {}
-    if kind in (float, float | None):
+        value = ",".join(value) or "none"
+    numbers = {"min": limits["low"], "max": limits["high"]} if kind in (int, float) else {}
+    if kind is float:
         numbers["callback"] = _finite
     names = [f"{flag}/--no-{flag[2:]}"] if value is True else [flag]
+    kind = kind if value is not None else kind | None
     annotation = Annotated[kind, typer.Option(*names, help=help_, show_default=value is not None, **numbers)]
     return inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=annotation)
 

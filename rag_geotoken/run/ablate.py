@@ -27,7 +27,7 @@ from rag_geotoken.run.stages import chosen_pool
 from rag_geotoken.run.variants import Recipe, Variant, read_variants
 from rag_geotoken.run.walk import RunFolder, write_photos
 from rag_geotoken.tables import read_table, versions, write_table
-from rag_geotoken.types import RADII_KM, SOURCES, Answers, MllmVerdict, Tables
+from rag_geotoken.types import RADII_KM, SOURCES, Answers, MllmVerdict, Pool, Tables
 from rag_geotoken.weights import EARTH
 
 Floats = NDArray[np.float64]
@@ -78,28 +78,23 @@ def ablate(recipe: Mapping[str, Any], out: Path, setup: Setup, log: Log) -> dict
         runs[split] = run, walk_variants(run, mine)
     if reused := [f"{run.folder.name}/{name}" for run, _ in runs.values() for name in run.reused]:
         log(f"{len(reused)} tables reused, as an earlier run left them")
-    facts: list[object] = [VERSION, recipe_of(plan)]
+    facts: list[object] = [VERSION, plan, session and session.model, models.identity("encoder")]
     for run, made in runs.values():
         names = [files["predictions"] for files in made.values()]
         facts += [read_json(run.folder / f"{name}.json")["parquet_sha256"] for name in names]
-    identity = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+    identity = hashlib.sha256(json.dumps(facts, sort_keys=True, default=vars).encode()).hexdigest()
     metrics_file, report = out / "metrics.json", out / "report.html"
     if metrics_file.is_file() and report.is_file() and read_json(metrics_file).get("identity") == identity:
         done: dict[str, Any] = read_json(metrics_file)
         return done
     results = [row for split, (run, made) in runs.items() for row in _rows(plan, split, run, made)]
-    return _conclude(plan, out, runs, results, models, identity)
+    return _conclude(plan, out, runs, results, models, identity, None if setup.index else out / "index" / "stages")
 
 
 def _elsewhere(recipe: Mapping[str, Any], source: str) -> dict[str, Any]:
     """A recipe with all of its variants run on one source."""
     blocks = [{key: value for key, value in block.items() if key != "photos"} for block in recipe["variants"]]
     return dict(recipe) | {"photos": {"photos": source}, "variants": blocks}
-
-
-def recipe_of(plan: Recipe) -> dict[str, Any]:
-    """A recipe as JSON values."""
-    return json.loads(json.dumps(plan, default=vars))  # type: ignore[no-any-return]
 
 
 def _open(plan: Recipe, out: Path, setup: Setup, session: MllmSession | None) -> Models:
@@ -234,8 +229,12 @@ def _conclude(
     results: list[Result],
     models: Models,
     identity: str,
+    index: Path | None,
 ) -> dict[str, Any]:
-    """Write metrics.json, predictions.parquet and report.html of all variants -> the first."""
+    """Write metrics.json, predictions.parquet and report.html of all variants -> the first.
+
+    index: the stage tables of an index that was made here.
+    """
     split, (run, made) = next(iter(runs.items()))
     here = [result for result in results if result.row["split"] == split and result.row["name"] in made]
     total = {result.row["name"]: sum(result.row["acc"].values()) for result in here}
@@ -243,7 +242,7 @@ def _conclude(
     shown = next(result for result in here if result.row["name"] == best)
     answers: Answers = run.result(made[best]["predictions"], Answers)
     write_table(out / "predictions.parquet", read_table(run.folder / f"{made[best]['predictions']}.parquet"))
-    stages = _seconds(runs, out / "index" / "stages")
+    stages = _seconds(runs, index)
     metrics = {
         "variants": [result.row for result in results],
         "best": best,
@@ -263,10 +262,13 @@ def _conclude(
     return metrics
 
 
-def _seconds(runs: Mapping[str, tuple[RunFolder, Made]], index: Path) -> dict[str, float]:
+def _seconds(runs: Mapping[str, tuple[RunFolder, Made]], index: Path | None) -> dict[str, float]:
     """What making each table took, whenever it was made; all decisions of a split in one."""
-    seconds = {f"index: {path.stem}": float(read_json(path)["seconds"]) for path in sorted(index.glob("[a-z]*.json"))
-               if path.stem != "left_out"}  # fmt: skip
+    manifests = sorted(index.glob("[a-z]*.json")) if index else []
+    # A table that an older version left says no seconds.
+    seconds = {
+        f"index: {path.stem}": read_json(path).get("seconds", 0.0) for path in manifests if path.stem != "left_out"
+    }
     for split, (run, _) in runs.items():
         decisions = sum(spent for name, spent in run.seconds.items() if name.startswith("predictions-"))
         rest = {name: spent for name, spent in run.seconds.items() if not name.startswith("predictions-")}
@@ -287,6 +289,7 @@ def _report(
     """The page: every variant, and photos across the range of errors, or those that verification mended and broke."""
     from rag_geotoken.report import write_report
 
+    answers: Answers = run.result(files["predictions"], Answers)
     answered = np.flatnonzero(np.isfinite(shown.km))
     if plan.examples == "mended":
         chosen = [(row, kind) for kind in ("mended", "broken") for row in shown.changed.get(kind, [])[: SHOWN // 2]]
@@ -296,6 +299,7 @@ def _report(
         chosen = [(row, shown.row["split"]) for row in rows.tolist()]
     options = next(variant.options for variant in plan.variants if variant.name == metrics["best"])
     tables = run.tables(options, files)
+    pool = chosen_pool(models, options, tables)
     write_report(
         out / "report.html",
         metrics=metrics,
@@ -305,19 +309,16 @@ def _report(
             "km": shown.km,
             "name": metrics["best"],
         },
-        examples=[_example(run, tables, options, files, row, kind, models) for row, kind in chosen],
+        examples=[_example(run, tables, pool, models, answers, row) | {"split": kind} for row, kind in chosen],
         about=plan.about,
         notes=plan.notes,
     )
 
 
-def _example(
-    run: RunFolder, tables: Tables, options: Options, files: dict[str, str], row: int, kind: str, models: Models
-) -> dict[str, Any]:
+def _example(run: RunFolder, tables: Tables, pool: Pool, models: Models, answers: Answers, row: int) -> dict[str, Any]:
     """One readable photo with its neighbours, candidates and answer, as the report wants it."""
     at = int(np.searchsorted(run.readable, row))
-    answers: Answers = run.result(files["predictions"], Answers)
-    pool, neighbors, truth = chosen_pool(models, options, tables), tables.neighbours, run.photos.lat_lon[row]
+    neighbors, truth = tables.neighbours, run.photos.lat_lon[row]
     rows = neighbors.rows[at, :8]
     crops, _ = load_pictures([run.photos.images[row]], 64)
     others = models.index.pictures(rows, 64)
@@ -340,17 +341,17 @@ def _example(
         }
         for c in np.flatnonzero(pool.mask[at])
     ]
-    heat = {"heat": heat_map(tables.posterior, at, height=360, detail=9)} if options.frontier else {}
+    believed = hasattr(tables, "posterior")
+    heat = {"heat": heat_map(tables.posterior, at, height=360, detail=9)} if believed else {}
     lat, lon = answers.lat_lon[row].tolist()
     return {
         "id": run.photos.ids[row],
-        "split": kind,
         "crop": crops[0],
         "true": tuple(truth.tolist()),
         "neighbours": near,
         "candidates": entries,
         **heat,
-        "area_km2": float(answers.area_km2[row]) if options.frontier else None,
+        "area_km2": float(answers.area_km2[row]) if believed else None,
         "answer": (lat, lon),
         "km": float(haversine_km(truth[0], truth[1], lat, lon)),
         "confidence": dict(zip(RADII_KM, answers.confidence[row].tolist(), strict=True)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,8 @@ def project(folder: Path, alignment: GeoAlignment) -> Path:
         pixels, errors = alignment.load(photos.images[at])
         vectors = alignment.project(pixels).astype(np.float16)
         vectors[[error is not None for error in errors]] = 0.0
-        told = {"digest": digests_of(pixels), "error": pa.array(errors, pa.string())}
-        return pa.table({"id": pa.array(photos.ids[at], pa.string()), "projection": fixed_list(vectors)} | told)
+        more = {"digest": digests_of(pixels), "error": pa.array(errors, pa.string())}
+        return pa.table({"id": pa.array(photos.ids[at], pa.string()), "projection": fixed_list(vectors)} | more)
 
     recipe = {"encoder": alignment.encoder_identity}
     return run_stage(folder, "projections", recipe, ["photos"], photos.ids, work, many=True)
@@ -115,6 +116,7 @@ def index_for_training(folder: Path, source: str, alignment: GeoAlignment) -> Pa
                 f"{folder} holds an index of other photos than {source}: add --index {folder} to train with it, or "
                 "choose another --out"
             )
-        plan, thumbnails = Plan(**manifest.get("made_from", {}).get("plan", {})), manifest.get("thumbnails")
+        with suppress(AttributeError, KeyError, TypeError):  # a broken manifest: the index is made anew
+            plan, thumbnails = Plan(**manifest["made_from"].get("plan", {})), manifest.get("thumbnails")
     make_index(folder, source, alignment, plan, thumbnails)
     return folder

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import escape
 
 from rag_geotoken.errors import GeoError
-from rag_geotoken.files import write_text
+from rag_geotoken.files import check_writable, write_text
 from rag_geotoken.tables import write_table
 
 if TYPE_CHECKING:
@@ -26,6 +26,12 @@ def check_format(path: Path) -> None:
     """Raises GeoError, naming the endings, when predictions cannot be written to a file of this name."""
     if path.suffix.lower() not in (".parquet", *_FORMATS):
         raise GeoError(f"cannot write {path.name}: choose an ending among .parquet, {', '.join(_FORMATS)}")
+
+
+def check_output(path: Path) -> None:
+    """Raises GeoError, before any work, when predictions cannot be written to this file."""
+    check_format(path)
+    check_writable(path.parent)
 
 
 def write_predictions(path: Path, predictions: pa.Table) -> None:

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from rag_geotoken.errors import GeoError
 from rag_geotoken.exclusion import copies
-from rag_geotoken.files import check_writable
 from rag_geotoken.options import Options
 from rag_geotoken.pictures import list_pictures
-from rag_geotoken.run.export import check_format, write_predictions
+from rag_geotoken.run.export import write_predictions
 from rag_geotoken.run.models import Models
 from rag_geotoken.run.walk import RunFolder, embedded
 from rag_geotoken.sources import is_source, limited, read_source
@@ -27,10 +26,9 @@ if TYPE_CHECKING:
 def locate_photos(table: pa.Table, models: Models, options: Options, out: Path, run: Path) -> tuple[int, list[str]]:
     """Locate the photos of a table, write ``out`` -> how many have an answer, errors of the others.
 
-    Every stage's table is kept in ``run``. Raises GeoError when nothing can be located or a file cannot be written.
+    Every stage's table is kept in ``run``. Raises GeoError when nothing can be located or a file cannot be written:
+    call :func:`.check_output` before models are opened.
     """
-    check_format(out)
-    check_writable(out.parent)
     write_table(run / "photos.parquet", table)
     predictions = read_table(run / f"{RunFolder(run, models).walk(options)['predictions']}.parquet")
     write_predictions(out, predictions)
@@ -96,7 +94,7 @@ def neighbors_of(
         k, own = min(k, int(keep.sum())), []
         if k == 0:
             raise GeoError("the filter lets no photo of the index through: allow a wider region or another author")
-    found = gallery.search(embeddings.vectors, k, models.tuning.search_weights, own, keep, dissimilar)
+    found = gallery.search(embeddings.vectors, k, models.tuning.search_weights, own, keep, dissimilar=dissimilar)
     rows = gallery.rows.take(found.rows[0]).select(["id", "lat", "lon", "place"]).to_pylist()
     scores = found.scores[0].tolist()
     return [{"rank": i + 1, "score": score, **row} for i, (row, score) in enumerate(zip(rows, scores, strict=True))]

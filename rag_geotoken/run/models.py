@@ -18,7 +18,7 @@ from rag_geotoken.cells import S2Tokenizer
 from rag_geotoken.decision.tuning import Tuning, load_tuning
 from rag_geotoken.errors import GeoError
 from rag_geotoken.gps_search import GpsSearch
-from rag_geotoken.index import GeoIndex
+from rag_geotoken.index import GeoIndex, Mask
 from rag_geotoken.mllm.prompts import prompts_sha256
 from rag_geotoken.reward import RewardHead
 from rag_geotoken.token_model import TokenModel
@@ -51,6 +51,7 @@ class Models:
             raise GeoError(f"a reward head of width {width}, a token model of width {wanted}: train the head again")
         self.alignment, self.index, self.tuning, self.reward, self.mllm = alignment, index, tuning, reward, mllm
         self._identities: dict[str, Any] = {}
+        self._regions: dict[tuple[object, int], Mask | None] = {}
         self._tokens, self.matcher = tokens, matcher or AerialMatcher(tuning.view_km)
         self.tokenizer = S2Tokenizer(tokens.config.level, tokens.config.group) if tokens else S2Tokenizer()
 
@@ -94,7 +95,7 @@ class Models:
         return cls(alignment, tokens, gallery, tuning, reward, street, session)
 
     def replace(self, **changes: object) -> Self:
-        """The same with another ``tuning`` or ``mllm``; what was loaded is shared."""
+        """The same with another ``tuning`` or ``mllm``; what was loaded is shared, the matcher too."""
         changed = copy(self)
         vars(changed).update(changes, _identities={})
         return changed
@@ -117,6 +118,13 @@ class Models:
                 "which multimodal model? Give --mllm http://HOST:PORT/v1, a folder, a hub's name or embedded"
             )
         return self.mllm
+
+    def region(self, within: tuple[float, float, float] | None, at_least: int) -> Mask | None:
+        """Rows of the index (rows,) that lie in a region, see :meth:`.GeoIndex.mask`; found once for all blocks."""
+        key = within, at_least
+        if key not in self._regions:
+            self._regions = {key: self.index.mask(within, at_least=at_least)}  # one at a time: a byte a row
+        return self._regions[key]
 
     def identity(self, name: str) -> Any:
         """What a stage's results follow from of encoder, index, tokens, reward, matcher or mllm, as JSON values."""

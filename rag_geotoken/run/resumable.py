@@ -94,24 +94,27 @@ def stage(
     files = [parts / f"{identity[:16]}-{number:05d}.parquet" for number in range(-(-total // block))]
     for stray in set(parts.glob("*.parquet")) - set(files):
         remove(stray)
-    clock, seconds = parts / "seconds.json", 0.0
-    if clock.is_file():
-        seconds = float(read_json(clock))
-    for number, file in enumerate(files):
-        at = slice(number * block, min((number + 1) * block, total))
+    seconds = _write_parts(files, [slice(i, min(i + block, total)) for i in range(0, total, block)], work, report)
+    rows = write_tables(path, (read_table(file) for file in files))
+    write_json(path.with_suffix(".json"), _manifest(source, identity, inputs, rows, path) | {"seconds": seconds})
+    shutil.rmtree(parts, ignore_errors=True)
+    return path
+
+
+def _write_parts(
+    files: Sequence[Path], blocks: Sequence[slice], work: Callable[[slice], pa.Table], report: Callable[[int], object]
+) -> float:
+    """Write the blocks that are missing -> the seconds that all of them took, those of an earlier run too."""
+    clock = files[0].with_name("seconds.json")
+    seconds = float(read_json(clock)) if clock.is_file() else 0.0
+    for file, at in zip(files, blocks, strict=True):
         if not _is_readable(file):
             begun = time.perf_counter()
             write_table(file, work(at))
             seconds += time.perf_counter() - begun
             write_json(clock, round(seconds, 3))
         report(at.stop - at.start)
-
-    rows = write_tables(path, (read_table(file) for file in files))
-    write_json(
-        path.with_suffix(".json"), _manifest(source, identity, inputs, rows, path) | {"seconds": round(seconds, 2)}
-    )
-    shutil.rmtree(parts, ignore_errors=True)
-    return path
+    return round(seconds, 2)
 
 
 def _sha256(obj: object) -> str:

@@ -93,7 +93,7 @@ def search(models: Models, options: Options, tables: Tables) -> Neighbors:
         k,
         models.tuning.search_weights,
         embeddings.digests,
-        models.index.mask(options.within, at_least=k + COPIES),
+        models.region(options.within, at_least=k + COPIES),
         exact=options.exact,
         authors=tables.photos.authors if options.other_authors else None,
     )
@@ -205,7 +205,11 @@ def _source_alone(models: Models, options: Options, tables: Tables) -> Pool:
 
 def chosen_pool(models: Models, options: Options, tables: Tables) -> Pool:
     """The places one of which will be the answer."""
-    whole = whole_pool(models, options, tables)
+    return _pooled(whole_pool(models, options, tables), options)
+
+
+def _pooled(whole: Pool, options: Options) -> Pool:
+    """The entries of the sources that the options let into the decision."""
     kinds = [SOURCES.index(name) for name in options.pooled]
     return whole if np.isin(whole.source[whole.mask], kinds).all() else only(whole, *kinds)
 
@@ -219,17 +223,18 @@ def verdict(verifier: Verifier, models: Models, options: Options, tables: Tables
 
 def decide(models: Models, options: Options, tables: Tables) -> Answers:
     """The pool and its verdicts -> answers of readable photos; those that are too unsure abstain, and say so."""
-    whole, chosen = whole_pool(models, options, tables), chosen_pool(models, options, tables)
+    whole = whole_pool(models, options, tables)
+    chosen = _pooled(whole, options)
     scores = {name: found.over(whole.mask) for name, found in tables.verdicts.items() if name != "mllm"}
     given = strategies.Given(scores, models.tuning, tables.neighbours, models.tokenizer)
     answers = Answers.of(tables.photos, [None] * len(tables.photos))
     answers.verified[:] = bool(options.verify)
-    told = tables.verdicts.get("mllm")
-    if isinstance(told, MllmVerdict):
-        from rag_geotoken.verifiers.mllm import decide_told
+    asked = tables.verdicts.get("mllm")
+    if isinstance(asked, MllmVerdict):
+        from rag_geotoken.verifiers.mllm import decide_with_mllm
 
-        decided = decide_told(models, options, tables.embeddings, chosen, given, told)
-        answers.verified[:] = told.answered
+        decided = decide_with_mllm(models, options, tables.embeddings, chosen, given, asked)
+        answers.verified[:] = asked.answered
     else:
         decided = strategies.decide(chosen, given, options.select)
     for name, values in vars(decided).items():
@@ -240,9 +245,9 @@ def decide(models: Models, options: Options, tables: Tables) -> Answers:
 
 
 def _abstaining(answers: Answers, options: Options) -> Answers:
-    for i, area in enumerate(answers.area_km2.tolist()):
-        if options.max_area_km2 is not None and area > options.max_area_km2:
-            answers.errors[i] = f"abstained: the posterior is spread over more than {options.max_area_km2:g} km2"
-        if answers.confidence[i, RADII_KM.index(200)] < options.least_confidence:
-            answers.errors[i] = f"abstained: the chance to be within 200 km is below {options.least_confidence:g}"
+    most = np.inf if options.max_area_km2 is None else options.max_area_km2
+    for i in np.flatnonzero(answers.area_km2 > most).tolist():
+        answers.errors[i] = f"abstained: the posterior is spread over more than {most:g} km2"
+    for i in np.flatnonzero(answers.confidence[:, RADII_KM.index(200)] < options.least_confidence).tolist():
+        answers.errors[i] = f"abstained: the chance to be within 200 km is below {options.least_confidence:g}"
     return answers

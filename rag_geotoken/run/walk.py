@@ -175,7 +175,7 @@ class RunFolder:
         recipe = step.settings(self.models, options)
         inputs, many = list(reads.values()), step.name == "embeddings"
         run_stage(self.folder, file, recipe, inputs, ids, lambda at: self._block(step, options, reads, at), many)
-        self.seconds[file] = read_json(manifest)["seconds"]
+        self.seconds[file] = read_json(manifest).get("seconds", 0.0)
         if manifest.stat().st_mtime_ns == before:
             self.reused.append(file)
         self._read.pop(file, None)

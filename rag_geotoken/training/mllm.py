@@ -43,14 +43,13 @@ def tune_mllm(folder: Path, source: str, models: Models, log: Log) -> Tuning:
         stage = f"verdicts-mllm-{options.mllm_mode}"
         tables = run.tables(options, run.walk(options, SHARED, until=stage))
         whole, pool = whole_pool(models, options, tables), chosen_pool(models, options, tables)
-        told: MllmVerdict = cast(MllmVerdict, tables.verdicts["mllm"])
+        verdict: MllmVerdict = cast(MllmVerdict, tables.verdicts["mllm"])
         plain = [name for name in options.verify if name != "mllm"]
         scores = {name: tables.verdicts[name].over(whole.mask) for name in plain}
         pools.append(pool)
-        given.append(scores | {"mllm": told.over(pool.mask)})
-        log(
-            f"{'+'.join(options.verify)} {options.mllm_mode}: {int(told.answered.sum())} of {len(told.status)} answered"
-        )
+        given.append(scores | {"mllm": verdict.over(pool.mask)})
+        answered = int(verdict.answered.sum())
+        log(f"{'+'.join(options.verify)} {options.mllm_mode}: {answered} of {len(verdict.status)} answered")
     truth = tables.photos.lat_lon
 
     def decide(mode: int, scale: float) -> Predictions:
@@ -66,19 +65,19 @@ def tune_mllm(folder: Path, source: str, models: Models, log: Log) -> Tuning:
         name = verified_by(options.verify)
         calibration[name] = fit_calibration(decided.confidence, right)
         log(f"{name}: " + " ".join(f"{100 * share:.2f}" for share in right.mean(axis=0)) + " % within 1 ... 2500 km")
-    router = _router(models, tables, pools[-1], told, truth)
+    router = _router(models, tables, pools[-1], verdict, truth)
     log("router " + " ".join(f"{weight:.3f}" for weight in router))
     return replace(tuning, mllm_scale=best, calibration=calibration, router=router)
 
 
 def _router(
-    models: Models, tables: Tables, pool: Pool, told: MllmVerdict, truth: NDArray[np.float64]
+    models: Models, tables: Tables, pool: Pool, verdict: MllmVerdict, truth: NDArray[np.float64]
 ) -> tuple[float, ...]:
     """Weights of the choice between the unverified answer and the model's own place, where it named one."""
-    own = told.lat_lon[:, 0]
+    own = verdict.lat_lon[:, 0]
     decided = strategies.decide(pool, Given({}, models.tuning))
     gain = gain_of(models, tables.embeddings, own, decided)
-    columns = features(pool, decided, own, told.confidence[:, 0], gain)
+    columns = features(pool, decided, own, verdict.confidence[:, 0], gain)
     there = np.isfinite(own).all(axis=1)
     ours, theirs = (haversine_km(*truth.T, *places.T)[there] for places in (decided.lat_lon, own))
     return fit_router(columns[there], ours, theirs)

@@ -83,25 +83,25 @@ def diverse_places(models: Models, options: Options, tables: Tables) -> MllmVerd
     return _verdict(questions.ask_place(prompts, models.session.ask, most), np.zeros((len(prompts), 1), bool))
 
 
-def decide_told(
-    models: Models, options: Options, embeddings: Embeddings, pool: Pool, given: Given, told: MllmVerdict
+def decide_with_mllm(
+    models: Models, options: Options, embeddings: Embeddings, pool: Pool, given: Given, verdict: MllmVerdict
 ) -> Predictions:
     """The decision with a model's verdict beside other verifiers' scores; without it, where it gave none.
 
     A place of its own (``free``, ``zero-shot``) is the answer where the router prefers it.
     """
-    asked = replace(given, scores={**given.scores, "mllm": told.over(pool.mask)})
+    asked = replace(given, scores={**given.scores, "mllm": verdict.over(pool.mask)})
     chooses = options.mllm_mode in ("pool", "diversify")
-    if chooses and told.answered.all():
+    if chooses and verdict.answered.all():
         return strategies.decide(pool, asked, options.select)
     without = strategies.decide(pool, given, options.select)
     if chooses:
         decided = strategies.decide(pool, asked, options.select)
     else:
-        own = told.lat_lon[:, 0]
+        own = verdict.lat_lon[:, 0]
         gain = gain_of(models, embeddings, own, without)
-        decided = route(pool, without, own, told.confidence[:, 0], gain, models.tuning, verified_by(given.scores))
-    pick = told.answered
+        decided = route(pool, without, own, verdict.confidence[:, 0], gain, models.tuning, verified_by(given.scores))
+    pick = verdict.answered
     return Predictions(
         np.where(pick[:, None], decided.lat_lon, without.lat_lon),
         np.where(pick[:, None], decided.confidence, without.confidence),
