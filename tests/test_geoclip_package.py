@@ -18,7 +18,7 @@ from rag_geotoken.geoclip import GeoCLIP
 from rag_geotoken.pictures import load_pictures
 
 PACKAGE = geoclip_folder()
-pytestmark = pytest.mark.skipif(PACKAGE is None, reason="needs the package geoclip")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(PACKAGE is None, reason="needs the package geoclip")]
 PHOTOS, TOP = 100, 10
 
 
