@@ -12,6 +12,9 @@ VLLM_STAMP := $(VLLM)/.installed
 # Holds for build environments too, so that the same commands give the same environment tomorrow.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
+# Bytecode of what is used is written when it is first used: that of all of torch takes a third of the installation.
+export PIP_NO_COMPILE := 1
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test test-all test-vllm lint weights clean .venv-vllm
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 ROW_COLUMNS = ("id", "image", "lat", "lon", "place", "author", "digest")
 BLOCK = 16_384  # rows in memory at a time
 SPARE = 3  # times as many rows are looked at where those of the query's author are passed over
+KEPT_BYTES = 2**29  # of pictures in memory, a size
 COPIES = 8  # of one photo in a gallery, as a search within a region allows for
 Heads = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 Vectors = NDArray[np.float32]
@@ -77,9 +78,22 @@ class GeoIndex:
         return result.reshape(*rows.shape, 3, -1)
 
     def pictures(self, rows: NDArray[np.int64], size: int) -> NDArray[np.uint8]:
-        """The pictures behind rows of any shape -> rows.shape + (size, size, 3); zeros for one that cannot be read."""
+        """The pictures behind rows of any shape -> rows.shape + (size, size, 3); zeros for one that cannot be read.
+
+        They are kept for the next photos, whose neighbours are often the same, up to ``KEPT_BYTES``.
+        """
         unique, back = np.unique(rows, return_inverse=True)
-        return load_pictures(self.picture_files(unique), size)[0][back.reshape(rows.shape)]
+        kept = self._kept.setdefault(size, {})
+        new = [row for row in unique.tolist() if row not in kept]
+        if (len(kept) + len(new)) * 3 * size**2 > KEPT_BYTES:
+            kept.clear()
+            new = unique.tolist()
+        kept |= zip(new, load_pictures(self.picture_files(np.array(new, np.int64)), size)[0], strict=True)
+        return np.stack([kept[row] for row in unique.tolist()])[back.reshape(rows.shape)]
+
+    @cached_property
+    def _kept(self) -> dict[int, dict[int, NDArray[np.uint8]]]:
+        return {}
 
     def picture_files(self, rows: NDArray[np.int64]) -> Sequence[str | bytes]:
         """What ``load_pictures`` reads for rows (N,): the index's own thumbnails, else references into the source."""
