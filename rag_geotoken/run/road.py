@@ -86,7 +86,7 @@ def road(options: Options) -> list[Stage]:
         Stage("pool", do.pool, Pool, ("neighbours", *added), ("within",), (), SHARES),
         *verdicts,
         Stage("predictions", do.decide, Answers, tuple(dict.fromkeys(decided)), (*DECIDING, "within"), ("encoder",),
-              ("*",), own=True, whole=True),
+              ("*",), version=2, own=True, whole=True),
     ]  # fmt: skip
     return [stage for stage in every if stage.name in {*NEAR, *added, *decided, "predictions"}]
 
