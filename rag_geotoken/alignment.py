@@ -173,7 +173,7 @@ class GeoAlignment(nn.Module):
         return image, gps, text
 
     @torch.inference_mode()
-    def project(self, pixels: NDArray[np.uint8], batch: int = 16) -> NDArray[np.float32]:
+    def project(self, pixels: NDArray[np.uint8], batch: int = 32) -> NDArray[np.float32]:
         """Pixels (N, size, size, 3) -> the encoder's features (N, dim), of any length, before its heads."""
         if self.frozen:  # a large model has batches of its own
             return self.features(torch.from_numpy(pixels)).float().numpy()

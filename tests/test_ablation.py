@@ -299,9 +299,11 @@ def test_the_oracle_is_the_best_place_that_a_variant_may_answer(walked: tuple[Ru
         assert np.isnan(km[BROKEN]) and np.isnan(best[BROKEN])
         if variant.options.select not in ("mean-shift", "snap"):  # which may leave the pool
             assert (km[good] >= best[good] - 1e-6).all()
-    # Places that may not be the answer count for nothing.
+    # Places that may not be the answer count for nothing, and only variants that compare pictures have moved ones.
     pool: Pool = run.result(made["pool"]["pool"], Pool)
-    assert (pool.source[pool.mask] == VISUAL).any() and (pool.source[pool.mask] == GPS).any()
+    assert (pool.source[pool.mask] == GPS).any() and not (pool.source[pool.mask] == VISUAL).any()
+    moved: Pool = run.result(made["pool+gps+visual"]["pool"], Pool)
+    assert (moved.source[moved.mask] == VISUAL).any()
     allowed = pool.mask & np.isin(pool.source, (NEIGHBOUR, GREEDY, BEAM, SAMPLE))
     away = haversine_km(truth[good, :1], truth[good, 1:], pool.lat_lon[..., 0], pool.lat_lon[..., 1])
     found = oracle(run, NAMED["pool"].options, made["pool"])[good]
@@ -473,8 +475,9 @@ def test_variants_share_every_table_that_they_have_in_common(geolocator: Geoloca
     made = walk_variants(run, variants)
     for stage in ("embeddings", "neighbours", "places", "posterior", "matches"):
         assert tables_of(tmp_path, stage) == {stage}
-    for stage in ("candidates", "pool", "verdicts-alignment", "verdicts-visual"):
-        assert len(tables_of(tmp_path, stage)) == 2 and stage in tables_of(tmp_path, stage)
+    # Pools with moved places and without are two.
+    for stage, many in {"candidates": 2, "pool": 4, "verdicts-alignment": 4, "verdicts-visual": 2}.items():
+        assert len(tables_of(tmp_path, stage)) == many and stage in tables_of(tmp_path, stage)
     assert tables_of(tmp_path, "predictions") == {f"predictions-{variant.name}" for variant in variants}
     assert len({files["candidates"] for files in made.values()}) == 2
     for variant in variants:

@@ -126,13 +126,14 @@ def walk_variants(run: RunFolder, variants: list[Variant]) -> Made:
 def _road_key(options: Options) -> str:
     """What the stages before the decision follow from, but for what is put into the pool."""
     own = {*DECIDING, *ASKING}
-    return repr([(f.name, getattr(options, f.name)) for f in fields(options) if f.name not in own] + [options.diverse])
+    parts = [(f.name, getattr(options, f.name)) for f in fields(options) if f.name not in own]
+    return repr((parts, options.visual, options.diverse))
 
 
 def _shared(group: list[Variant]) -> Options:
     """The options of the stages that a group's variants share: all that any of them needs."""
     verify = {name for variant in group for name in variant.options.verify} - {"mllm"}
-    verify |= {"visual"} if any(variant.options.visual for variant in group) else set()
+    verify |= {"visual"} if group[0].options.visual else set()
     options = [variant.options for variant in group]
     own = {name: getattr(Options, name) for name in {*DECIDING, *ASKING} - {"verify", "area", "mllm_mode"}}
     mode = "diversify" if options[0].diverse else "pool"
