@@ -483,7 +483,7 @@ def test_variants_share_every_table_that_they_have_in_common(geolocator: Geoloca
     for variant in variants:
         cells: Candidates = run.result(made[variant.name]["candidates"], Candidates)
         assert (cells.source[0] == SAMPLE).sum() == variant.options.samples
-    assert len(set(run.seconds)) == 5 + 4 * 2 + len(variants) and not run.reused
+    assert len(set(run.seconds)) == 5 + 12 + len(variants) and not run.reused
 
 
 @pytest.fixture(scope="module")
