@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # Idle OpenMP threads give their core away soon: beside a busy process, spinning ones make everything several times as
 # slow. Read when torch is loaded, so it counts only where this package is imported first; what a user set stays.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 _PUBLIC = {
     "GeoAlignment": "alignment",

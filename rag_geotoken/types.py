@@ -445,12 +445,13 @@ class Tables:
 
     def put(self, stage: str, result: Any) -> None:
         """Keep the result of a stage."""
-        if stage == "verdicts-mllm-diversify":
+        kind, _, name = stage.partition("-")
+        if name == "mllm-diversify":
             self.diverse = result
-        elif stage.startswith("verdicts-"):
-            self.verdicts[stage.split("-")[1]] = result
+        elif kind == "verdicts":
+            self.verdicts[name.partition("-")[0]] = result
         else:
-            setattr(self, stage, result)
+            setattr(self, kind, result)
 
     def __getitem__(self, at: At) -> Tables:
         """The same of some of the photos."""

@@ -27,7 +27,7 @@ from rag_geotoken.options import Options
 from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.posterior import effective_area_km2
 from rag_geotoken.run import resumable, stages, walk
-from rag_geotoken.run.ablate import Made, Setup, ablate, oracle, walk_variants
+from rag_geotoken.run.ablate import Made, ablate, oracle, walk_variants
 from rag_geotoken.run.road import road
 from rag_geotoken.run.variants import Variant, read_variants
 from rag_geotoken.run.walk import RunFolder
@@ -129,9 +129,10 @@ def test_a_stage_names_the_tables_that_it_reads(variant: Variant, walked: tuple[
     for step in road(variant.options)[1:]:
         watched = Watched(tables)
         step.work(run.models, variant.options, watched)  # type: ignore[arg-type]
-        assert watched.asked <= set(step.reads), step.name
+        read = {"pool" if name.startswith("pool") else name for name in step.reads}
+        assert watched.asked <= read, step.name
     # Of the embeddings the decision reads which photos there are.
-    assert watched.asked | {"embeddings"} == set(step.reads)
+    assert watched.asked | {"embeddings"} == read
     # It is made again when a table that it reads changes: all of them are named.
     named = {entry["file"] for entry in read_json(run.folder / f"{files['predictions']}.json")["inputs"]}
     assert named == {f"{files[name]}.parquet" for name in step.reads}
@@ -337,7 +338,7 @@ def test_within_a_region_no_variant_leaves_it(
     files = run.walk(options)
     decided: Answers = run.result(files["predictions"], Answers)[run.readable]
     away = haversine_km(decided.lat_lon[:, 0], decided.lat_lon[:, 1], lat, lon)
-    unrestricted = stages.chosen_pool(geolocator, options, run.tables(options, files))
+    unrestricted = stages.chosen_pool(options, run.tables(options, files).pool)
     places = haversine_km(unrestricted.lat_lon[..., 0], unrestricted.lat_lon[..., 1], lat, lon)
     inside = ((places <= km) & unrestricted.mask).any(axis=1)
     assert inside.any() and (away[inside] <= km + 100).all()  # the middle of a cell at the border may lie beyond it
@@ -352,10 +353,11 @@ def test_one_source_alone_stays_within_a_region(source: str) -> None:
     options = Options(sources=(source,), verify=(), select="log-probability")
 
     def away(given: Options) -> Floats:
+        tables.pool = stages.pool(models, given, tables)
         found = stages.decide(models, given, tables)
         return haversine_km(found.lat_lon[:, 0], found.lat_lon[:, 1], lat, lon)
 
-    pool = stages.whole_pool(models, options, tables)
+    pool = stages.pool(models, options, tables)
     inside = ((haversine_km(pool.lat_lon[..., 0], pool.lat_lon[..., 1], lat, lon) <= km) & pool.mask).any(axis=1)
     assert inside.any() and (away(options)[inside] > km).any()
     assert (away(replace(options, within=within))[inside] <= km).all()
@@ -404,7 +406,7 @@ def test_a_variant_knows_itself_without_verification() -> None:
 
 TEN = "blue-marble:test,n=10"
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown key of the recipe": ({"variant": []}, "a recipe has no variant"),
+    "unknown key of the recipe": ({"variant": []}, "the recipe's variant does not fit: Extra inputs"),
     "unknown key of a variant": ({"variants": [{"neighbours": 3}]}, "a variant has no 'neighbours'"),
     "unknown common option": ({"options": {"neighbours": 3}}, "neighbours"),
     "same name twice": ({"variants": [{"name": "a"}, {"name": "a", "seed": 1}]}, "two variants are called a"),
@@ -443,18 +445,18 @@ def test_a_recipe_that_does_not_fit_is_one_line_before_any_work(
 ) -> None:
     changes, words = BAD[wrong]
     with one_line(words):
-        ablate(recipe_of({"name": "a"}) | changes, tmp_path / "out", Setup(weights=weights), pytest.fail)
+        ablate(recipe_of({"name": "a"}) | changes, tmp_path / "out", pytest.fail, weights=weights)
     assert not (tmp_path / "out").exists()
 
 
 def test_without_gallery_index_or_model_nothing_begins(weights: Path, tmp_path: Path, one_line: OneLine) -> None:
     asking = recipe_of({"verify": ["none", "mllm"]})
     with one_line("asks a multimodal model: give --mllm"):
-        ablate(asking, tmp_path / "asking", Setup(weights=weights), pytest.fail)
+        ablate(asking, tmp_path / "asking", pytest.fail, weights=weights)
     bare = recipe_of({"name": "a"})
     del bare["gallery"]
     with one_line("names no gallery: give --index DIR"):
-        ablate(bare, tmp_path / "bare", Setup(weights=weights), pytest.fail)
+        ablate(bare, tmp_path / "bare", pytest.fail, weights=weights)
     assert not list(tmp_path.rglob("*.parquet"))
 
 
@@ -504,7 +506,7 @@ def ablated(
     crossing: dict[str, Any], weights: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("ablated")
-    return out, ablate(crossing, out, Setup(weights=weights), print)
+    return out, ablate(crossing, out, print, weights=weights)
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
@@ -517,12 +519,12 @@ def test_run_again_nothing_changes(
     out, metrics = ablated
     before = bytes_of(out)
     lines: list[object] = []
-    assert ablate(crossing, out, Setup(weights=weights), lines.append) == json.loads(json.dumps(metrics))
+    assert ablate(crossing, out, lines.append, weights=weights) == json.loads(json.dumps(metrics))
     assert bytes_of(out) == before and {"metrics.json", "predictions.parquet", "report.html"} <= before.keys()
     made = [p for split in ("test", "relief") for p in (out / split).glob("*.parquet") if p.stem != "photos"]
     assert lines == [f"{len(made)} tables reused, as an earlier run left them"]
     # Somewhere else it comes to the same.
-    again = ablate(crossing, tmp_path, Setup(weights=weights), print)
+    again = ablate(crossing, tmp_path, print, weights=weights)
     for row, other in zip(metrics["variants"], again["variants"], strict=True):
         timeless = {name: value for name, value in row.items() if name != "cost"}
         assert timeless == {name: value for name, value in other.items() if name != "cost"}
@@ -531,17 +533,17 @@ def test_run_again_nothing_changes(
 
 def test_tables_of_a_version_that_noted_no_seconds_count_none(weights: Path, tmp_path: Path) -> None:
     recipe = recipe_of({"name": "near", "sources": "neighbour", "verify": "none"})
-    first = ablate(recipe, tmp_path, Setup(weights=weights), print)
+    first = ablate(recipe, tmp_path, print, weights=weights)
     for path in (tmp_path / "index" / "stages" / "photos.json", tmp_path / "test" / "neighbours.json"):
         manifest = read_json(path)
         del manifest["seconds"]
         write_json(path, manifest)
     (tmp_path / "report.html").unlink()
-    again = ablate(recipe, tmp_path, Setup(weights=weights), print)
+    again = ablate(recipe, tmp_path, print, weights=weights)
     assert again["stages"].keys() == first["stages"].keys() and again["stages"]["test: neighbours"] == 0
     # With an index of one's own, the one that was made here before is no part of the work.
     (tmp_path / "report.html").unlink()
-    other = ablate(recipe, tmp_path, Setup(index=tmp_path / "index", weights=weights), print)
+    other = ablate(recipe, tmp_path, print, index=tmp_path / "index", weights=weights)
     assert not [name for name in other["stages"] if name.startswith("index")]
 
 
@@ -565,10 +567,10 @@ def test_a_lost_page_or_another_recipe_is_made_anew(
     before = bytes_of(out)
     (out / "report.html").unlink()
     (out / "predictions.parquet").unlink()
-    ablate(crossing, out, Setup(weights=weights), print)
+    ablate(crossing, out, print, weights=weights)
     assert bytes_of(out) == before
     fewer = crossing | {"variants": crossing["variants"][:1], "seed": 6}
-    metrics = ablate(fewer, out, Setup(weights=weights), print)
+    metrics = ablate(fewer, out, print, weights=weights)
     assert {row["name"] for row in metrics["variants"]} == {"all none", "all look", "near none", "near look",
                                                             "oracle-6"}  # fmt: skip
     assert metrics["seed"] == 6 and read_json(out / "metrics.json") == json.loads(json.dumps(metrics))
@@ -640,7 +642,7 @@ def test_an_index_of_ones_own_is_used_and_left_as_it_is(
     before = bytes_of(index_folder)
     recipe = recipe_of({"name": "near", "sources": "neighbour", "verify": "none"})
     del recipe["gallery"]
-    ablate(recipe, tmp_path / "python", Setup(index=index_folder, weights=weights), print)
+    ablate(recipe, tmp_path / "python", print, index=index_folder, weights=weights)
     mine = tmp_path / "mine.toml"
     mine.write_text(
         'gallery = "nothing:there"\n[options]\nneighbors = 6\nbeam_width = 4\nsamples = 6\nopenings = 8\n'
@@ -671,16 +673,17 @@ def test_an_index_of_another_encoder_is_refused(
     manifest = read_json(other / "manifest.json")
     (other / "manifest.json").write_text(json.dumps(manifest | {"encoder": "somebody-else"}))
     with one_line("encoder"):
-        ablate(recipe_of({"name": "a"}), tmp_path / "out", Setup(index=other, weights=weights), pytest.fail)
+        ablate(recipe_of({"name": "a"}), tmp_path / "out", pytest.fail, index=other, weights=weights)
 
 
 def test_one_photo_and_one_that_is_no_picture(weights: Path, tmp_path: Path, index_folder: Path) -> None:
     """The smallest run of all has its figures, and an unreadable photo counts as wrong."""
-    setup, blocks = Setup(index=index_folder, weights=weights), {"verify": ["none", "alignment"]}
+    blocks = {"verify": ["none", "alignment"]}
 
     def rows_of(source: str) -> list[dict[str, Any]]:
         recipe = recipe_of(blocks, photos={"test": source})
-        rows: list[dict[str, Any]] = ablate(recipe, tmp_path / source[:4], setup, print)["variants"]
+        metrics = ablate(recipe, tmp_path / source[:4], print, index=index_folder, weights=weights)
+        rows: list[dict[str, Any]] = metrics["variants"]
         return rows
 
     assert {row["n"] for row in rows_of("blue-marble:test,n=1")} == {1}

@@ -22,7 +22,7 @@ MEMORY = ["run/models.py:memory", "token_model.py", "spherical.py", "dense.py", 
 POOL = [
     "decision/pool.py",
     "cells.py",
-    *(f"run/stages.py:{name}" for name in ("whole_pool", "_source_alone", "_pooled")),
+    *(f"run/stages.py:{name}" for name in ("pool", "_source_alone", "chosen_pool")),
 ]
 SHOWN = ["mllm/pictures.py", "mllm/prompts.py", "verifiers/questions.py", "mllm/parse.py", "verifiers/mllm.py"]
 # Stage -> the code that its results follow from: a file, or FILE:FUNCTION.
@@ -36,7 +36,7 @@ SOURCES = {
     "matches": ["run/stages.py:match", "verifiers/matching.py", "verifiers/registration.py", "verifiers/agreement.py",
                 "verifiers/keypoints.py", "pictures.py"],
     "verdicts-mllm-diversify": ["run/stages.py:diversify", *SHOWN],
-    "pool": ["run/stages.py:pool", *POOL],
+    "pool": POOL,
     "verdicts-alignment": ["verifiers/alignment.py", "location.py", "dense.py", *POOL],
     "verdicts-look": ["verifiers/range_plus.py", "location.py", "dense.py", *POOL],
     "verdicts-reward": ["verifiers/reward.py", "reward.py", "run/models.py:states", "decoding.py", *MEMORY, *POOL],

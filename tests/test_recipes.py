@@ -9,7 +9,6 @@ from conftest import OneLine
 
 from rag_geotoken.recipes import index_source, read_recipe, training_recipe
 from rag_geotoken.sources import blue_marble, schemes
-from rag_geotoken.training.run import SETTINGS
 
 INDEXES = Path(__file__).parents[1] / "indexes"
 
@@ -38,12 +37,7 @@ def test_the_training_recipe_that_ships_fits_the_trainings() -> None:
     scheme, _, rest = recipe.pop("gallery").partition(":")
     assert scheme == "blue-marble" and blue_marble.parse(rest)[0] == "gallery"
     assert set(recipe) == {"alignment", "tokens", "reward", "tuning", "verifier"}
-    for name, settings in recipe.items():
-        assert {key: type(value) for key, value in settings.items()} == SETTINGS[name]
-    heads = training_recipe(None, "g3")
-    assert {name: {key: type(value) for key, value in heads[name].items()} for name in heads} == {
-        "heads": SETTINGS["heads"]
-    }
+    assert set(training_recipe(None, "g3")) == {"heads"}
     # The tokens train on other views than the alignment, whose stream is its own seed's.
     assert recipe["tokens"]["source"].endswith(f"seed={recipe['alignment']['seed'] + 1}")
     scheme, _, rest = recipe["tuning"]["source"].partition(":")

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from rag_geotoken.mllm.request import Client, Reply, Request
 from rag_geotoken.mllm.session import JOURNAL, MllmSession
 from rag_geotoken.options import Options
 from rag_geotoken.pipeline import Geolocator
-from rag_geotoken.run.ablate import Setup, ablate, table_text, walk_variants
+from rag_geotoken.run.ablate import ablate, table_text, walk_variants
 from rag_geotoken.run.models import Models
 from rag_geotoken.run.variants import Variant, read_variants
 from rag_geotoken.run.walk import RunFolder
@@ -231,8 +232,8 @@ def test_what_cannot_be_asked_is_said_before_any_work(
 
 def test_the_crossing(weights: Path, llava: Path, tmp_path: Path) -> None:
     lines: list[str] = []
-    setup = Setup(weights=weights, mllm=str(llava))
-    metrics = ablate(RECIPE, tmp_path, setup, lines.append)
+    opened = partial(MllmSession.open, str(llava))
+    metrics = ablate(RECIPE, tmp_path, lines.append, weights=weights, mllm=opened)
     variants = {row["name"]: row for row in metrics["variants"]}
     assert variants.pop("oracle-20")["n"] == 10
     assert len(variants) == 6 + 5  # visual needs what is retrieved
@@ -253,7 +254,7 @@ def test_the_crossing(weights: Path, llava: Path, tmp_path: Path) -> None:
     tables = {
         path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.parquet") if path.name != "predictions.parquet"
     }
-    again = ablate(RECIPE, tmp_path, setup, lines.append)
+    again = ablate(RECIPE, tmp_path, lines.append, weights=weights, mllm=opened)
     assert lines == [
         f"{sum(path.parent.name == 'test' for path in tables) - 1} tables reused, as an earlier run left them"
     ]
@@ -277,16 +278,16 @@ def test_the_crossing(weights: Path, llava: Path, tmp_path: Path) -> None:
         ({"variants": []}, "variants"),
         ({"variants": ["none"]}, "variants"),
         ({"variants": [{"verify": "none", "photos": ["test", "unseen"]}]}, "is for the photos unseen"),
-        ({"photos": 3}, "photos is no dict"),
-        ({"photos": {}}, "needs photos"),
+        ({"photos": 3}, "photos does not fit"),
+        ({"photos": {}}, "photos does not fit"),
         ({"photos": {"test": 3}}, "photos"),
-        ({"more": 1}, "has no more"),
+        ({"more": 1}, "more does not fit: Extra inputs"),
         ({"best": "none"}, "is none of the variants"),
     ],
 )
 def test_a_recipe_that_does_not_fit(changes: dict[str, Any], words: str, tmp_path: Path, one_line: OneLine) -> None:
     with one_line(words):
-        ablate(RECIPE | changes, tmp_path, Setup(mllm="nowhere"), print)
+        ablate(RECIPE | changes, tmp_path, print, mllm=lambda: pytest.fail("nothing is asked"))
     assert not list(tmp_path.iterdir())
 
 

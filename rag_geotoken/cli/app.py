@@ -192,23 +192,27 @@ def ablate(
     A recipe lists values for any option of locate; every combination is a variant. What variants have in common is
     computed once; run again, it goes on where it was stopped.
     """
+    from functools import partial
+
     from rag_geotoken.files import shipped
+    from rag_geotoken.mllm.session import MllmSession
     from rag_geotoken.recipes import read_recipe
-    from rag_geotoken.run.ablate import Setup, ablate, table_text
+    from rag_geotoken.run.ablate import ablate, table_text
 
     what = read_recipe(recipe or shipped("eval/verification.toml"))
-    setup = Setup(
+    opened = partial(MllmSession.open, mllm, mllm_model, mllm_concurrent, resume) if mllm else None
+    metrics = ablate(
+        what,
+        out,
+        typer.echo,
         photos=photos,
         index=index,
         weights=weights,
         backbone=backbone,
         matcher=matcher,
-        mllm=mllm,
-        mllm_model=mllm_model,
-        mllm_concurrent=mllm_concurrent,
-        resume=resume,
+        mllm=opened,
     )
-    typer.echo(table_text(ablate(what, out, setup, typer.echo)))
+    typer.echo(table_text(metrics))
 
 
 @app.command()

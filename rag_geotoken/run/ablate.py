@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.errors import GeoError
 from rag_geotoken.files import check_writable, read_json, write_json
 from rag_geotoken.geo import haversine_km
@@ -37,39 +38,38 @@ MENDED_KM = 200  # a photo is mended where its answer comes within so many km, b
 SHOWN = 8  # photos in the report
 
 
-@dataclass(frozen=True)
-class Setup:
-    """What a recipe runs with: photos or an index in the place of its own, weights, a multimodal model.
-
-    photos: a source, on which every variant is run.
-    """
-
-    photos: str | None = None
-    index: Path | None = None
-    weights: Path | None = None
-    backbone: str | None = None
-    matcher: str | None = None
-    mllm: str | None = None
-    mllm_model: str | None = None
-    mllm_concurrent: int | None = None
-    resume: bool = False
+Made = dict[str, dict[str, str]]  # variant -> stage -> table
 
 
-def ablate(recipe: Mapping[str, Any], out: Path, setup: Setup, log: Log) -> dict[str, Any]:
+def ablate(
+    recipe: Mapping[str, Any],
+    out: Path,
+    log: Log,
+    *,
+    photos: str | None = None,
+    index: Path | None = None,
+    weights: Path | None = None,
+    backbone: str | None = None,
+    matcher: str | None = None,
+    mllm: Callable[[], MllmSession] | None = None,
+) -> dict[str, Any]:
     """Run a recipe into ``out`` -> what ``metrics.json`` holds; report.html shows it, predictions.parquet has the best.
 
-    Run again, only what is missing is done. Raises GeoError for a recipe that does not fit or a model that does not
-    answer, before any work.
+    Run again, only what is missing is done. photos: a source on which every variant is run, and index: one in the place
+    of the recipe's own. mllm: opens the multimodal model, where a variant asks one. Raises GeoError for a recipe that
+    does not fit or a model that does not answer, before any work.
     """
-    plan = read_variants(recipe if setup.photos is None else _elsewhere(recipe, setup.photos))
+    plan = read_variants(recipe, photos)
     check_writable(out)
     asks = any(variant.options.asks_mllm for variant in plan.variants)
-    session = None
-    if asks:
-        if setup.mllm is None:
-            raise GeoError("the recipe asks a multimodal model: give --mllm, or leave such variants out")
-        session = MllmSession.open(setup.mllm, setup.mllm_model, setup.mllm_concurrent, setup.resume)
-    models = _open(plan, out, setup, session)
+    if asks and mllm is None:
+        raise GeoError("the recipe asks a multimodal model: give --mllm, or leave such variants out")
+    session = mllm() if asks and mllm else None
+    if index is None and plan.gallery is None:
+        raise GeoError("the recipe names no gallery: give --index DIR")
+    if index is None and plan.gallery:
+        make_index(out / "index", plan.gallery, GeoAlignment.from_pretrained(weights or EARTH, backbone))
+    models = Models.from_pretrained(index or out / "index", weights or EARTH, backbone, matcher, session)
     runs = dict[str, tuple[RunFolder, Made]]()
     for split, source in plan.photos.items():
         write_photos(out / split, source)
@@ -78,38 +78,23 @@ def ablate(recipe: Mapping[str, Any], out: Path, setup: Setup, log: Log) -> dict
         runs[split] = run, walk_variants(run, mine)
     if reused := [f"{run.folder.name}/{name}" for run, _ in runs.values() for name in run.reused]:
         log(f"{len(reused)} tables reused, as an earlier run left them")
-    facts: list[object] = [VERSION, plan, session and session.model, models.identity("encoder")]
+    identity = _identity(plan, runs, models)
+    if (out / "metrics.json").is_file() and (out / "report.html").is_file():
+        done: dict[str, Any] = read_json(out / "metrics.json")
+        if done.get("identity") == identity:
+            return done
+    results = [row for split, (run, made) in runs.items() for row in _rows(plan, split, run, made)]
+    stages = _seconds(runs, None if index else out / "index" / "stages")
+    return _conclude(plan, out, runs, results, models, {"stages": stages, "identity": identity})
+
+
+def _identity(plan: Recipe, runs: Mapping[str, tuple[RunFolder, Made]], models: Models) -> str:
+    """What metrics and report follow from."""
+    facts: list[object] = [VERSION, plan.model_dump(), models.mllm and models.mllm.model, models.identity("encoder")]
     for run, made in runs.values():
         names = [files["predictions"] for files in made.values()]
         facts += [read_json(run.folder / f"{name}.json")["parquet_sha256"] for name in names]
-    identity = hashlib.sha256(json.dumps(facts, sort_keys=True, default=vars).encode()).hexdigest()
-    metrics_file, report = out / "metrics.json", out / "report.html"
-    if metrics_file.is_file() and report.is_file() and read_json(metrics_file).get("identity") == identity:
-        done: dict[str, Any] = read_json(metrics_file)
-        return done
-    results = [row for split, (run, made) in runs.items() for row in _rows(plan, split, run, made)]
-    return _conclude(plan, out, runs, results, models, identity, None if setup.index else out / "index" / "stages")
-
-
-def _elsewhere(recipe: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """A recipe with all of its variants run on one source."""
-    blocks = [{key: value for key, value in block.items() if key != "photos"} for block in recipe["variants"]]
-    return dict(recipe) | {"photos": {"photos": source}, "variants": blocks}
-
-
-def _open(plan: Recipe, out: Path, setup: Setup, session: MllmSession | None) -> Models:
-    """Index and models; the index is made of the recipe's gallery where none is given."""
-    from rag_geotoken.alignment import GeoAlignment
-
-    weights, folder = setup.weights or EARTH, setup.index or out / "index"
-    if setup.index is None:
-        if plan.gallery is None:
-            raise GeoError("the recipe names no gallery: give --index DIR")
-        make_index(folder, plan.gallery, GeoAlignment.from_pretrained(weights, setup.backbone))
-    return Models.from_pretrained(folder, weights, setup.backbone, setup.matcher, session)
-
-
-Made = dict[str, dict[str, str]]  # variant -> stage -> table
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def walk_variants(run: RunFolder, variants: list[Variant]) -> Made:
@@ -194,7 +179,7 @@ def _distances(run: RunFolder, name: str) -> Floats:
 
 def oracle(run: RunFolder, options: Options, files: dict[str, str]) -> Floats:
     """Distance (N,) of the best place that may be each photo's answer, NaN for unreadable ones. Not a method."""
-    pool = chosen_pool(run.models, options, run.tables(options, files))
+    pool = chosen_pool(options, run.tables(options, files).pool)
     return _nearest_of(run, pool.lat_lon, pool.mask)
 
 
@@ -229,21 +214,16 @@ def _conclude(
     runs: Mapping[str, tuple[RunFolder, Made]],
     results: list[Result],
     models: Models,
-    identity: str,
-    index: Path | None,
+    facts: dict[str, Any],
 ) -> dict[str, Any]:
-    """Write metrics.json, predictions.parquet and report.html of all variants -> the first.
-
-    index: the stage tables of an index that was made here.
-    """
+    """Write metrics.json, with the facts, predictions.parquet and report.html of all variants -> the first."""
     split, (run, made) = next(iter(runs.items()))
-    here = [result for result in results if result.row["split"] == split and result.row["name"] in made]
-    total = {result.row["name"]: sum(result.row["acc"].values()) for result in here}
+    here = {result.row["name"]: result for result in results if result.row["split"] == split}
+    total = {name: sum(here[name].row["acc"].values()) for name in made}
     best = plan.best if plan.best in made else max(total, key=lambda name: total[name])
-    shown = next(result for result in here if result.row["name"] == best)
-    answers: Answers = run.result(made[best]["predictions"], Answers)
-    write_table(out / "predictions.parquet", read_table(run.folder / f"{made[best]['predictions']}.parquet"))
-    stages = _seconds(runs, index)
+    shown, file = here[best], made[best]["predictions"]
+    answers: Answers = run.result(file, Answers)
+    write_table(out / "predictions.parquet", read_table(run.folder / f"{file}.parquet"))
     metrics = {
         "variants": [result.row for result in results],
         "best": best,
@@ -251,10 +231,9 @@ def _conclude(
         "seed": plan.seed,
         "model": models.mllm.model if models.mllm else None,
         "versions": versions() | {"weights": models.alignment.identity},
-        "seconds": round(sum(stages.values()), 1),
-        "stages": stages,
+        "seconds": round(sum(facts["stages"].values()), 1),
         "calibration": calibration(answers.confidence, shown.km),
-        "identity": identity,
+        **facts,
     }
     if np.isfinite(answers.area_km2).any():
         metrics["abstention"] = abstention(answers.area_km2, shown.km)
@@ -264,16 +243,18 @@ def _conclude(
 
 
 def _seconds(runs: Mapping[str, tuple[RunFolder, Made]], index: Path | None) -> dict[str, float]:
-    """What making each table took, whenever it was made; all decisions of a split in one."""
-    manifests = sorted(index.glob("[a-z]*.json")) if index else []
-    # A table that an older version left says no seconds.
-    seconds = {
-        f"index: {path.stem}": read_json(path).get("seconds", 0.0) for path in manifests if path.stem != "left_out"
-    }
+    """What making each table took, whenever it was made, those of an index too; all decisions of a split in one."""
+    seconds = dict[str, float]()
+    for manifest in sorted(index.glob("[a-z]*.json")) if index else []:
+        if manifest.stem != "left_out":  # a table that an older version left says no seconds
+            seconds[f"index: {manifest.stem}"] = read_json(manifest).get("seconds", 0.0)
     for split, (run, _) in runs.items():
-        decisions = sum(spent for name, spent in run.seconds.items() if name.startswith("predictions-"))
-        rest = {name: spent for name, spent in run.seconds.items() if not name.startswith("predictions-")}
-        seconds |= {f"{split}: {name}": spent for name, spent in rest.items()}
+        decisions = 0.0
+        for name, spent in run.seconds.items():
+            if name.startswith("predictions-"):
+                decisions += spent
+            else:
+                seconds[f"{split}: {name}"] = spent
         seconds[f"{split}: decisions"] = round(decisions, 2)
     return seconds
 
@@ -300,16 +281,11 @@ def _report(
         chosen = [(row, shown.row["split"]) for row in rows.tolist()]
     options = next(variant.options for variant in plan.variants if variant.name == metrics["best"])
     tables = run.tables(options, files)
-    pool = chosen_pool(models, options, tables)
+    pool = chosen_pool(options, tables.pool)
     write_report(
         out / "report.html",
         metrics=metrics,
-        errors={
-            "lat": run.photos.lat_lon[:, 0],
-            "lon": run.photos.lat_lon[:, 1],
-            "km": shown.km,
-            "name": metrics["best"],
-        },
+        errors=dict(zip(("lat", "lon"), run.photos.lat_lon.T, strict=True)) | {"km": shown.km, "name": metrics["best"]},
         examples=[_example(run, tables, pool, models, answers, row) | {"split": kind} for row, kind in chosen],
         about=plan.about,
         notes=plan.notes,
@@ -318,45 +294,39 @@ def _report(
 
 def _example(run: RunFolder, tables: Tables, pool: Pool, models: Models, answers: Answers, row: int) -> dict[str, Any]:
     """One readable photo with its neighbours, candidates and answer, as the report wants it."""
-    at = int(np.searchsorted(run.readable, row))
-    neighbors, truth = tables.neighbours, run.photos.lat_lon[row]
-    rows = neighbors.rows[at, :8]
-    crops, _ = load_pictures([run.photos.images[row]], 64)
-    others = models.index.pictures(rows, 64)
-    near = [
-        {
-            "crop": crop,
-            "lat": lat,
-            "lon": lon,
-            "score": float(s),
-            "km": float(haversine_km(truth[0], truth[1], lat, lon)),
-        }
-        for crop, (lat, lon), s in zip(others, neighbors.lat_lon[at].tolist(), neighbors.scores[at], strict=False)
-    ]
-    entries = [
-        {
-            "lat": float(pool.lat_lon[at, c, 0]),
-            "lon": float(pool.lat_lon[at, c, 1]),
-            "source": SOURCES[pool.source[at, c]],
-            "weight": float(np.exp(pool.log_weight[at, c])),
-        }
-        for c in np.flatnonzero(pool.mask[at])
-    ]
+    at, truth = int(np.searchsorted(run.readable, row)), run.photos.lat_lon[row]
+    rows, lat, lon = tables.neighbours.rows[at, :8], *tables.neighbours.lat_lon[at, :8].T
+    near = {"crop": models.index.pictures(rows, 64), "lat": lat.tolist(), "lon": lon.tolist()}
+    near |= {
+        "score": tables.neighbours.scores[at, :8].tolist(),
+        "km": haversine_km(truth[0], truth[1], lat, lon).tolist(),
+    }
+    kept = pool.mask[at]
+    entries = {"lat": pool.lat_lon[at, kept, 0].tolist(), "lon": pool.lat_lon[at, kept, 1].tolist()}
+    entries |= {
+        "source": np.array(SOURCES)[pool.source[at, kept]],
+        "weight": np.exp(pool.log_weight[at, kept]).tolist(),
+    }
     believed = hasattr(tables, "posterior")
     heat = {"heat": heat_map(tables.posterior, at, height=360, detail=9)} if believed else {}
-    lat, lon = answers.lat_lon[row].tolist()
+    answer = answers.lat_lon[row]
     return {
         "id": run.photos.ids[row],
-        "crop": crops[0],
+        "crop": load_pictures([run.photos.images[row]], 64)[0][0],
         "true": tuple(truth.tolist()),
-        "neighbours": near,
-        "candidates": entries,
+        "neighbours": _records(near),
+        "candidates": _records(entries),
         **heat,
         "area_km2": float(answers.area_km2[row]) if believed else None,
-        "answer": (lat, lon),
-        "km": float(haversine_km(truth[0], truth[1], lat, lon)),
+        "answer": tuple(answer.tolist()),
+        "km": float(haversine_km(truth[0], truth[1], answer[0], answer[1])),
         "confidence": dict(zip(RADII_KM, answers.confidence[row].tolist(), strict=True)),
     }
+
+
+def _records(columns: Mapping[str, Iterable[Any]]) -> list[dict[str, Any]]:
+    """Columns -> a dictionary a row."""
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def table_text(metrics: dict[str, Any]) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rag_geotoken.files import shipped
+from rag_geotoken.mllm.session import MllmSession
 from rag_geotoken.recipes import read_recipe
-from rag_geotoken.run.ablate import Log, Setup, ablate
+from rag_geotoken.run.ablate import Log, ablate
 
 RECIPE = "eval/demo.toml"
 
@@ -35,4 +37,5 @@ def run_demo(
     recipe |= {"gallery": f"{recipe['gallery']},n={gallery}", "seed": seed}
     if mllm is None:
         recipe["variants"] = [block for block in recipe["variants"] if "mllm" not in block.get("verify", "")]
-    return ablate(recipe, out, Setup(weights=weights, mllm=mllm, resume=mllm is not None), log)
+    opened = partial(MllmSession.open, mllm, resume=True) if mllm else None
+    return ablate(recipe, out, log, weights=weights, mllm=opened)

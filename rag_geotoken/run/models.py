@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from copy import copy
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +30,9 @@ if TYPE_CHECKING:
     from rag_geotoken.verifiers.range_plus import Look
 
 
+Part = TypeVar("Part")
+
+
 class Models:
     """Models and index of the road. ``mllm`` is a multimodal model's session, None where none is asked."""
 
@@ -50,7 +52,7 @@ class Models:
             width, wanted = reward.config.d_model, tokens.config.d_model
             raise GeoError(f"a reward head of width {width}, a token model of width {wanted}: train the head again")
         self.alignment, self.index, self.tuning, self.reward, self.mllm = alignment, index, tuning, reward, mllm
-        self._identities: dict[str, Any] = {}
+        self._fingerprints: dict[str, str] = {}
         self._regions: dict[tuple[object, int], Mask | None] = {}
         self._tokens, self.matcher = tokens, matcher or AerialMatcher(tuning.view_km)
         self.tokenizer = S2Tokenizer(tokens.config.level, tokens.config.group) if tokens else S2Tokenizer()
@@ -97,27 +99,29 @@ class Models:
     def replace(self, **changes: object) -> Self:
         """The same with another ``tuning`` or ``mllm``; what was loaded is shared, the matcher too."""
         changed = copy(self)
-        vars(changed).update(changes, _identities={})
+        vars(changed).update(changes)
         return changed
 
     @property
     def tokens(self) -> TokenModel:
         """The token model. Raises GeoError when these weights have none."""
-        if self._tokens is None:
-            raise GeoError(
-                "these weights have no token model, so no cells can be generated: add --propose none, or put one into "
-                "the same folder with rag-geotoken convert geotoken"
-            )
-        return self._tokens
+        return _needed(
+            self._tokens,
+            "these weights have no token model, so no cells can be generated: add --propose none, or put one into the "
+            "same folder with rag-geotoken convert geotoken",
+        )
 
     @property
     def session(self) -> MllmSession:
         """The multimodal model's session. Raises GeoError where none was opened."""
-        if self.mllm is None:
-            raise GeoError(
-                "which multimodal model? Give --mllm http://HOST:PORT/v1, a folder, a hub's name or embedded"
-            )
-        return self.mllm
+        return _needed(
+            self.mllm, "which multimodal model? Give --mllm http://HOST:PORT/v1, a folder, a hub's name or embedded"
+        )
+
+    @property
+    def reward_head(self) -> RewardHead:
+        """The reward head. Raises GeoError when these weights have none."""
+        return _needed(self.reward, "these weights have no reward head: train one with rag-geotoken train reward")
 
     def region(self, within: tuple[float, float, float] | None, at_least: int) -> Mask | None:
         """Rows of the index (rows,) that lie in a region, see :meth:`.GeoIndex.mask`; found once for all blocks."""
@@ -128,24 +132,16 @@ class Models:
 
     def identity(self, name: str) -> Any:
         """What a stage's results follow from of encoder, index, tokens, reward, matcher or mllm, as JSON values."""
-        facts: dict[str, Callable[[], Any]] = {
-            "encoder": lambda: self.alignment.identity,
-            "index": lambda: self.index.identity,
-            "tokens": lambda: fingerprint(self.tokens),
-            "reward": lambda: fingerprint(self.tokens, self.reward_head),
-            "matcher": lambda: self.matcher.identity,
-            "mllm": lambda: [self.session.model, prompts_sha256()],
-        }
-        if name not in self._identities:
-            self._identities[name] = facts[name]()
-        return self._identities[name]
-
-    @property
-    def reward_head(self) -> RewardHead:
-        """The reward head. Raises GeoError when these weights have none."""
-        if self.reward is None:
-            raise GeoError("these weights have no reward head: train one with rag-geotoken train reward")
-        return self.reward
+        if name == "encoder":
+            return self.alignment.identity
+        if name == "mllm":
+            return [self.session.model, prompts_sha256()]
+        if name in ("index", "matcher"):
+            return getattr(self, name).identity
+        if name not in self._fingerprints:
+            models = (self.tokens,) if name == "tokens" else (self.tokens, self.reward_head)
+            self._fingerprints[name] = fingerprint(*models)
+        return self._fingerprints[name]
 
     @cached_property
     def gps_search(self) -> GpsSearch:
@@ -174,3 +170,9 @@ class Models:
         lat_lon = np.where(pool.mask[..., None], pool.lat_lon, pool.lat_lon[:, :1])
         cells = torch.from_numpy(self.tokenizer.encode(*lat_lon.reshape(-1, 2).T)).view(*pool.mask.shape, -1)
         return decoding.score(self.tokens, self.memory(embeddings, neighbors), cells)[1]
+
+
+def _needed(part: Part | None, missing: str) -> Part:
+    if part is None:
+        raise GeoError(missing)
+    return part

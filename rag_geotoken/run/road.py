@@ -32,6 +32,16 @@ NEAR = ("embeddings", "neighbours")
 DECODING = ("propose", "beam_width", "samples", "temperature", "top_p", "epsilon", "seed", "within")
 ASKING = ("sources", "mllm_mode", "evidence", "near_pictures", "picture_size")
 DECIDING = ("sources", "verify", "select", "mllm_mode", "area", "max_area_km2", "least_confidence")
+# The table that the places of a source come from.
+SOURCE_TABLES = {
+    "neighbour": "neighbours",
+    "greedy": "candidates",
+    "beam": "candidates",
+    "sample": "candidates",
+    "frontier": "posterior",
+    "gps": "places",
+    "visual": "matches",
+}
 SHARES = ("neighbor_share", "neighbor_scale", "gps_share", "visual_share", "match_scale", "mllm_share")
 
 
@@ -67,12 +77,13 @@ class Stage:
 
 def road(options: Options) -> list[Stage]:
     """The stages that the options ask for, in order; the last one decides."""
-    places = do.scored_table(options)
-    verdicts = [_verdict(name, places, options) for name in sorted(options.verify)]
+    alone = options.sources[0] if len(options.sources) == 1 else None
+    pool = f"pool-{alone}" if alone else "pool"
+    verdicts = [_verdict(name, pool, options) for name in sorted(options.verify)]
     authors, compared = ("photos",) * options.other_authors, ("matches",) * options.visual
-    added = ("candidates",) * bool(options.propose) + ("places",) * bool(options.gps_places) + compared
-    added += ("verdicts-mllm-diversify",) * options.diverse
-    decided = ("photos", *NEAR, places, *(v.name for v in verdicts), *("posterior",) * options.frontier)
+    pooled: tuple[str, ...] = ("neighbours",) + ("candidates",) * bool(options.propose)
+    pooled += ("places",) * bool(options.gps_places) + compared + ("verdicts-mllm-diversify",) * options.diverse
+    decided = ("photos", *NEAR, pool, *(verdict.name for verdict in verdicts), *("posterior",) * options.frontier)
     every = [
         Stage("embeddings", do.embed, Embeddings, ("photos",), (), ("encoder",), whole=True),
         Stage("neighbours", do.search, Neighbors, ("embeddings", *authors),
@@ -83,26 +94,25 @@ def road(options: Options) -> list[Stage]:
         Stage("matches", do.match, Places, ("photos", *NEAR), (), ("matcher", "index")),
         Stage("verdicts-mllm-diversify", do.diversify, MllmVerdict, ("photos", *NEAR), ("answers", "picture_size"),
               ("mllm", "index"), ("search_weights",)),
-        Stage("pool", do.pool, Pool, ("neighbours", *added), ("within",), (), SHARES),
+        Stage(pool, do.pool, Pool, (SOURCE_TABLES[alone],) if alone else pooled, ("within",), (),
+              (*SHARES, "density_scale") if alone else SHARES, own=alone is not None),
         *verdicts,
-        Stage("predictions", do.decide, Answers, tuple(dict.fromkeys(decided)), (*DECIDING, "within"), ("encoder",),
-              ("*",), version=2, own=True, whole=True),
+        Stage("predictions", do.decide, Answers, decided, DECIDING, ("encoder",), ("*",), 2,
+              own=True, whole=True),
     ]  # fmt: skip
-    return [stage for stage in every if stage.name in {*NEAR, *added, *decided, "predictions"}]
+    needed = {"predictions", *NEAR}
+    for stage in reversed(every):
+        needed |= {*stage.reads} if stage.name in needed else set()
+    return [stage for stage in every if stage.name in needed]
 
 
-def _verdict(name: str, places: str, options: Options) -> Stage:
-    """The stage of a verifier's scores of the places in a table."""
+def _verdict(name: str, pool: str, options: Options) -> Stage:
+    """The stage of a verifier's scores of the places in a pool."""
     by = load_verifier(name)
-    work = partial(do.verdict, by)
-    if by.kind is MllmVerdict:
+    work, reads = partial(do.verdict, by), ("photos", *by.reads, pool)
+    if by.kind is MllmVerdict:  # it sees only what may be the answer
         mode = "pool" if options.diverse else options.mllm_mode
-        reads = ("photos", *by.reads, *("matches",) * options.visual, places)
-        return Stage(
-            f"verdicts-{name}-{mode}", work, by.kind, reads, ASKING, by.models, by.tuning, by.version, own=True
-        )
-    one = places != "pool"
-    depends, tuning = (("sources", "within"), ("*",)) if one else ((), by.tuning)
-    return Stage(
-        f"verdicts-{name}", work, by.kind, (*by.reads, places), depends, by.models, tuning, by.version, own=one
-    )
+        reads += ("matches",) * options.visual
+        return Stage(f"verdicts-{name}-{mode}", work, by.kind, reads, ASKING, by.models, by.tuning, by.version, True)
+    own = pool != "pool"
+    return Stage(f"verdicts-{name}", work, by.kind, reads[1:], (), by.models, by.tuning, by.version, own)

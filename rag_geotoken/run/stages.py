@@ -52,17 +52,6 @@ from rag_geotoken.types import (
 from rag_geotoken.verifiers import Verifier
 from rag_geotoken.verifiers.matching import match_all
 
-# A source that alone is pooled -> the table that its places come from.
-TABLE_OF = {
-    "neighbour": "neighbours",
-    "greedy": "candidates",
-    "beam": "candidates",
-    "sample": "candidates",
-    "frontier": "posterior",
-    "gps": "places",
-    "visual": "matches",
-}
-
 
 def embed(models: Models, options: Options, tables: Tables) -> Embeddings:
     """Pictures -> embeddings, zeros where a picture cannot be read."""
@@ -160,38 +149,27 @@ def diversify(models: Models, options: Options, tables: Tables) -> MllmVerdict:
 
 
 def pool(models: Models, options: Options, tables: Tables) -> Pool:
-    """Retrieved and generated places together, one entry a cell, then moved ones, then those of a multimodal model."""
+    """The places that verifiers score: of the one source that is asked for, or of all.
+
+    Of all: retrieved and generated together, one entry a cell, then moved ones, then those of a multimodal model.
+    """
     tuning = models.tuning
-    made = make_pool(
-        tables.neighbours,
-        tables.candidates if options.propose else None,
-        models.tokenizer,
-        tuning,
-        tables.places if options.gps_places else None,
-    )
-    if options.visual:
-        made = extend(made, tables.matches, tuning)
-    if options.diverse:
-        own = tables.diverse.lat_lon
-        made = join(made, own, np.zeros(own.shape[:2]), tuning.mllm_share, MLLM)
+    if len(options.sources) == 1:
+        made = _source_alone(models, options.sources[0], tables)
+    else:
+        candidates = tables.candidates if options.propose else None
+        places = tables.places if options.gps_places else None
+        made = make_pool(tables.neighbours, candidates, models.tokenizer, tuning, places)
+        if options.visual:
+            made = extend(made, tables.matches, tuning)
+        if options.diverse:
+            own = tables.diverse.lat_lon
+            made = join(made, own, np.zeros(own.shape[:2]), tuning.mllm_share, MLLM)
     return keep_within(made, options.within) if options.within else made
 
 
-def scored_table(options: Options) -> str:
-    """The table that verifiers score: the pool, or that of the one source which is asked for alone."""
-    return TABLE_OF[options.sources[0]] if len(options.sources) == 1 else "pool"
-
-
-def whole_pool(models: Models, options: Options, tables: Tables) -> Pool:
-    """The places that verifiers score: the pool, or those of the one source that is asked for, each its own entry."""
-    if len(options.sources) != 1:
-        return tables.pool
-    alone = _source_alone(models, options, tables)
-    return keep_within(alone, options.within) if options.within else alone
-
-
-def _source_alone(models: Models, options: Options, tables: Tables) -> Pool:
-    tuning, source = models.tuning, options.sources[0]
+def _source_alone(models: Models, source: str, tables: Tables) -> Pool:
+    tuning = models.tuning
     if source == "neighbour":
         return neighbor_pool(tables.neighbours, tuning.density_scale)
     if source == "visual":
@@ -203,29 +181,22 @@ def _source_alone(models: Models, options: Options, tables: Tables) -> Pool:
     return generated_pool(tables.candidates, SOURCES.index(source), models.tokenizer, tuning)
 
 
-def chosen_pool(models: Models, options: Options, tables: Tables) -> Pool:
-    """The places one of which will be the answer."""
-    return _pooled(whole_pool(models, options, tables), options)
-
-
-def _pooled(whole: Pool, options: Options) -> Pool:
-    """The entries of the sources that the options let into the decision."""
+def chosen_pool(options: Options, pool: Pool) -> Pool:
+    """The entries one of which will be the answer: those of the sources that the options let into the decision."""
     kinds = [SOURCES.index(name) for name in options.pooled]
-    return whole if np.isin(whole.source[whole.mask], kinds).all() else only(whole, *kinds)
+    return pool if np.isin(pool.source[pool.mask], kinds).all() else only(pool, *kinds)
 
 
 def verdict(verifier: Verifier, models: Models, options: Options, tables: Tables) -> Verdict:
     """A verifier's score of every place; a multimodal model is asked about those alone that may be the answer."""
     asks_model = verifier.kind is MllmVerdict
-    places = (chosen_pool if asks_model else whole_pool)(models, options, tables)
-    return verifier.scores(models, options, tables, places)
+    return verifier.scores(models, options, tables, chosen_pool(options, tables.pool) if asks_model else tables.pool)
 
 
 def decide(models: Models, options: Options, tables: Tables) -> Answers:
     """The pool and its verdicts -> answers of readable photos; those that are too unsure abstain, and say so."""
-    whole = whole_pool(models, options, tables)
-    chosen = _pooled(whole, options)
-    scores = {name: found.over(whole.mask) for name, found in tables.verdicts.items() if name != "mllm"}
+    chosen = chosen_pool(options, tables.pool)
+    scores = {name: found.over(tables.pool.mask) for name, found in tables.verdicts.items() if name != "mllm"}
     given = strategies.Given(scores, models.tuning, tables.neighbours, models.tokenizer)
     answers = Answers.of(tables.photos, [None] * len(tables.photos))
     answers.verified[:] = bool(options.verify)

@@ -22,7 +22,7 @@ from rag_geotoken.run.road import Stage, road
 from rag_geotoken.sources import read_source
 from rag_geotoken.sources.photos import read_left_out
 from rag_geotoken.tables import read_table, table_sha256
-from rag_geotoken.types import Answers, Embeddings, MllmVerdict, Photos, Tables
+from rag_geotoken.types import Answers, MllmVerdict, Photos, Tables
 
 
 def in_memory(models: Models, options: Options, photos: Photos, block: int = BLOCK) -> Answers:
@@ -157,10 +157,15 @@ class RunFolder:
             self._read[name] = kind.from_table(read_table(self.folder / f"{name}.parquet"))
         return self._read[name]
 
-    def tables(self, options: Options, files: dict[str, str]) -> Tables:
-        """What :meth:`walk` made with these options before the decision, of the readable photos."""
-        steps = [step for step in self._steps(options, files) if step.name != "predictions"]
-        return self._tables(steps, files, slice(0, len(self.readable)))
+    def tables(self, options: Options, files: dict[str, str], at: slice = slice(None)) -> Tables:
+        """What :meth:`walk` made with these options before the decision, of readable photos."""
+        rows = self.readable[at]
+        tables = Tables(self.photos[rows])
+        for step in road(options):
+            if step.name in files and step.name != "predictions":
+                result = self.result(files[step.name], step.kind)
+                tables.put(step.name, result[rows] if step.whole else result[at])
+        return tables
 
     def _make(self, step: Stage, options: Options, files: dict[str, str], name: str) -> str:
         file, new = self._name(step, options, files, name)
@@ -194,28 +199,14 @@ class RunFolder:
     def _block(self, step: Stage, options: Options, reads: dict[str, str], at: slice) -> Any:
         """The table of a block of a stage's photos."""
         if step.name == "embeddings":
-            found: Embeddings = step.work(self.models, options, Tables(self.photos[at]))
-            return found.to_table(self.photos.ids[at])
+            return step.work(self.models, options, Tables(self.photos[at])).to_table(self.photos.ids[at])
         if not step.whole:
             ids = [self.photos.ids[i] for i in self.readable[at].tolist()]
-            return step.work(self.models, options, self._tables(self._steps(options, reads), reads, at)).to_table(ids)
-        first, last = np.searchsorted(self.readable, [at.start, at.stop]).tolist()
-        decided = None
-        if last > first:
-            part = self._tables(self._steps(options, reads), reads, slice(first, last))
-            decided = step.work(self.models, options, part)
+            return step.work(self.models, options, self.tables(options, reads, at)).to_table(ids)
+        part = slice(*np.searchsorted(self.readable, [at.start, at.stop]).tolist())
+        some = part.stop > part.start
+        decided = step.work(self.models, options, self.tables(options, reads, part)) if some else None
         return complete(self.photos[at], self.errors[at], decided).to_table()
-
-    def _steps(self, options: Options, reads: dict[str, str]) -> list[Stage]:
-        return [step for step in road(options) if step.name in reads]
-
-    def _tables(self, steps: list[Stage], files: dict[str, str], at: slice) -> Tables:
-        """Some of the readable photos with the results of some stages."""
-        tables = Tables(self.photos[self.readable[at]])
-        for step in steps:
-            result = self.result(files[step.name], step.kind)
-            tables.put(step.name, result[self.readable[at]] if step.whole else result[at])
-        return tables
 
     def _forget_failures(self, file: str) -> None:
         path = self.folder / f"{file}.parquet"

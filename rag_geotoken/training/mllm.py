@@ -16,7 +16,7 @@ from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.options import Options, verified_by
 from rag_geotoken.run.models import Models
-from rag_geotoken.run.stages import chosen_pool, whole_pool
+from rag_geotoken.run.stages import chosen_pool
 from rag_geotoken.run.walk import RunFolder, write_photos
 from rag_geotoken.training.tuning import Log, hits, inside
 from rag_geotoken.types import MllmVerdict, Pool, Predictions, Tables
@@ -42,7 +42,7 @@ def tune_mllm(folder: Path, source: str, models: Models, log: Log) -> Tuning:
     for options in (*MODES, FREE):
         stage = f"verdicts-mllm-{options.mllm_mode}"
         tables = run.tables(options, run.walk(options, SHARED, until=stage))
-        whole, pool = whole_pool(models, options, tables), chosen_pool(models, options, tables)
+        whole, pool = tables.pool, chosen_pool(options, tables.pool)
         verdict: MllmVerdict = cast(MllmVerdict, tables.verdicts["mllm"])
         plain = [name for name in options.verify if name != "mllm"]
         scores = {name: tables.verdicts[name].over(whole.mask) for name in plain}

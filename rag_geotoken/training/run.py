@@ -20,6 +20,7 @@ from rag_geotoken.files import check_writable, file_sha256, write_json
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.location import LocationEncoder
 from rag_geotoken.options import Options
+from rag_geotoken.recipes import training_recipe
 from rag_geotoken.reward import RewardHead
 from rag_geotoken.run.build_index import gallery_tables, index_for_training
 from rag_geotoken.run.models import Models
@@ -30,42 +31,6 @@ from rag_geotoken.training.processes import world_size
 from rag_geotoken.weights import fingerprint
 
 Log = Callable[[str], None]
-SETTINGS: dict[str, dict[str, Any]] = {
-    "alignment": {"source": str, "steps": int, "batch": int, "rate": float, "seed": int},
-    "heads": {
-        "source": str,
-        "backbone": str,
-        "location": str,
-        "start": str,
-        "held_out": int,
-        "epochs": int,
-        "batch": int,
-        "rate": float,
-        "decay": float,
-        "seed": int,
-    },
-    "tokens": {
-        "source": str,
-        "held_out": int,
-        "neighbor_positions": str,
-        "epochs": int,
-        "batch": int,
-        "rate": float,
-        "seed": int,
-    },
-    "reward": {"photos": int, "epochs": int, "batch": int, "rate": float, "seed": int},
-    "tuning": {"source": str, "grid": dict},
-    "verifier": {
-        "source": str,
-        "held_out": int,
-        "vocabulary": int,
-        "steps": int,
-        "batch": int,
-        "views": int,
-        "rate": float,
-        "seed": int,
-    },
-}
 LEAST = {"seed": 0, "rate": 1e-9, "decay": 0.0}  # every other number at least 1
 
 
@@ -77,39 +42,31 @@ def train(what: str, recipe: dict[str, Any], out: Path, index: Path | None = Non
     of the recipe's ``gallery`` is kept in ``OUT-index``. Raises GeoError when an earlier one is missing, the recipe
     does not fit, its source is kept for something else, or OUT-index holds another index.
     """
-    settings, out = _settings(recipe, what), out.resolve()  # so that "." has a name
+    settings, out, log = _settings(recipe, what), out.resolve(), _log()  # resolved, so that "." has a name
     if what not in ("tokens", "heads") and world_size() > 1:
         raise GeoError(
             f"{world_size()} processes were started to train {what}: start one, tokens and heads take several"
         )
-    log = _log()
+    check_writable(out)
     if what == "alignment":
         from rag_geotoken.training.alignment import train_alignment
 
-        check_writable(out)
         train_alignment(out, _identity({"alignment": settings}), **settings, log=log)
-        return
-    if what == "heads":
+    elif what == "heads":
         _train_heads(settings, out, log)
-        return
-    if what == "tokens":
+    elif what == "tokens":
         _train_tokens(settings, recipe, out, index, log)
-        return
-    alignment, tokens = GeoAlignment.from_pretrained(out), TokenModel.from_pretrained(out)
-    gallery = _gallery(alignment, recipe, out, index)
-    if what == "verifier":
-        _train_verifier(settings, Models(alignment, tokens, gallery, load_tuning(out)), out, log)
-        return
-    if what == "reward":
+    elif what == "reward":
         from rag_geotoken.training.reward import train_reward
 
-        models = Models(alignment, tokens, gallery, Tuning())
-        train_reward(models, **settings, log=log).save_pretrained(out, half=True)
-        return
-    from rag_geotoken.training.tuning import tune
+        train_reward(_models(recipe, out, index, Tuning()), **settings, log=log).save_pretrained(out, half=True)
+    elif what == "tuning":
+        from rag_geotoken.training.tuning import tune
 
-    models = Models(alignment, tokens, gallery, Tuning(), RewardHead.from_pretrained(out))
-    write_json(out / "tuning.json", asdict(tune(models, **settings, log=log)))
+        models = _models(recipe, out, index, Tuning(), reward=RewardHead.from_pretrained(out))
+        write_json(out / "tuning.json", asdict(tune(models, **settings, log=log)))
+    else:
+        _train_verifier(settings, _models(recipe, out, index, load_tuning(out)), out, log)
 
 
 def _log() -> Log:
@@ -118,17 +75,20 @@ def _log() -> Log:
     return lambda line: print(f"{time.monotonic() - begun:7.0f} s  {line}", file=sys.stderr, flush=True)
 
 
+def _models(recipe: dict[str, Any], out: Path, index: Path | None, tuning: Tuning, **more: Any) -> Models:
+    """The models trained so far, with the gallery; more: as :class:`.Models` takes it."""
+    alignment, tokens = GeoAlignment.from_pretrained(out), TokenModel.from_pretrained(out)
+    return Models(alignment, tokens, _gallery(alignment, recipe, out, index), tuning, **more)
+
+
 def _gallery(alignment: GeoAlignment, recipe: dict[str, Any], out: Path, index: Path | None) -> GeoIndex:
     """The index that all but the alignment are trained with; a given one is only read, another made where missing."""
-    check_writable(out)
     if index is None:
         source = recipe.get("gallery")
         if not isinstance(source, str):
             raise GeoError('the recipe names no gallery: give --index DIR, or write gallery = "SCHEME:REST" into it')
         index = index_for_training(out.with_name(f"{out.name}-index"), source, alignment)
-    gallery = GeoIndex.load(index, alignment.heads)
-    gallery.check_encoder(alignment.identity)
-    return gallery
+    return GeoIndex.load(index, alignment.heads)
 
 
 def _train_tokens(settings: dict[str, Any], recipe: dict[str, Any], out: Path, index: Path | None, log: Log) -> None:
@@ -144,19 +104,19 @@ def _train_tokens(settings: dict[str, Any], recipe: dict[str, Any], out: Path, i
     options = Options(neighbors=config.neighbors, propose=(), gps_places=0, verify=())
     accelerator = make_accelerator()
     with accelerator.main_process_first():  # the others find every table made
-        gallery = _gallery(alignment, recipe, out, index)
+        models = Models(alignment, None, _gallery(alignment, recipe, out, index), Tuning())
         if own:
-            gallery_tables(folder, gallery)
+            gallery_tables(folder, models.index)
         else:
             write_photos(folder, settings["source"])
-        run = RunFolder(folder, Models(alignment, None, gallery, Tuning()))
+        run = RunFolder(folder, models)
         files = run.walk(options, until="neighbours", given=("embeddings",) * own)
     tables = [file_sha256(folder / f"{name}.parquet") for name in ("photos", "embeddings", "neighbours")]
-    facts = {"settings": settings, "config": asdict(config), "tables": tables, "index": gallery.identity}
+    facts = {"settings": settings, "config": asdict(config), "tables": tables, "index": models.index.identity}
     photos = run.tables(options, files)
-    train_on, validation = read_photos(photos, gallery, config, settings["held_out"], settings["seed"])
+    train_on, validation = read_photos(photos, models.index, config, settings["held_out"], settings["seed"])
     numbers = {name: settings[name] for name in ("epochs", "batch", "rate", "seed")}
-    train_tokens(config, gallery, train_on, validation, out, _identity(facts), **numbers, log=log)
+    train_tokens(config, models.index, train_on, validation, out, _identity(facts), **numbers, log=log)
     accelerator.end_training()
 
 
@@ -166,10 +126,8 @@ def _train_heads(settings: dict[str, Any], out: Path, log: Log) -> None:
     from rag_geotoken.training.heads import train_heads
     from rag_geotoken.training.processes import make_accelerator
 
-    check_writable(out)
     name, start = settings["backbone"], settings["start"]
-    dim = load_backbone(name).dim
-    config = replace(G3, dim=dim, backbone=name, location=settings["location"])
+    config = replace(G3, dim=load_backbone(name).dim, backbone=name, location=settings["location"])
     alignment = GeoAlignment(config)  # refuses what cannot be built, before the long work
     begin = LocationEncoder.from_pretrained(start) if start else None
     # Where the index of the same photos will look for what it needs of them.
@@ -203,10 +161,9 @@ def train_mllm(
     from rag_geotoken.training.mllm import tune_mllm
 
     settings, out = _settings(recipe, "tuning"), out.resolve()
+    check_writable(out)
     session = MllmSession.open(where or str(out.with_name(f"{out.name}-verifier")), model, concurrent)
-    alignment = GeoAlignment.from_pretrained(out)
-    gallery = _gallery(alignment, recipe, out, index)
-    models = Models(alignment, TokenModel.from_pretrained(out), gallery, load_tuning(out), mllm=session)
+    models = _models(recipe, out, index, load_tuning(out), mllm=session)
     tuned = tune_mllm(out.with_name(f"{out.name}-mllm"), settings["source"], models, _log())
     write_json(out / "tuning.json", asdict(tuned))
 
@@ -233,12 +190,12 @@ def _identity(facts: dict[str, Any]) -> str:
 
 
 def _settings(recipe: dict[str, Any], what: str) -> dict[str, Any]:
-    """The recipe's section of a training, every setting there and of its kind."""
-    section, wanted = recipe.get(what), SETTINGS[what]
+    """The recipe's section of a training: every setting that the recipe which ships has, and of the same kind."""
+    section, wanted = recipe.get(what), training_recipe(None, "g3" if what == "heads" else "earth")[what]
     if not isinstance(section, dict) or section.keys() != wanted.keys():
         given = ", ".join(section) if isinstance(section, dict) else section
         raise GeoError(f"the recipe's section [{what}] has {given or 'nothing'}: give it {', '.join(wanted)}")
-    for name, kind in wanted.items():
+    for name, kind in ((name, type(value)) for name, value in wanted.items()):
         value = section[name]
         if type(value) is not kind or (kind in (int, float) and not LEAST.get(name, 1) <= value < math.inf):
             raise GeoError(f"the recipe's [{what}] {name} = {value!r} does not fit: give {kind.__name__}, above zero")

@@ -110,11 +110,9 @@ def tune(models: Models, source: str, grid: Mapping[str, Grid], log: Log) -> Tun
 
 def _check_grid(grid: Mapping[str, Grid]) -> None:
     """Raises GeoError for a grid that lacks a group or has values of no number of a tuning."""
-    if tuple(grid) != GROUPS:
-        raise GeoError(f"the recipe's [tuning.grid] has {', '.join(grid)}: give {', '.join(GROUPS)}, in this order")
+    if tuple(grid) != GROUPS or not all(isinstance(values, dict) for values in grid.values()):
+        raise GeoError(f"the recipe's [tuning.grid] has {', '.join(grid)}: give tables {', '.join(GROUPS)}, in order")
     for group, values in grid.items():
-        if not isinstance(values, dict):
-            raise GeoError(f"the recipe's [tuning.grid] {group} is no table of lists")
         for name, choices in values.items():
             fits = isinstance(choices, list) and choices and all(type(x) in (int, float) for x in choices)
             if not isinstance(getattr(Tuning, name, None), float) or not fits:
