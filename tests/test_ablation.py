@@ -242,9 +242,9 @@ def test_the_other_variants_are_the_strategies() -> None:
     }
     assert set(NAMED) == {*expected, "tokens-greedy", "tokens-beam"}
     models: Any = SimpleNamespace(tuning=tuning, tokenizer=TOKENIZER)
-    tables.pool = extended
     for name, wanted in expected.items():
         options = NAMED[name].options
+        tables.pool = stages.pool(models, options, tables) if len(options.sources) == 1 else extended
         tables.verdicts = {verifier: Verdict(drawn[verifier], extended.mask) for verifier in options.verify}
         if options.sources == ("visual",):
             tables.verdicts = {verifier: Verdict(agreed, moved.mask) for verifier in options.verify}
