@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from rag_geotoken.decision import strategies
-from rag_geotoken.decision.pool import moved_pool, without
+from rag_geotoken.decision.pool import scored_pool, without
 from rag_geotoken.decision.strategies import Given
 from rag_geotoken.dense import affine
 from rag_geotoken.files import write_json
@@ -129,13 +129,14 @@ def compare(models: Models) -> dict[str, Any]:
         return Predictions.join(answers)
 
     def consensus(those: Places) -> NDArray[np.float64]:
-        pool = moved_pool(those, tuning)
+        pool = scored_pool(those, tuning.match_scale, VISUAL)
         return strategies.decide(pool, Given({"visual": support(pool, those, tuning.visual_km)}, tuning)).lat_lon
 
     by_verifiers = {"+".join(["pool+gps", *names]): decided(names) for names in VERIFIERS}
     answers = {name: each.lat_lon for name, each in by_verifiers.items()}
     alike = Given({"visual": matches.scores}, tuning)
-    answers["visual-best"] = strategies.highest(moved_pool(matches, tuning), alike).lat_lon
+    moved_alone = scored_pool(matches, tuning.match_scale, VISUAL)
+    answers["visual-best"] = strategies.highest(moved_alone, alike).lat_lon
     answers["visual-consensus"] = consensus(matches)
     for km in SPARSER_KM:
         fewer = replace(registration, alike=np.where(away < km, 0, registration.alike).astype(np.float32))

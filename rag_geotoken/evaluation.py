@@ -59,14 +59,12 @@ def evaluate_csv(
         lat, lon = (np.append(values, np.nan)[rows] for values in _answers(answers))
     distance = geo.geodesic_km if geodesic else geo.haversine_km
     km = distance(true_lat, true_lon, lat, lon)
-    row = metrics.summary("", "", km, seed=seed)
+    figures = metrics.summary(km, metrics.bootstrap(km, seed).accuracy[0])
     return {
-        "n": row["n"],
+        "n": figures.pop("n"),
         "failed": int(np.isnan(km).sum()),
         **extra,
-        "acc": row["acc"],
-        "median_km": row["median_km"],
-        "ci95": row["ci95"],
+        **figures,
         "geoscore": round(metrics.geoscore(km), 4),
         "distance": "geodesic, WGS84" if geodesic else f"haversine, R = {geo.EARTH_RADIUS_KM:g} km",
     }
@@ -166,19 +164,13 @@ def _coordinates(table: _Table, choices: tuple[tuple[str, str], ...]) -> tuple[F
     """The first pair of columns that is there, NaN where a cell is empty, in range elsewhere."""
     for names in choices:
         if all(name in table.columns for name in names):
-            lat, lon = (_numbers(table, name) for name in names)
-            for name, values, limit in zip(names, (lat, lon), (90, 180), strict=True):
-                outside = np.flatnonzero(np.abs(values) > limit)
-                if outside.size:
-                    first = int(outside[0])
-                    raise table.wrong(first, f"{name} {values[first]:g} is outside -{limit}..{limit} degrees")
-            return lat, lon
+            return _degrees(table, names[0], 90), _degrees(table, names[1], 180)
     missing = " or ".join(" and ".join(name for name in names if name not in table.columns) for names in choices)
     found = ", ".join(list(table.columns)[:12]) or "none"
     raise GeoError(f"{table.path} has no column {missing} (it has {found[:200]}): name the columns so")
 
 
-def _numbers(table: _Table, name: str) -> Floats:
+def _degrees(table: _Table, name: str, limit: int) -> Floats:
     values = np.empty(len(table.lines))
     for row, cell in enumerate(table.columns[name]):
         try:
@@ -187,6 +179,10 @@ def _numbers(table: _Table, name: str) -> Floats:
             if cell is not None and str(cell).strip().lower() not in NO_NUMBER:
                 raise table.wrong(row, f"{name} {str(cell)[:40]!r} is not a number") from None
             values[row] = np.nan
+    outside = np.flatnonzero(np.abs(values) > limit)
+    if outside.size:
+        first = int(outside[0])
+        raise table.wrong(first, f"{name} {values[first]:g} is outside -{limit}..{limit} degrees")
     return values
 
 

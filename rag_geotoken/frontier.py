@@ -14,7 +14,6 @@ from torch import Tensor
 
 from rag_geotoken.cells import S2Tokenizer, parent_ids
 from rag_geotoken.decoding import pick
-from rag_geotoken.errors import GeoError
 from rag_geotoken.prefix_tree import PrefixTree
 from rag_geotoken.token_model import TokenModel
 from rag_geotoken.types import Posterior
@@ -24,11 +23,8 @@ from rag_geotoken.types import Posterior
 def frontier(model: TokenModel, memory: Tensor, openings: int = 64, at_once: int = 8) -> Posterior:
     """Open ``openings`` prefixes a photo beside the root, the ``at_once`` likeliest together -> the posterior.
 
-    memory (B, S, d_model); the cells are of the levels that the model's tokens reach. Raises GeoError for numbers
-    that make no search.
+    memory (B, S, d_model); the cells are of the levels that the model's tokens reach.
     """
-    if openings < 0 or at_once < 1:
-        raise GeoError(f"{openings} openings, {at_once} at once, make no search: give at least 0 and 1")
     batch, length = len(memory), len(model.vocab_sizes)
     tree = PrefixTree(model, memory)
     root = torch.zeros(batch, 1, dtype=torch.int64, device=memory.device)

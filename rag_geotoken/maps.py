@@ -30,14 +30,16 @@ HEAT_FLOOR, HEAT_TOP = 1e-5, 1e-3  # mass of a pixel: the least that is drawn, a
 HEAT_COLORS = ((0.0, 170, 80, 255, 70), (0.6, 245, 105, 215, 165), (1.0, 255, 240, 250, 235))  # where, R, G, B, alpha
 KM_PER_DEGREE = EARTH_RADIUS_KM * math.pi / 180
 
-# Upper edge in km, label and CSS class of the error classes; no answer comes after the last.
+# Upper edge in km, label and CSS class of the error classes.
 CLASSES = (
     (25.0, "up to 25 km", "e0"),
     (200.0, "to 200 km", "e1"),
     (750.0, "to 750 km", "e2"),
     (2500.0, "to 2,500 km", "e3"),
     (math.inf, "more", "e4"),
+    (math.nan, "no answer", "none"),
 )
+EDGES = [edge for edge, _, _ in CLASSES]  # NumPy, too, puts NaN behind infinity
 
 
 def error_map(lat: ArrayLike, lon: ArrayLike, km: ArrayLike) -> dict[str, Any]:
@@ -54,10 +56,10 @@ def error_map(lat: ArrayLike, lon: ArrayLike, km: ArrayLike) -> dict[str, Any]:
     lats, lons, kms = (np.asarray(a, np.float64) for a in (lat, lon, km))
     if not lats.shape == lons.shape == kms.shape or lats.ndim != 1:
         raise GeoError(f"the error map wants lat, lon, km of one length, not {lats.shape}, {lons.shape}, {kms.shape}")
-    which = np.where(np.isnan(kms), len(CLASSES), np.searchsorted([edge for edge, _, _ in CLASSES], kms))
+    which = np.searchsorted(EDGES, kms)
     x, y = _world_xy(lats, lons)
     layers = []
-    for c, (label, css) in enumerate([(label, css) for _, label, css in CLASSES] + [("no answer", "none")]):
+    for c, (_, label, css) in enumerate(CLASSES):
         at = np.flatnonzero(which == c)
         # A line of no length with round ends is a dot: one path for all dots of a class, the same size on any screen.
         dots = "".join(f"M{a:.1f} {b:.1f}h0" for a, b in zip(x[at].tolist(), y[at].tolist(), strict=True))
@@ -74,69 +76,49 @@ def draw_example(example: Mapping[str, Any]) -> dict[str, Any]:
         GeoError: a crop is no (H, W, 3) array, or a heat map no (H, 2H) array of masses.
     """
     heat, area = example.get("heat"), example.get("area_km2")
-    answer = example["answer"]
-    if answer is not None:
-        answer = float(answer[0]), float(answer[1])
-        answer = answer if all(map(math.isfinite, answer)) else None
-    km = math.nan if answer is None else float(example["km"])
-    true = float(example["true"][0]), float(example["true"][1])
-    marks = _marks(example, true, answer, km)
+    km, marks = example["km"], _marks(example)
     return {
-        "id": example["id"],
-        "split": example["split"],
+        **example,
+        "answer": example["answer"] if math.isfinite(km) else None,
         "crop": _thumbnail(example["crop"], 256),
-        "true": true,
-        "answer": answer,
-        "km": km,
         "css": _class(km),
         "neighbours": [
-            {
-                "crop": None if n["crop"] is None else _thumbnail(n["crop"], 128),
-                "km": float(n["km"]),
-                "score": float(n["score"]),
-                "css": _class(float(n["km"])),
-            }
+            n | {"crop": None if n["crop"] is None else _thumbnail(n["crop"], 128), "css": _class(n["km"])}
             for n in example["neighbours"]
         ],
         "confidence": [
-            {"radius": int(r), "p": float(p), "right": km <= int(r)}
-            for r, p in example["confidence"].items()
-            if math.isfinite(float(p))
+            {"radius": r, "p": p, "right": km <= r} for r, p in example["confidence"].items() if math.isfinite(p)
         ],
         "heat": None if heat is None else heat_picture(heat),
         "area": None if area is None or not math.isfinite(area) else ("about " if area >= 1 else "") + format_km2(area),
         "marks": marks,
         "view": _view([m["lat"] for m in marks]),
-        "inset": _inset(marks, *true, km),
+        "inset": _inset(marks, km, *example["true"]),
     }
 
 
-def _marks(
-    example: Mapping[str, Any], true: tuple[float, float], answer: tuple[float, float] | None, km: float
-) -> list[dict[str, Any]]:
+def _marks(example: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The places of an example in the order they are drawn, the truth on top of all."""
-    candidates = sorted(example["candidates"], key=lambda c: float(c["weight"]))
-    heaviest = float(candidates[-1]["weight"]) if candidates else 0.0
+    candidates = sorted(example["candidates"], key=lambda c: c["weight"])
+    heaviest = max((c["weight"] for c in candidates), default=0.0)
     marks: list[dict[str, Any]] = []
 
-    def add(kind: str, lat: float, lon: float, title: str, opacity: float = 1.0) -> None:
-        x, y = (float(v) for v in _world_xy(lat, lon))
+    def add(kind: str, title: str, lat: float, lon: float, opacity: float = 1.0) -> None:
+        x, y = _world_xy(lat, lon)
         marks.append({"kind": kind, "lat": lat, "lon": lon, "x": x, "y": y, "title": title, "opacity": opacity})
 
     for c in candidates:
-        weight = float(c["weight"])
-        opacity = 0.5 + 0.5 * weight / heaviest if heaviest > 0 else 1.0
-        add("candidate", float(c["lat"]), float(c["lon"]), f"candidate ({c['source']}), weight {weight:.3f}", opacity)
+        opacity = 0.5 + 0.5 * c["weight"] / heaviest if heaviest > 0 else 1.0
+        add("candidate", f"candidate ({c['source']}), weight {c['weight']:.3f}", c["lat"], c["lon"], opacity)
     for rank, n in enumerate(example["neighbours"], 1):
-        title = f"neighbour {rank}, {format_km(float(n['km']))} from the truth"
-        add("neighbour", float(n["lat"]), float(n["lon"]), title)
-    if answer is not None:
-        add("answer", *answer, f"the answer, {format_km(km)} off")
-    add("truth", *true, "the truth")
+        add("neighbour", f"neighbour {rank}, {format_km(n['km'])} from the truth", n["lat"], n["lon"])
+    if math.isfinite(example["km"]):
+        add("answer", f"the answer, {format_km(example['km'])} off", *example["answer"])
+    add("truth", "the truth", *example["true"])
     return marks
 
 
-def _inset(marks: list[dict[str, Any]], lat: float, lon: float, km: float) -> dict[str, Any]:
+def _inset(marks: list[dict[str, Any]], km: float, lat: float, lon: float) -> dict[str, Any]:
     """The close-up around the truth: a local equirectangular view, so that kilometres are alike both ways.
 
     Places the marks on it (`inset_x`, `inset_y`) and says how to lay the world picture under them.
@@ -148,10 +130,10 @@ def _inset(marks: list[dict[str, Any]], lat: float, lon: float, km: float) -> di
     for mark in marks:
         east = (mark["lon"] - lon + 180) % 360 - 180
         mark["inset_x"], mark["inset_y"] = middle + east * per_lon, middle - (mark["lat"] - lat) * per_lat
-    x, y = (float(v) for v in _world_xy(lat, lon))
+    x, y = _world_xy(lat, lon)
     reach = middle / per_lon * MAP_SCALE
     world = 360 * MAP_SCALE
-    bar = max((b for b in (50, 100, 200, 500, 1000) if b <= 0.7 * half), default=50)
+    bar = max(b for b in (100, 200, 500, 1000) if b <= 0.7 * half)
     return {
         "size": INSET,
         "transform": f"translate({middle:g} {middle:g}) "
@@ -178,7 +160,7 @@ def _view(lat: ArrayLike) -> str:
 
 
 def _class(km: float) -> str:
-    return "none" if math.isnan(km) else next(css for edge, _, css in CLASSES if km <= edge)
+    return CLASSES[int(np.searchsorted(EDGES, km))][2]
 
 
 @lru_cache(maxsize=1)
@@ -192,7 +174,7 @@ def earth_picture() -> str | None:
         return None
     with Image.open(io.BytesIO(data)) as picture:
         small = picture.convert("RGB").resize(EARTH_PIXELS, Image.Resampling.LANCZOS)
-    return _data_uri(small, 72)
+    return _data_uri(small, "JPEG", quality=72)
 
 
 def heat_picture(heat: ArrayLike) -> str:
@@ -219,9 +201,7 @@ def heat_picture(heat: ArrayLike) -> str:
     at, *channels = np.array(HEAT_COLORS).T
     red, green, blue, alpha = (np.interp(np.linspace(0, 1, 31), at, c).astype(np.uint8) for c in channels)
     picture.putpalette(bytes(3) + np.stack([red, green, blue], axis=-1).tobytes())
-    out = io.BytesIO()
-    picture.save(out, "PNG", optimize=True, transparency=bytes(1) + alpha.tobytes())
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode("ascii")
+    return _data_uri(picture, "PNG", transparency=bytes(1) + alpha.tobytes())
 
 
 def _thumbnail(pixels: ArrayLike, most: int) -> str:
@@ -232,13 +212,13 @@ def _thumbnail(pixels: ArrayLike, most: int) -> str:
         raise GeoError(f"a crop of shape {array.shape}: give (height, width, 3), RGB")
     picture = Image.fromarray(array)
     picture.thumbnail((most, most))
-    return _data_uri(picture, 85)
+    return _data_uri(picture, "JPEG", quality=85)
 
 
-def _data_uri(picture: Any, quality: int) -> str:
+def _data_uri(picture: Any, kind: str, **how: Any) -> str:
     out = io.BytesIO()
-    picture.save(out, "JPEG", quality=quality, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode("ascii")
+    picture.save(out, kind, optimize=True, **how)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
 def format_km(value: float | None) -> str:

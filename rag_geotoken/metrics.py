@@ -6,7 +6,6 @@ Distances are kilometres, NaN where a photo got no answer. Such a photo stays in
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +17,9 @@ from rag_geotoken.types import RADII_KM
 
 Floats = NDArray[np.float64]
 
-
 GEOSCORE_SCALE_KM = 1492.7
+BINS = 10  # of equal width, of stated confidences
+SHARES = (1.0, 0.9, 0.75, 0.5, 0.25)  # of the photos that are answered
 
 
 def accuracy(km: ArrayLike) -> dict[str, float]:
@@ -35,11 +35,6 @@ def accuracy(km: ArrayLike) -> dict[str, float]:
     """
     distances = _distances(km, 1)
     return {str(r): 100 * float(np.mean(distances <= r)) for r in RADII_KM}
-
-
-def median_km(km: ArrayLike) -> float:
-    """Median distance of ALL photos (N,); a photo without an answer is infinitely far, so it can be inf."""
-    return float(np.median(_distances(km, 1)))
 
 
 def geoscore(km: ArrayLike) -> float:
@@ -87,33 +82,27 @@ def bootstrap(km: ArrayLike, seed: int, draws: int = 1000) -> Intervals:
     return Intervals(_interval(percent), difference)
 
 
-def summary(
-    name: str, split: str, km: ArrayLike, *, interval: Floats | None = None, seed: int = 0, draws: int = 1000
-) -> dict[str, Any]:
-    """One row of `metrics.json`: name, split, n, acc, median_km (None when infinite) and ci95, ready for JSON.
+def summary(km: ArrayLike, interval: Floats) -> dict[str, Any]:
+    """Figures of `metrics.json`: n, acc, median_km (None when most photos have no answer) and ci95, ready for JSON.
 
     Args:
-        name: of the variant.
-        split: of the photos.
         km: distances (N,), NaN for no answer.
-        interval: (R, 2), such as `bootstrap(all_variants, seed).accuracy[v]`; drawn here when None.
-        seed: of the resampling when it is drawn here.
-        draws: resamples when it is drawn here.
+        interval: (R, 2), such as `bootstrap(all_variants, seed).accuracy[v]`.
     """
     distances = _distances(km, 1)
-    bounds = bootstrap(distances, seed, draws).accuracy[0] if interval is None else np.asarray(interval)
-    median = median_km(distances)
+    ci95 = {str(r): [round(float(b), 4) for b in pair] for r, pair in zip(RADII_KM, interval, strict=True)}
+    return {"n": len(distances), **_accuracy_and_median(distances), "ci95": ci95}
+
+
+def _accuracy_and_median(distances: Floats) -> dict[str, Any]:
+    median = float(np.median(distances))
     return {
-        "name": name,
-        "split": split,
-        "n": len(distances),
         "acc": {radius: round(value, 4) for radius, value in accuracy(distances).items()},
-        "median_km": round(median, 4) if np.isfinite(median) else None,
-        "ci95": {str(r): [round(float(b), 4) for b in pair] for r, pair in zip(RADII_KM, bounds, strict=True)},
+        "median_km": round(median, 4) if math.isfinite(median) else None,
     }
 
 
-def calibration(confidence: ArrayLike, km: ArrayLike, bins: int = 10) -> dict[str, dict[str, Any]]:
+def calibration(confidence: ArrayLike, km: ArrayLike) -> dict[str, dict[str, Any]]:
     """Reliability of the stated confidences: does a place given 80 % lie within the radius 80 times in 100?
 
     Expected calibration error after Naeini et al. (AAAI 2015): the mean over photos of |confidence - share right| of
@@ -122,7 +111,6 @@ def calibration(confidence: ArrayLike, km: ArrayLike, bins: int = 10) -> dict[st
     Args:
         confidence: (N, R) in 0..1, one column a radius of RADII_KM.
         km: distances (N,); NaN counts as outside every radius.
-        bins: how many bins of equal width.
 
     Returns:
         By radius: {"ece": 0..1 or None without a photo, "n": photos, "bins": [{"low", "high", "n", "confidence",
@@ -137,20 +125,20 @@ def calibration(confidence: ArrayLike, km: ArrayLike, bins: int = 10) -> dict[st
     if np.any((stated < -1e-6) | (stated > 1 + 1e-6)):  # float32 sums of weights miss 1 by less
         raise GeoError("a confidence is outside 0..1: give shares, not percent")
     stated = np.clip(stated, 0, 1)
-    return {str(radius): _reliability(stated[:, r], distances <= radius, bins) for r, radius in enumerate(RADII_KM)}
+    return {str(radius): _reliability(stated[:, r], distances <= radius) for r, radius in enumerate(RADII_KM)}
 
 
-def _reliability(stated: Floats, right: NDArray[np.bool_], bins: int) -> dict[str, Any]:
+def _reliability(stated: Floats, right: NDArray[np.bool_]) -> dict[str, Any]:
     known = np.isfinite(stated)
     stated, right = stated[known], right[known]
-    which = np.minimum((stated * bins).astype(np.int64), bins - 1)
-    n = np.bincount(which, minlength=bins)
-    mean_stated = np.bincount(which, stated, bins) / np.maximum(n, 1)
-    mean_right = np.bincount(which, right, bins) / np.maximum(n, 1)
+    which = np.minimum((stated * BINS).astype(np.int64), BINS - 1)
+    n = np.bincount(which, minlength=BINS)
+    mean_stated = np.bincount(which, stated, BINS) / np.maximum(n, 1)
+    mean_right = np.bincount(which, right, BINS) / np.maximum(n, 1)
     rows = [
         {
-            "low": b / bins,
-            "high": (b + 1) / bins,
+            "low": b / BINS,
+            "high": (b + 1) / BINS,
             "n": int(n[b]),
             "confidence": round(float(mean_stated[b]), 6),
             "correct": round(float(mean_right[b]), 6),
@@ -161,21 +149,7 @@ def _reliability(stated: Floats, right: NDArray[np.bool_], bins: int) -> dict[st
     return {"ece": ece, "n": len(stated), "bins": rows}
 
 
-def wilson_interval(share: float, n: int) -> tuple[float, float]:
-    """95 % interval of a share 0..1 that was found on n photos (Wilson, JASA 1927); fair for few photos too.
-
-    By hand: 5 of 10 right give about 0.24 to 0.76, none of 10 gives 0 to 0.28. Raises GeoError without a photo.
-    """
-    if n < 1:
-        raise GeoError("an interval of no photos: give at least one")
-    z2 = 1.959964**2 / n
-    middle, half = (share + z2 / 2) / (1 + z2), math.sqrt(z2 * share * (1 - share) + z2 * z2 / 4) / (1 + z2)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def abstention(
-    area_km2: ArrayLike, km: ArrayLike, shares: Sequence[float] = (1.0, 0.9, 0.75, 0.5, 0.25)
-) -> list[dict[str, Any]]:
+def abstention(area_km2: ArrayLike, km: ArrayLike) -> list[dict[str, Any]]:
     """What is left of the errors if only the photos with the least spread posterior are answered.
 
     By hand: areas (1, 9, 2, NaN) km2 and distances (0.5, 900, 30, NaN) km, half of them kept: the photos of 1 and 2
@@ -185,36 +159,27 @@ def abstention(
         area_km2: effective area of each photo's posterior (N,), exp of its spatial entropy; NaN is kept last, equals
             in the order they come.
         km: distances (N,); NaN, a photo without an answer, counts as wrong if it is among those kept.
-        shares: of the photos to keep, each in (0, 1]; at least one photo is.
 
     Returns:
-        A row a share: {"kept": share, "n": photos kept, "max_area_km2": the largest area kept, None when it is not
-        known, "acc": percent of the kept by radius, "median_km": None when infinite}.
+        A row a share of `SHARES`: {"kept": share, "n": photos kept, at least one, "max_area_km2": the largest area
+        kept, None when it is not known, "acc": percent of the kept by radius, "median_km": None when infinite}.
 
     Raises:
-        GeoError: there are no photos, the arrays differ in length, or an area, a distance or a share makes no sense.
+        GeoError: there are no photos, the arrays differ in length, or an area or a distance is negative.
     """
     distances, areas = _distances(km, 1), np.asarray(area_km2, np.float64)
     if areas.shape != distances.shape:
         raise GeoError(f"areas of shape {areas.shape}: give one for each of the {len(distances)} photos")
     if np.any(areas < 0):
         raise GeoError("an area is negative: give km2 >= 0, NaN for a photo without a posterior")
-    if not all(0 < share <= 1 for share in shares):
-        raise GeoError(f"shares to keep of {', '.join(map(str, shares))}: give each above 0 and at most 1")
     order = np.argsort(areas, kind="stable")  # NaN goes last
     rows = []
-    for share in shares:
+    for share in SHARES:
         kept = order[: max(1, round(share * len(order)))]
-        widest, median = float(areas[kept[-1]]), median_km(distances[kept])
-        rows.append(
-            {
-                "kept": share,
-                "n": len(kept),
-                "max_area_km2": float(f"{widest:.6g}") if math.isfinite(widest) else None,
-                "acc": {radius: round(value, 4) for radius, value in accuracy(distances[kept]).items()},
-                "median_km": round(median, 4) if math.isfinite(median) else None,
-            }
-        )
+        widest = float(areas[kept[-1]])
+        area = float(f"{widest:.6g}") if math.isfinite(widest) else None
+        figures = _accuracy_and_median(distances[kept])
+        rows.append({"kept": share, "n": len(kept), "max_area_km2": area, **figures})
     return rows
 
 

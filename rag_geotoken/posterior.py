@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rag_geotoken.cells import cell_centers, cell_level, parent_ids
-from rag_geotoken.geo import EARTH_RADIUS_KM, haversine_km
-from rag_geotoken.types import RADII_KM, Posterior
+from rag_geotoken.geo import EARTH_RADIUS_KM
+from rag_geotoken.types import Posterior
 
 Floats = NDArray[np.float64]
 EARTH_KM2 = 4 * np.pi * EARTH_RADIUS_KM**2
@@ -31,31 +31,6 @@ def effective_area_km2(posterior: Posterior) -> Floats:
     terms = mass * np.log(np.maximum(mass, 1e-30) / area_km2(posterior.cells))
     areas: Floats = np.exp(-terms.sum(axis=1))
     return areas
-
-
-def chance_within(posterior: Posterior, lat_lon: Floats, radii: ArrayLike = RADII_KM) -> Floats:
-    """The mass (B, R) within each radius in km of the places (B, 2).
-
-    A cell counts as a disk of its area. By hand: a quarter of its mass lies within half its radius of its centre.
-    """
-    lat, lon = cell_centers(posterior.cells)
-    km = haversine_km(lat, lon, lat_lon[:, :1], lat_lon[:, 1:])
-    # No disk goes on behind the place's antipode.
-    reach = np.minimum(np.sqrt(area_km2(posterior.cells) / np.pi), np.pi * EARTH_RADIUS_KM - km)
-    share = np.stack([_overlap(km, reach, radius) for radius in np.asarray(radii, np.float64)])
-    chances: Floats = np.clip(np.einsum("rbm,bm->br", share, posterior.mass), 0.0, 1.0)
-    return chances
-
-
-def _overlap(apart: Floats, disk: Floats, circle: float) -> Floats:
-    """The share (...) of disks of radius ``disk`` inside a circle whose centre is ``apart``, all km, on a plane."""
-    apart, disk, circle = np.maximum(apart, 1e-9), np.maximum(disk, 1e-9), max(circle, 1e-9)
-    # Half the angle that the common chord spans, seen from the centre of either; each cuts off its segment.
-    ours = np.arccos(np.clip((apart**2 + disk**2 - circle**2) / (2 * apart * disk), -1.0, 1.0))
-    theirs = np.arccos(np.clip((apart**2 + circle**2 - disk**2) / (2 * apart * circle), -1.0, 1.0))
-    segments = ours - np.sin(2 * ours) / 2 + (circle / disk) ** 2 * (theirs - np.sin(2 * theirs) / 2)
-    share: Floats = segments / np.pi
-    return share
 
 
 def heat_map(posterior: Posterior, row: int, height: int = 180, detail: int = 7) -> Floats:

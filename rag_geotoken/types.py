@@ -234,6 +234,11 @@ class Pool(Rows):
     source: NDArray[np.int8]
     mask: NDArray[np.bool_]
 
+    @property
+    def weight(self) -> Floats:
+        """(B, C), zero where there is no entry."""
+        return np.exp(self.log_weight.astype(np.float64))
+
     def to_table(self, ids: Sequence[str]) -> pa.Table:
         """Columns id, lat, lon, log_weight, source, a line an entry."""
         import pyarrow as pa

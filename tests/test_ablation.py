@@ -18,7 +18,7 @@ from test_cli import call
 
 from rag_geotoken.cells import S2Tokenizer
 from rag_geotoken.decision import strategies
-from rag_geotoken.decision.pool import extend, make_pool, moved_pool, neighbor_pool, only, posterior_pool
+from rag_geotoken.decision.pool import extend, make_pool, only, posterior_pool, scored_pool
 from rag_geotoken.decision.strategies import Given
 from rag_geotoken.files import read_json, write_json
 from rag_geotoken.geo import haversine_km, pairwise_km
@@ -204,7 +204,7 @@ def test_the_other_variants_are_the_strategies() -> None:
     drawn = {
         name: rng.normal(0, 0.3, extended.mask.shape).astype(np.float32) for name in ("alignment", "reward", "visual")
     }
-    moved = moved_pool(matches, tuning)
+    moved = scored_pool(matches, tuning.match_scale, VISUAL)
     agreed = support(moved, matches, tuning.visual_km)
 
     def chosen(of: Pool, select: str = "bayes-risk", *names: str) -> Predictions:
@@ -212,7 +212,7 @@ def test_the_other_variants_are_the_strategies() -> None:
         return strategies.decide(of, Given(scores, tuning, neighbors, TOKENIZER), select)
 
     sampled = Candidates(*(values[:, candidates.source[0] == SAMPLE] for values in vars(candidates).values()))
-    around = neighbor_pool(neighbors, tuning.density_scale)
+    around = scored_pool(neighbors, tuning.density_scale, NEIGHBOUR)
     expected = {
         "nearest": chosen(around, "log-probability"),
         "density": chosen(around, "density"),

@@ -9,7 +9,7 @@ import pytest
 from conftest import PHOTOS, TUNING, pool_of
 from numpy.typing import NDArray
 
-from rag_geotoken.decision.confidence import _disk_chance, calibrated, chances, confidence, fit_calibration
+from rag_geotoken.decision.confidence import _disk_chance, calibrated, confidence, fit_calibration
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.types import RADII_KM, Pool
 
@@ -31,19 +31,6 @@ def test_the_chance_to_lie_within_a_radius_matches_drawing(spread: float) -> Non
     assert (np.diff(inside, axis=1) >= 0).all() and (inside[-1] == 0).all()
     # At its own place by Rayleigh's law.
     np.testing.assert_allclose(inside[0], 1 - np.exp(-0.5 * (np.array(RADII_KM) / spread) ** 2), atol=0.002)
-
-
-def test_chances_are_a_plain_loop() -> None:
-    rng = np.random.default_rng(0)
-    distance, weight = rng.uniform(0, 400, (3, 4, 5)), rng.uniform(0, 1, (3, 5))
-    found = chances(distance, weight, 30.0)
-    grid, inside = _disk_chance(30.0)
-    assert found.shape == (3, 4, 5)
-    for b in range(3):
-        for m in range(4):
-            for r in range(len(RADII_KM)):
-                expected = sum(weight[b, c] * np.interp(distance[b, m, c], grid, inside[:, r]) for c in range(5))
-                assert found[b, m, r] == pytest.approx(expected)
 
 
 def test_confidence_is_a_plain_loop(pool: Pool) -> None:

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import TOKENS, OneLine, tiny_tokens
+from conftest import TOKENS, tiny_tokens
 from numpy.typing import NDArray
 from test_decoding import every_cell, scored
 from torch import Tensor
@@ -174,9 +174,3 @@ def test_a_model_of_faces_alone(memory: Tensor) -> None:
         posterior = frontier(model, memory, openings)
         np.testing.assert_array_equal(posterior.cells >> np.uint64(61), chances.indices.numpy())
         np.testing.assert_allclose(posterior.mass, chances.values.numpy(), rtol=1e-4)
-
-
-@pytest.mark.parametrize(("openings", "at_once"), [(-1, 8), (64, 0)])
-def test_no_search_is_refused(memory: Tensor, openings: int, at_once: int, one_line: OneLine) -> None:
-    with one_line(f"{openings} openings, {at_once} at once"):
-        frontier(tiny_tokens(), memory, openings, at_once)

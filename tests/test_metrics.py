@@ -8,7 +8,6 @@ import math
 import numpy as np
 import pytest
 
-from rag_geotoken import metrics
 from rag_geotoken.errors import GeoError
 from rag_geotoken.metrics import (
     RADII_KM,
@@ -17,9 +16,7 @@ from rag_geotoken.metrics import (
     bootstrap,
     calibration,
     geoscore,
-    median_km,
     summary,
-    wilson_interval,
 )
 
 NAN = math.nan
@@ -45,9 +42,10 @@ def test_radius_itself_is_within() -> None:
 
 def test_no_answer_counts_in_every_figure() -> None:
     assert accuracy([NAN, NAN])["2500"] == 0
-    assert median_km([1.0, 2.0, NAN]) == 2.0
-    assert median_km([1.0, NAN, NAN]) == math.inf
-    assert median_km([1.0, NAN]) == math.inf
+    nothing = np.zeros((5, 2))
+    assert summary([1.0, 2.0, NAN], nothing)["median_km"] == 2.0
+    assert summary([1.0, NAN, NAN], nothing)["median_km"] is None
+    assert summary([1.0, NAN], nothing)["median_km"] is None
     assert geoscore([0.0, NAN]) == 2500.0
 
 
@@ -98,14 +96,12 @@ def test_bootstrap_covers() -> None:
 
 
 def test_summary_is_json_and_consistent() -> None:
-    km = _variants()[2]
-    row = json.loads(json.dumps(summary("pool", "test", km, seed=4), allow_nan=False))
-    assert (row["name"], row["split"], row["n"]) == ("pool", "test", 200)
+    interval = bootstrap(_variants(), 9).accuracy[2]
+    row = json.loads(json.dumps(summary(_variants()[2], interval), allow_nan=False))
+    assert row["n"] == 200
     assert list(row["acc"]) == list(row["ci95"]) == ["1", "25", "200", "750", "2500"]
     assert all(row["ci95"][r][0] <= row["acc"][r] <= row["ci95"][r][1] for r in row["acc"])
-    given = bootstrap(_variants(), 9).accuracy[2]
-    assert summary("pool", "test", km, interval=given)["ci95"]["25"] == pytest.approx(given[1], abs=1e-4)
-    assert summary("none", "test", [NAN, NAN, 3.0])["median_km"] is None
+    assert row["ci95"]["25"] == pytest.approx(interval[1], abs=1e-4)
 
 
 def test_calibration_by_hand() -> None:
@@ -139,18 +135,8 @@ def test_calibration_leaves_out_what_states_nothing() -> None:
     json.dumps(table, allow_nan=False)
 
 
-def test_wilson_interval_by_hand_and_by_its_definition() -> None:
-    assert wilson_interval(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
-    assert wilson_interval(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
-    assert wilson_interval(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
-    for bound in wilson_interval(0.3, 40):  # 1.96 standard errors of a true share there away
-        assert abs(0.3 - bound) == pytest.approx(1.959964 * math.sqrt(bound * (1 - bound) / 40))
-    with pytest.raises(GeoError, match="no photos"):
-        wilson_interval(0.5, 0)
-
-
 def test_abstention_by_hand() -> None:
-    half, whole = abstention([1.0, 9.0, 2.0, NAN], [0.5, 900.0, 30.0, NAN], shares=(0.5, 1.0))
+    whole, _, _, half, _ = abstention([1.0, 9.0, 2.0, NAN], [0.5, 900.0, 30.0, NAN])
     assert half == {
         "kept": 0.5,
         "n": 2,
@@ -181,18 +167,18 @@ def test_abstention_keeps_the_least_spread() -> None:
 
 
 def test_abstention_counts_no_answer_as_wrong_and_keeps_one_photo() -> None:
-    sure, rest = abstention([1.0, 2.0], [NAN, 0.0], shares=(0.01, 1.0))
+    rest, *_, sure = abstention([1.0, 2.0], [NAN, 0.0])  # a quarter of two photos is one
     assert (sure["n"], sure["acc"]["2500"], sure["median_km"]) == (1, 0.0, None)
     assert rest["acc"]["1"] == 50.0
-    ties = abstention([5.0] * 4, [0.0, 0.0, 99.0, 99.0], shares=(0.5,))  # equals stay in order
-    assert ties[0]["acc"]["1"] == 100.0
+    ties = abstention([5.0] * 4, [0.0, 0.0, 99.0, 99.0])  # equals stay in order
+    assert (ties[3]["kept"], ties[3]["acc"]["1"]) == (0.5, 100.0)
 
 
 def test_wrong_input_is_named() -> None:
     with pytest.raises(GeoError, match="no photos"):
         accuracy([])
     with pytest.raises(GeoError, match="negative"):
-        metrics.median_km([-1.0])
+        accuracy([-1.0])
     with pytest.raises(GeoError, match="2 axes"):
         bootstrap(np.zeros((2, 2, 2)), 0)
     with pytest.raises(GeoError, match=r"\(2, 5\)"):
@@ -205,6 +191,3 @@ def test_wrong_input_is_named() -> None:
         abstention([1.0], [1.0, 2.0])
     with pytest.raises(GeoError, match="area is negative"):
         abstention([-1.0], [1.0])
-    for share in (0.0, 1.5, NAN):
-        with pytest.raises(GeoError, match="at most 1"):
-            abstention([1.0], [1.0], shares=(share,))

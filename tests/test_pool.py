@@ -14,9 +14,9 @@ from rag_geotoken.decision.pool import (
     keep_within,
     log_softmax,
     make_pool,
-    neighbor_pool,
     posterior_pool,
     reweigh,
+    scored_pool,
     temper,
 )
 from rag_geotoken.geo import haversine_km
@@ -108,7 +108,7 @@ def test_a_candidate_without_a_chance_is_no_entry(candidates: Candidates) -> Non
 
 
 def test_a_pool_of_the_neighbours_alone(neighbors: Neighbors) -> None:
-    made = neighbor_pool(neighbors, 7.0)
+    made = scored_pool(neighbors, 7.0, NEIGHBOUR)
     for b in range(PHOTOS):
         weights = [math.exp(7.0 * float(score)) for score in neighbors.scores[b]]
         for given, place, weight in zip(entries(made, b), neighbors.lat_lon[b].tolist(), weights, strict=True):

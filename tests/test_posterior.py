@@ -6,17 +6,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from rag_geotoken.cells import cell_centers, cell_ids, cell_level, parent_ids
-from rag_geotoken.geo import EARTH_RADIUS_KM, destination, haversine_km
-from rag_geotoken.posterior import (
-    EARTH_KM2,
-    area_km2,
-    chance_within,
-    descendants,
-    effective_area_km2,
-    heat_map,
-)
-from rag_geotoken.types import RADII_KM, Posterior
+from rag_geotoken.cells import cell_ids, cell_level, parent_ids
+from rag_geotoken.posterior import EARTH_KM2, area_km2, descendants, effective_area_km2, heat_map
+from rag_geotoken.types import Posterior
 
 Floats = NDArray[np.float64]
 FACES = np.arange(6, dtype=np.uint64) << np.uint64(61) | np.uint64(1 << 60)
@@ -27,13 +19,13 @@ def one(cells: list[int] | NDArray[np.uint64], mass: list[float] | Floats) -> Po
     return Posterior(np.array([cells], np.uint64), np.array([mass], np.float32))
 
 
-def cover(seed: int, openings: int = 12, deepest: int = 9) -> Posterior:
+def cover(seed: int) -> Posterior:
     """Cells of mixed levels that cover the Earth, the heaviest opened again and again, with random mass."""
-    rng, levels = np.random.default_rng(seed), np.arange(1, deepest + 1)
+    rng = np.random.default_rng(seed)
     cells = FACES.tolist()
     weights = rng.gamma(0.5, size=6).tolist()
-    for _ in range(openings):
-        heaviest = int(np.argmax(np.where(cell_level(np.array(cells, np.uint64)) < levels[-1], weights, -1)))
+    for _ in range(12):
+        heaviest = int(np.argmax(np.where(cell_level(np.array(cells, np.uint64)) < 9, weights, -1)))
         cell, weight = np.uint64(cells.pop(heaviest)), weights.pop(heaviest)
         level = int(cell_level(cell))
         cells += descendants(np.array([cell]), level, level + 1)[0].tolist()
@@ -91,82 +83,19 @@ def test_effective_area_is_between_the_smallest_cell_and_the_earth(seed: int) ->
     assert effective_area_km2(proportional)[0] == pytest.approx(EARTH_KM2, rel=1e-5)
 
 
-def test_chance_within_by_hand() -> None:
-    cell = cell_ids(48.8, 2.3, 8)
-    reach = float(np.sqrt(area_km2(cell) / np.pi))
-    lat, lon = cell_centers(cell)
-    there = np.array([[float(lat), float(lon)]])
-    alone = one([int(cell)], [1.0])
-    quarters = chance_within(alone, there, [0.0, reach / 2, reach * np.sqrt(0.5), reach, 2 * reach])
-    np.testing.assert_allclose(quarters, [[0, 0.25, 0.5, 1, 1]], atol=1e-9)
-    # A circle far wider than the cell cuts it like a straight line.
-    away = np.array([destination(float(lat), float(lon), 30.0, 2_000.0)]).reshape(1, 2)
-    found = chance_within(alone, away, 2_000 + reach * np.array([-1.05, -0.5, 0, 0.5, 1.05]))
-    line = 1 - (np.arccos(0.5) - 0.5 * np.sqrt(0.75)) / np.pi
-    np.testing.assert_allclose(found, [[0, 1 - line, 0.5, line, 1]], atol=0.01)
-    # The lens of two circles through each other's centre: 2 / 3 - sqrt(3) / (2 pi) of either.
-    near = np.array([destination(float(lat), float(lon), 30.0, reach)]).reshape(1, 2)
-    assert chance_within(alone, near, [reach])[0, 0] == pytest.approx(2 / 3 - np.sqrt(3) / 2 / np.pi, abs=1e-4)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_chance_within_grows_with_the_radius_up_to_one(seed: int) -> None:
-    posterior = cover(seed)
-    radii = np.concatenate([[0.0, 0.01], np.geomspace(0.1, 20_100, 200)])
-    places = np.column_stack([*points(10, seed)])
-    for place in np.concatenate([places, np.column_stack(cell_centers(FACES)), [(90.0, 0.0), (0.0, 180.0)]]):
-        found = chance_within(posterior, place[None], radii)[0]
-        assert (np.diff(found) >= -1e-9).all() and found[0] == pytest.approx(0, abs=1e-9)
-        assert found[-1] == pytest.approx(1, abs=1e-6)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_chance_within_against_points_drawn_from_the_cells(seed: int) -> None:
-    """The whole Earth at random: each point weighs its cell's mass over the points in it."""
-    posterior = cover(seed, openings=25, deepest=5)
-    lat, lon = points(300_000, seed)
-    ids = cell_ids(lat, lon)
-    weight = np.zeros(len(ids))
-    for cell, mass in zip(posterior.cells[0], posterior.mass[0], strict=True):
-        inside = parent_ids(ids, int(cell_level(cell))) == cell
-        assert inside.any()
-        weight[inside] = mass / inside.sum()
-    there = [float(degrees) for degrees in cell_centers(posterior.cells[0, 0])]
-    beside = destination(there[0], there[1], 45.0, 300.0)
-    places = np.array([there, beside, [-there[0], there[1]], [90.0, 0.0]], np.float64)
-    radii = [200.0, 750.0, 2_500.0, 5_000.0, 12_000.0]
-    repeated = Posterior(posterior.cells.repeat(4, axis=0), posterior.mass.repeat(4, axis=0))
-    found = chance_within(repeated, places, radii)
-    assert found.shape == (4, 5)
-    km = haversine_km(lat, lon, places[:, :1], places[:, 1:])
-    expected = [[weight[row <= radius].sum() for radius in radii] for row in km]
-    # Cells are neither disks nor of their level's mean area.
-    np.testing.assert_allclose(found, expected, atol=0.06)
-    assert np.abs(found - expected).mean() < 0.012
-
-
-def test_the_usual_radii() -> None:
-    posterior = cover(3)
-    there = np.array([[10.0, 20.0]])
-    np.testing.assert_array_equal(chance_within(posterior, there), chance_within(posterior, there, RADII_KM))
-
-
 @pytest.mark.parametrize("cell", [int(FACES[2]), int(cell_ids(0, 0, 30))])
 def test_what_fills_up_is_harmless(cell: int) -> None:
     posterior = cover(5)
-    longer, there = padded(posterior, cell), np.array([[1.0, 2.0]])
+    longer = padded(posterior, cell)
     np.testing.assert_allclose(effective_area_km2(longer), effective_area_km2(posterior), rtol=1e-12)
-    np.testing.assert_allclose(chance_within(longer, there), chance_within(posterior, there), rtol=1e-12)
     np.testing.assert_allclose(heat_map(longer, 0), heat_map(posterior, 0), rtol=1e-12)
 
 
 def test_photos_are_separate() -> None:
     pair = [cover(6), cover(7)]
     both = Posterior(*(np.concatenate([getattr(p, name) for p in pair]) for name in ("cells", "mass")))
-    there = np.array([[1.0, 2.0], [-30.0, 100.0]])
     for i, posterior in enumerate(pair):
         np.testing.assert_allclose(effective_area_km2(both)[i], effective_area_km2(posterior)[0])
-        np.testing.assert_allclose(chance_within(both, there)[i], chance_within(posterior, there[i : i + 1])[0])
         np.testing.assert_array_equal(heat_map(both, i), heat_map(posterior, 0))
 
 
@@ -216,10 +145,3 @@ def test_a_coarse_cell_is_spread_over_its_area() -> None:
     # Level 3 over its 4 parts of level 4 only; finer than the detail is not spread.
     assert np.count_nonzero(heat_map(one([int(cell_ids(40, 20, 3))], [1.0]), 0, detail=4)) == 4
     assert np.count_nonzero(heat_map(one([int(cell_ids(40, 20, 3))], [1.0]), 0, detail=2)) == 1
-
-
-def test_the_disk_of_the_earths_half_is_its_half() -> None:
-    """Far apart, great circles and planes differ; a hemisphere is the worst case that a radius asks for."""
-    even = Posterior(np.unique(cell_ids(*points(50_000, 0), 4))[None], np.full((1, 1536), 1 / 1536, np.float32))
-    half = chance_within(even, np.array([[0.0, 0.0]]), [EARTH_RADIUS_KM * np.pi / 2])
-    assert half[0, 0] == pytest.approx(0.5, abs=0.01)

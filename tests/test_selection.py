@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from rag_geotoken.decision import STRATEGIES as NAMES
 from rag_geotoken.decision.confidence import _disk_chance, confidence
-from rag_geotoken.decision.pool import neighbor_pool, reweigh
+from rag_geotoken.decision.pool import reweigh, scored_pool
 from rag_geotoken.decision.strategies import Given, Scores, bayes_risk, decide, density, mean_shift
 from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.geo import destination, haversine_km
@@ -249,7 +249,7 @@ def test_mean_shift_reaches_the_mode_of_a_dense_grid(lon: float) -> None:
 
 def test_nearest_is_the_first_neighbour(neighbors: Neighbors) -> None:
     def nearest(those: Neighbors) -> Predictions:
-        return choose("log-probability", neighbor_pool(those, TUNING.density_scale), TUNING)
+        return choose("log-probability", scored_pool(those, TUNING.density_scale, NEIGHBOUR), TUNING)
 
     decided = nearest(neighbors)
     np.testing.assert_array_equal(decided.lat_lon, neighbors.lat_lon[:, 0])
@@ -264,7 +264,7 @@ def test_the_kernel_of_the_density_is_gaussian() -> None:
     lat_lon = np.array([[[50.0, 50.0], [0.0, 0.0], [0.0, 0.8993]]])
     for weight, expected in ((1.5, 0.0), (1.7, 50.0)):
         scores = np.array([[0.5 + math.log(weight) / TUNING.density_scale, 0.5, 0.5]], np.float32)
-        near = neighbor_pool(Neighbors(np.arange(3)[None], lat_lon, scores), TUNING.density_scale)
+        near = scored_pool(Neighbors(np.arange(3)[None], lat_lon, scores), TUNING.density_scale, NEIGHBOUR)
         assert density(near, Given({}, TUNING)).lat_lon[0, 0] == expected
 
 

@@ -18,16 +18,10 @@ POINTS = 2**16  # of a table
 
 def confidence(pool: Pool, lat_lon: Floats, spread_km: float) -> Floats:
     """The chance (B, R), by the pool's weights, that the truth lies within each radius of the places (B, 2)."""
-    there = lat_lon[:, None, :]
-    distance = haversine_km(there[..., 0], there[..., 1], pool.lat_lon[..., 0], pool.lat_lon[..., 1])[:, None, :]
-    weight = np.exp(pool.log_weight.astype(np.float64))
-    return np.clip(chances(distance, weight, spread_km)[:, 0], 0.0, 1.0)
-
-
-def chances(distance: Floats, weight: Floats, spread_km: float) -> Floats:
-    """Distance (B, M, C), weight (B, C) -> (B, M, R) chance that the true place lies within each radius."""
-    columns = [(disk_chance(distance, spread_km, r) @ weight[..., None])[..., 0] for r in RADII_KM]
-    return np.stack(columns, axis=-1)
+    distance = haversine_km(lat_lon[:, :1], lat_lon[:, 1:], pool.lat_lon[..., 0], pool.lat_lon[..., 1])
+    inside = [np.vecdot(disk_chance(distance, spread_km, radius), pool.weight) for radius in RADII_KM]
+    chances: Floats = np.clip(np.stack(inside, axis=-1), 0.0, 1.0)
+    return chances
 
 
 def disk_chance(distance: Floats, spread_km: float, radius: int | None = None) -> Floats:

@@ -26,42 +26,34 @@ def make_pool(
     by GPS embedding evenly; each kind's weights add up to its share. The first of a cell keeps its coordinates and has
     the sum of all weights: neighbours come first, then generated cells, then places. Raises ValueError for no entries.
     """
-    lat_lon, weights, sources, cells = [], [], [], []
-    shares = _shares(neighbors is not None, candidates is not None, places is not None, tuning)
+    parts: list[tuple[Floats, Floats, NDArray[np.int8], NDArray[np.uint64]]] = []
+    shares = _shares([kind is not None for kind in (neighbors, candidates, places)], tuning)
     if neighbors is not None:
-        scores = tuning.neighbor_scale * neighbors.scores.astype(np.float64)
-        lat_lon.append(neighbors.lat_lon)
-        weights.append(log_softmax(scores) + np.log(shares[0]))
-        sources.append(np.full(scores.shape, NEIGHBOUR, np.int8))
-        cells.append(tokenizer.cell_ids(neighbors.lat_lon[..., 0], neighbors.lat_lon[..., 1]))
+        cells = tokenizer.cell_ids(neighbors.lat_lon[..., 0], neighbors.lat_lon[..., 1])
+        weight = log_softmax(tuning.neighbor_scale * neighbors.scores.astype(np.float64)) + np.log(shares[0])
+        parts.append((neighbors.lat_lon, weight, np.full(cells.shape, NEIGHBOUR, np.int8), cells))
     if candidates is not None:
-        flat = candidates.tokens.reshape(-1, candidates.tokens.shape[-1])
-        ids = tokenizer.tokens_to_ids(flat).reshape(candidates.log_prob.shape)
-        log_prob = np.where(_repeats(ids), -np.inf, candidates.log_prob.astype(np.float64))
-        lat_lon.append(candidates.lat_lon)
-        weights.append(log_softmax(log_prob) + np.log(shares[1]))
-        sources.append(candidates.source)
-        cells.append(ids)
+        cells = tokenizer.tokens_to_ids(candidates.tokens)
+        log_prob = np.where(_repeats(cells), -np.inf, candidates.log_prob.astype(np.float64))
+        parts.append((candidates.lat_lon, log_softmax(log_prob) + np.log(shares[1]), candidates.source, cells))
     if places is not None:
-        shape = places.scores.shape
-        lat_lon.append(places.lat_lon)
+        cells = tokenizer.cell_ids(places.lat_lon[..., 0], places.lat_lon[..., 1])
         with np.errstate(divide="ignore"):
-            weights.append(np.full(shape, np.log(shares[2] / shape[1])))
-        sources.append(np.full(shape, GPS, np.int8))
-        cells.append(tokenizer.cell_ids(places.lat_lon[..., 0], places.lat_lon[..., 1]))
-    return _merge(*(np.concatenate(parts, axis=1) for parts in (lat_lon, weights, sources, cells)))
+            weight = np.full(cells.shape, np.log(shares[2] / cells.shape[1]))
+        parts.append((places.lat_lon, weight, np.full(cells.shape, GPS, np.int8), cells))
+    return _merge(*(np.concatenate(part, axis=1) for part in zip(*parts, strict=True)))
 
 
-def _shares(neighbors: bool, candidates: bool, places: bool, tuning: Tuning) -> tuple[float, float, float]:
-    """The weight of each kind that is there; the shares of those that are not go to the others in proportion."""
-    given = tuning.neighbor_share, 1.0 - tuning.neighbor_share - tuning.gps_share, tuning.gps_share
-    there = [share * here for share, here in zip(given, (neighbors, candidates, places), strict=True)]
-    if not sum(there):  # the only kind that is there has no share: it gets all
-        there = [float(here) for here in (neighbors, candidates, places)]
-    if not sum(there):
+def _shares(there: list[bool], tuning: Tuning) -> Floats:
+    """The weight (3,) of each kind that is there; the shares of those that are not go to the others in proportion."""
+    if not any(there):
         raise ValueError("a pool needs neighbours, candidates or places")
-    first, second, third = (share / sum(there) for share in there)
-    return first, second, third
+    given = [tuning.neighbor_share, 1.0 - tuning.neighbor_share - tuning.gps_share, tuning.gps_share]
+    shares: Floats = np.multiply(given, there)
+    if not shares.any():  # the only kind that is there has no share: it gets all
+        shares = np.array(there, np.float64)
+    shares /= shares.sum()
+    return shares
 
 
 def extend(pool: Pool, matches: Places, tuning: Tuning) -> Pool:
@@ -69,7 +61,7 @@ def extend(pool: Pool, matches: Places, tuning: Tuning) -> Pool:
 
     They have ``visual_share`` of the weight, by a softmax of ``match_scale`` times their scores.
     """
-    weight = moved_pool(matches, tuning).log_weight.astype(np.float64)
+    weight = scored_pool(matches, tuning.match_scale, VISUAL).log_weight.astype(np.float64)
     return join(pool, matches.lat_lon, weight, tuning.visual_share, VISUAL)
 
 
@@ -109,26 +101,20 @@ def only(pool: Pool, *sources: int) -> Pool:
     return _masked(pool, pool.mask & np.isin(pool.source, sources))
 
 
-def neighbor_pool(neighbors: Neighbors, scale: float) -> Pool:
-    """The neighbours alone, each an entry of its own, weighted by a softmax of their scores."""
-    weight = log_softmax(scale * neighbors.scores.astype(np.float64)).astype(np.float32)
-    return Pool(neighbors.lat_lon, weight, np.full(weight.shape, NEIGHBOUR, np.int8), np.ones(weight.shape, bool))
-
-
-def moved_pool(matches: Places, tuning: Tuning) -> Pool:
-    """The places to which neighbours' pictures move the photos alone, weighted by a softmax of the matches' scores."""
-    weight = log_softmax(tuning.match_scale * matches.scores.astype(np.float64)).astype(np.float32)
-    return Pool(matches.lat_lon, weight, np.full(weight.shape, VISUAL, np.int8), np.ones(weight.shape, bool))
+def scored_pool(places: Neighbors | Places, scale: float, source: int) -> Pool:
+    """Places of one source alone, each an entry of its own, weighted by a softmax of ``scale`` times their scores."""
+    shape = places.scores.shape
+    weight = scale * places.scores.astype(np.float64)
+    return _weighted(places.lat_lon, weight, np.full(shape, source, np.int8), np.ones(shape, bool))
 
 
 def posterior_pool(posterior: Posterior, most: int = 64) -> Pool:
     """The ``most`` heaviest cells of a posterior, each at its centre."""
     mass = posterior.mass[:, :most].astype(np.float64)
-    mask = mass > 0
     with np.errstate(divide="ignore"):
-        weight = log_softmax(np.log(mass)).astype(np.float32)
+        weight = np.log(mass)
     lat_lon = np.stack(cell_centers(posterior.cells[:, :most]), axis=-1)
-    return Pool(lat_lon, weight, np.full(mass.shape, FRONTIER, np.int8), mask)
+    return _weighted(lat_lon, weight, np.full(mass.shape, FRONTIER, np.int8), mass > 0)
 
 
 def keep_within(pool: Pool, within: tuple[float, float, float]) -> Pool:
@@ -141,15 +127,14 @@ def keep_within(pool: Pool, within: tuple[float, float, float]) -> Pool:
 def reweigh(pool: Pool, scores: NDArray[np.float32], scale: float) -> Pool:
     """A verdict as evidence: each entry's weight times exp(scale * score (B, C)), normalised."""
     weight = pool.log_weight + scale * scores.astype(np.float64)
-    weight = log_softmax(np.where(pool.mask, weight, -np.inf))
-    return Pool(pool.lat_lon, weight.astype(np.float32), pool.source, pool.mask)
+    return _weighted(pool.lat_lon, weight, pool.source, pool.mask)
 
 
 def temper(pool: Pool, power: float) -> Pool:
     """Every weight raised to a power, normalised: below 1 milder, above 1 sharper."""
     with np.errstate(invalid="ignore"):
-        weight = np.where(pool.mask, power * pool.log_weight.astype(np.float64), -np.inf)
-    return Pool(pool.lat_lon, log_softmax(weight).astype(np.float32), pool.source, pool.mask)
+        weight = power * pool.log_weight.astype(np.float64)
+    return _weighted(pool.lat_lon, weight, pool.source, pool.mask)
 
 
 def log_softmax(values: Floats) -> Floats:
@@ -160,8 +145,13 @@ def log_softmax(values: Floats) -> Floats:
 
 
 def _masked(pool: Pool, mask: NDArray[np.bool_]) -> Pool:
-    weight = log_softmax(np.where(mask, pool.log_weight.astype(np.float64), -np.inf))
-    return Pool(pool.lat_lon, weight.astype(np.float32), pool.source, mask)
+    return _weighted(pool.lat_lon, pool.log_weight.astype(np.float64), pool.source, mask)
+
+
+def _weighted(lat_lon: Floats, log_weight: Floats, source: NDArray[np.int8], mask: NDArray[np.bool_]) -> Pool:
+    """A pool whose weights are normalised over the entries."""
+    weight = log_softmax(np.where(mask, log_weight, -np.inf))
+    return Pool(lat_lon, weight.astype(np.float32), source, mask)
 
 
 def _merge(lat_lon: Floats, log_weight: Floats, source: NDArray[np.int8], cells: NDArray[np.uint64]) -> Pool:
@@ -169,8 +159,7 @@ def _merge(lat_lon: Floats, log_weight: Floats, source: NDArray[np.int8], cells:
     same = cells[:, :, None] == cells[:, None, :]
     total = np.log((same * np.exp(log_weight)[:, None, :]).sum(axis=2) + 1e-30)
     mask = ~_repeats(cells) & np.isfinite(log_weight)
-    log_weight = log_softmax(np.where(mask, total, -np.inf))
-    return Pool(lat_lon, log_weight.astype(np.float32), source, mask)
+    return _weighted(lat_lon, total, source, mask)
 
 
 def _repeats(ids: NDArray[np.uint64]) -> NDArray[np.bool_]:

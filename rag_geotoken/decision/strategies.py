@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from rag_geotoken.cells import S2Tokenizer
 from rag_geotoken.decision.confidence import calibrated, confidence, disk_chance
@@ -65,23 +66,17 @@ def bayes_risk(pool: Pool, given: Given, radius: int | None = None) -> Chosen:
     Chance: sum over entries x of weight(x) * P(the truth behind x is within r of c), the truth spread normally around
     its entry by ``spread_km``.
     """
-    utility = _expected(pool, lambda km: disk_chance(km, given.tuning.spread_km, radius))
-    return _entry(pool, np.where(pool.mask, utility, -1.0).argmax(axis=1))
+    return _best_entry(pool, _expected(pool, lambda km: disk_chance(km, given.tuning.spread_km, radius)))
 
 
-def bayes_risk_25(pool: Pool, given: Given) -> Chosen:
-    """The entry that most probably lies within 25 km of the truth."""
-    return bayes_risk(pool, given, 25)
-
-
-def bayes_risk_200(pool: Pool, given: Given) -> Chosen:
-    """The entry that most probably lies within 200 km of the truth."""
-    return bayes_risk(pool, given, 200)
+# The entry that most probably lies within 25 or 200 km of the truth.
+bayes_risk_25 = partial(bayes_risk, radius=25)
+bayes_risk_200 = partial(bayes_risk, radius=200)
 
 
 def log_probability(pool: Pool, given: Given) -> Chosen:
     """The entry with the highest weight."""
-    return _entry(pool, pool.log_weight.argmax(axis=1))
+    return _best_entry(pool, pool.log_weight)
 
 
 def highest(pool: Pool, given: Given) -> Chosen:
@@ -91,18 +86,17 @@ def highest(pool: Pool, given: Given) -> Chosen:
     """
     if not given.scores:
         raise GeoError("select highest takes the place that verifiers score highest: name one in verify")
-    scores = sum(_scale(given.tuning, name) * values for name, values in given.scores.items())
-    return _entry(pool, np.where(pool.mask, scores, -np.inf).argmax(axis=1))
+    return _best_entry(pool, sum(_scale(given.tuning, name) * values for name, values in given.scores.items()))
 
 
 def medoid(pool: Pool, given: Given) -> Chosen:
     """The entry with the least expected distance to the truth, by the pool's weights."""
-    return _entry(pool, np.where(pool.mask, _expected(pool, lambda km: km), np.inf).argmin(axis=1))
+    return _best_entry(pool, -_expected(pool, lambda km: km))
 
 
 def density(pool: Pool, given: Given) -> Chosen:
     """Kernel density (Vo, Jacobs and Hays, ICCV 2017): the entry where it is highest, Gaussian of ``density_km``."""
-    return _entry(pool, _densest(pool, given.tuning))
+    return _best_entry(pool, _expected(pool, lambda km: _kernel(km, given.tuning)))
 
 
 def mean_shift(pool: Pool, given: Given, steps: int = 20) -> Chosen:
@@ -110,13 +104,12 @@ def mean_shift(pool: Pool, given: Given, steps: int = 20) -> Chosen:
 
     Each step goes to the mean of the entries as unit vectors, weighted by the kernel around the present place.
     """
-    start = _entry(pool, _densest(pool, given.tuning))
-    points, place = to_unit(pool.lat_lon[..., 0], pool.lat_lon[..., 1]), start.lat_lon
-    weight = np.where(pool.mask, np.exp(pool.log_weight.astype(np.float64)), 0.0)
+    start = density(pool, given)
+    points, place, weight = to_unit(pool.lat_lon[..., 0], pool.lat_lon[..., 1]), start.lat_lon, pool.weight
     for _ in range(steps):
         km = haversine_km(place[:, :1], place[:, 1:], pool.lat_lon[..., 0], pool.lat_lon[..., 1])
-        near = weight * np.exp(-0.5 * (km / given.tuning.density_km) ** 2)
-        place = np.stack(from_unit(np.einsum("bc,bcx->bx", near, points)), axis=-1)
+        mean = np.einsum("bc,bcx->bx", weight * _kernel(km, given.tuning), points)
+        place = np.stack(from_unit(mean), axis=-1)
     return replace(start, lat_lon=place)
 
 
@@ -138,7 +131,7 @@ def snap(pool: Pool, given: Given) -> Chosen:
 
 def _expected(pool: Pool, value: Callable[[Floats], Floats]) -> Floats:
     """What a value of the distance (..., C, C) is on average over a pool's weights, from each entry -> (B, C)."""
-    weight = np.where(pool.mask, np.exp(pool.log_weight.astype(np.float64)), 0.0)
+    weight = pool.weight
     places = np.where(pool.mask[..., None], pool.lat_lon, 0.0)
     result = np.empty(pool.mask.shape)
     for start in range(0, len(result), BLOCK):
@@ -147,10 +140,9 @@ def _expected(pool: Pool, value: Callable[[Floats], Floats]) -> Floats:
     return result
 
 
-def _densest(pool: Pool, tuning: Tuning) -> NDArray[np.int64]:
-    density = _expected(pool, lambda km: np.exp(-0.5 * (km / tuning.density_km) ** 2))
-    best: NDArray[np.int64] = np.where(pool.mask, density, -1.0).argmax(axis=1)
-    return best
+def _kernel(km: Floats, tuning: Tuning) -> Floats:
+    density: Floats = np.exp(-0.5 * (km / tuning.density_km) ** 2)
+    return density
 
 
 def _scale(tuning: Tuning, verifier: str) -> float:
@@ -158,6 +150,8 @@ def _scale(tuning: Tuning, verifier: str) -> float:
     return float(getattr(tuning, f"{verifier}_scale", 1.0))
 
 
-def _entry(pool: Pool, best: NDArray[np.int64]) -> Chosen:
+def _best_entry(pool: Pool, value: ArrayLike) -> Chosen:
+    """The entry of the highest value (B, C), the first of equals."""
+    best = np.where(pool.mask, value, -np.inf).argmax(axis=1)
     rows = np.arange(len(best))
     return Chosen(pool.lat_lon[rows, best], pool.source[rows, best])

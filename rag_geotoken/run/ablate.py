@@ -146,7 +146,7 @@ def _rows(plan: Recipe, split: str, run: RunFolder, made: Made) -> list[Result]:
     drawn = bootstrap(np.stack(list(shown.values())), plan.seed)
     order, results = list(shown), []
     for i, (name, away) in enumerate(shown.items()):
-        result = Result(summary(name, split, away, interval=drawn.accuracy[i]), away)
+        result = Result({"name": name, "split": split} | summary(away, drawn.accuracy[i]), away)
         results.append(result)
         if name not in made:
             continue

@@ -18,10 +18,9 @@ from rag_geotoken.decision.pool import (
     join,
     keep_within,
     make_pool,
-    moved_pool,
-    neighbor_pool,
     only,
     posterior_pool,
+    scored_pool,
 )  # fmt: skip
 from rag_geotoken.errors import GeoError
 from rag_geotoken.frontier import frontier
@@ -35,9 +34,11 @@ from rag_geotoken.types import (
     BEAM,
     GREEDY,
     MLLM,
+    NEIGHBOUR,
     RADII_KM,
     SAMPLE,
     SOURCES,
+    VISUAL,
     Answers,
     Candidates,
     Embeddings,
@@ -171,9 +172,9 @@ def pool(models: Models, options: Options, tables: Tables) -> Pool:
 def _source_alone(models: Models, source: str, tables: Tables) -> Pool:
     tuning = models.tuning
     if source == "neighbour":
-        return neighbor_pool(tables.neighbours, tuning.density_scale)
+        return scored_pool(tables.neighbours, tuning.density_scale, NEIGHBOUR)
     if source == "visual":
-        return moved_pool(tables.matches, tuning)
+        return scored_pool(tables.matches, tuning.match_scale, VISUAL)
     if source == "frontier":
         return posterior_pool(tables.posterior)
     if source == "gps":

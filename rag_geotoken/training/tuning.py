@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from rag_geotoken.decision import strategies
 from rag_geotoken.decision.confidence import calibrated, fit_calibration
-from rag_geotoken.decision.pool import extend, make_pool, neighbor_pool
+from rag_geotoken.decision.pool import extend, make_pool, scored_pool
 from rag_geotoken.decision.strategies import Given
 from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.errors import GeoError
@@ -21,7 +21,7 @@ from rag_geotoken.run.models import Models
 from rag_geotoken.run.resumable import BLOCK
 from rag_geotoken.run.walk import answered, embedded
 from rag_geotoken.sources import read_source
-from rag_geotoken.types import RADII_KM, Photos, Predictions, Tables
+from rag_geotoken.types import NEIGHBOUR, RADII_KM, Photos, Predictions, Tables
 from rag_geotoken.verifiers.agreement import support
 from rag_geotoken.verifiers.range_plus import likeness
 
@@ -80,7 +80,7 @@ def tune(models: Models, source: str, grid: Mapping[str, Grid], log: Log) -> Tun
         return Predictions.join(found)
 
     def density(tuning: Tuning) -> Predictions:
-        pools = (neighbor_pool(tables.neighbours, tuning.density_scale) for tables, _ in parts)
+        pools = (scored_pool(tables.neighbours, tuning.density_scale, NEIGHBOUR) for tables, _ in parts)
         return Predictions.join([strategies.decide(pool, Given({}, tuning), "density") for pool in pools])
 
     def brier(tuning: Tuning, mode: tuple[str, ...], first: int = 1) -> float:

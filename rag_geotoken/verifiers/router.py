@@ -29,7 +29,7 @@ def features(pool: Pool, decided: Predictions, own: Floats, stated: Floats, gain
     similar the photo is to the model's place than to the pool's answer.
     """
     away = haversine_km(pool.lat_lon[..., 0], pool.lat_lon[..., 1], own[:, :1], own[:, 1:])
-    weight = np.where(pool.mask & (away <= NEAR_KM), np.exp(pool.log_weight.astype(np.float64)), 0.0)
+    weight = np.where(away <= NEAR_KM, pool.weight, 0.0)
     apart = np.log1p(haversine_km(*decided.lat_lon.T, *own.T))
     sure = decided.confidence[:, RADII_KM.index(int(NEAR_KM))]
     columns = np.stack([np.ones(len(own)), stated, sure, weight.sum(axis=1), 10 * gain, apart / 10], axis=1)

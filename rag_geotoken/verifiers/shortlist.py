@@ -67,7 +67,7 @@ def shortlist(pool: Pool, count: int = COUNT) -> Shortlist:
     An entry weighs what all within ``APART_KM`` of it weigh together. Every entry within that distance of a chosen one
     is stood for by the nearest of them.
     """
-    weight = np.where(pool.mask, np.exp(pool.log_weight.astype(np.float64)), 0.0)
+    weight = pool.weight
     near = pairwise_km(np.where(pool.mask[..., None], pool.lat_lon, 0.0)) <= APART_KM
     near &= pool.mask[:, None, :] & pool.mask[:, :, None]
     # Of entries with the same surroundings the one that is heavier itself.
@@ -101,8 +101,7 @@ def evidence(
     near = _between(chosen.lat_lon, neighbors.lat_lon) <= APART_KM
     alike = np.where(near, neighbors.scores[:, None, :] / sum(tuning.search_weights), 0.0).max(axis=2)
     stood = (chosen.stands[:, None, :] == np.arange(chosen.entries.shape[1])[:, None]) & pool.mask[:, None, :]
-    token = np.isin(pool.source, (GREEDY, BEAM, SAMPLE)) & pool.mask
-    mass = np.where(token, np.exp(pool.log_weight.astype(np.float64)), 0.0)
+    mass = np.where(np.isin(pool.source, (GREEDY, BEAM, SAMPLE)), pool.weight, 0.0)
     mass /= np.maximum(mass.sum(axis=1, keepdims=True), 1e-30)
     with np.errstate(divide="ignore"):
         generated = np.log((stood * mass[:, None, :]).sum(axis=2))
