@@ -218,8 +218,8 @@ class _Joined:
             raise tarfile.ReadError("a header claims to be larger than any is")
         data = b""
         while size > len(data) and 0 <= self.position < self.size:
-            file = bisect_right(self._ends, self.position)
-            self._open[file].seek(self.position - (self._ends[file - 1] if file else 0))
+            file, begin = self.place(self.position, 1)
+            self._open[file].seek(begin)
             part = self._open[file].read(size - len(data))
             if not part:
                 break
