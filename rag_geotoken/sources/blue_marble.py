@@ -109,8 +109,7 @@ def draw_views(split: str, n: int, seed: int) -> NDArray[np.float64]:
     width = WIDTH_KM * np.exp(rng.normal(0.0, WIDTH_SPREAD, n))
     turn = rng.uniform(-TURN_DEG, TURN_DEG, n)
     light = rng.uniform(1.0 - LIGHT, 1.0 + LIGHT, (n, 2))
-    views: NDArray[np.float64] = np.column_stack([place, width, turn, light]).round(6)
-    return views
+    return np.column_stack([place, width, turn, light]).round(6)
 
 
 def is_unseen(lat: NDArray[np.float64], lon: NDArray[np.float64]) -> NDArray[np.bool_]:

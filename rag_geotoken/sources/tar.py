@@ -147,11 +147,9 @@ def _scan(files: list[Path], state: list[list[Any]]) -> pa.Table:
                 done = joined.position >> 20
         cut_off = joined.cut_off
     table = pa.concat_tables([*blocks, block(rows)]).combine_chunks()
-    if len(table):
-        codes = table["name"].combine_chunks().dictionary_encode().indices.to_numpy()
-        last = np.empty(codes.max() + 1, np.int64)
-        last[codes] = np.arange(len(codes))  # of equal indices the last is kept
-        table = table.take(np.sort(last))
+    codes = table["name"].combine_chunks().dictionary_encode().indices.to_numpy()
+    _, behind = np.unique(codes[::-1], return_index=True)  # how many rows stand behind the last of each name
+    table = table.take(np.sort(len(table) - 1 - behind))
     return table.replace_schema_metadata({"tar": json.dumps({"files": state, "cut_off": cut_off})})
 
 
