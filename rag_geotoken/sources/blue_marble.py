@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from rag_geotoken.cells import cell_ids
 from rag_geotoken.errors import GeoError
-from rag_geotoken.geo import EARTH_RADIUS_KM
+from rag_geotoken.geo import EARTH_RADIUS_KM, Floats
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -88,14 +88,14 @@ def read(rest: str) -> pa.Table:
     )
 
 
-def draw_views(split: str, n: int, seed: int) -> NDArray[np.float64]:
+def draw_views(split: str, n: int, seed: int) -> Floats:
     """Draw n views of a split -> (n, 6): lat, lon, width km, turn in degrees, brightness and contrast factors.
 
     Places are uniform by area over land between 58 S and 76 N. A share of 5 % of the level-5 S2 cells is kept for
     ``unseen``; no other split has a point in them.
     """
     rng = np.random.default_rng([list(SPLITS).index(split), seed])
-    found: list[NDArray[np.float64]] = []
+    found: list[Floats] = []
     wanted = split == "unseen"
     while sum(map(len, found)) < n:
         z = rng.uniform(math.sin(math.radians(SOUTH)), math.sin(math.radians(NORTH)), 65_536)
@@ -112,7 +112,7 @@ def draw_views(split: str, n: int, seed: int) -> NDArray[np.float64]:
     return np.column_stack([place, width, turn, light]).round(6)
 
 
-def is_unseen(lat: NDArray[np.float64], lon: NDArray[np.float64]) -> NDArray[np.bool_]:
+def is_unseen(lat: Floats, lon: Floats) -> NDArray[np.bool_]:
     """Whether each place lies in one of the level-5 S2 cells kept for ``unseen``."""
     held_out = np.random.default_rng(UNSEEN_SEED).random(6 * 4**UNSEEN_LEVEL) < UNSEEN_SHARE
     cell = cell_ids(lat, lon, UNSEEN_LEVEL) >> np.uint64(61 - 2 * UNSEEN_LEVEL)
@@ -145,13 +145,13 @@ def draw(references: list[str], size: int = PIXELS) -> NDArray[np.uint8]:
     return pixels
 
 
-def cut(views: NDArray[np.float64], picture: str = "bmng", size: int = PIXELS) -> NDArray[np.uint8]:
+def cut(views: Floats, picture: str = "bmng", size: int = PIXELS) -> NDArray[np.uint8]:
     """Cut views (N, 6) as of :func:`draw_views` from a picture -> (N, size, size, 3) uint8, RGB, bilinear."""
     blocks = [_cut_block(views[i : i + 256], picture, size) for i in range(0, len(views), 256)]
     return np.concatenate(blocks) if blocks else np.empty((0, size, size, 3), np.uint8)
 
 
-def _cut_block(views: NDArray[np.float64], picture: str, size: int) -> NDArray[np.uint8]:
+def _cut_block(views: Floats, picture: str, size: int) -> NDArray[np.uint8]:
     """Gnomonic projection of each view's pixel grid onto the sphere, then a bilinear look-up in the picture."""
     import torch
 
@@ -211,7 +211,7 @@ def _land_mask() -> NDArray[np.bool_]:
     return mask
 
 
-def _is_land(lat: NDArray[np.float64], lon: NDArray[np.float64]) -> NDArray[np.bool_]:
+def _is_land(lat: Floats, lon: Floats) -> NDArray[np.bool_]:
     row = np.clip(((lat + 90.0) * 12.0).astype(int), 0, 2159)
     column = np.clip(((lon + 180.0) * 12.0).astype(int), 0, 4319)
     land: NDArray[np.bool_] = _land_mask()[row, column]
