@@ -98,7 +98,7 @@ def draw(references: Sequence[Picture], size: int | None = None, at_most: bool =
     drawn: dict[int, NDArray[np.uint8]] = {}
     for module, at in by_source.items():
         side = module.PIXELS if size is None else min(size, module.PIXELS) if at_most else size
-        drawn |= dict(zip(at, module.draw([references[i] for i in at], side), strict=True))
+        drawn |= zip(at, module.draw([references[i] for i in at], side), strict=True)
     return drawn
 
 

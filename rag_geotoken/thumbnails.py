@@ -69,7 +69,6 @@ def write_thumbnails(folder: Path, table: Path, orders: Sequence[NDArray[np.bool
     lengths: list[NDArray[np.int64]] = [np.zeros(1, np.int64)]
 
     def write(beside: Path) -> None:
-        lengths[1:] = []
         with beside.open("wb") as out, pq.ParquetFile(table) as file:
             for keep in (mask for mask in orders if mask.any()):
                 done = 0

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SCHEME = "tar:"
-REFERENCE = re.compile(r"tar:(.+)#([0-9]{1,16})\+([0-9]{1,12})", re.DOTALL)
+REFERENCE = re.compile(SCHEME + r"(.+)#([0-9]{1,16})\+([0-9]{1,12})", re.DOTALL)
 BLOCK = tarfile.BLOCKSIZE
 HEADER_CAP = 1 << 20  # bytes; names and attributes of one member are far below
 BATCH = 65_536  # members
