@@ -15,9 +15,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rag_geotoken.errors import GeoError
-from rag_geotoken.geo import check_lat_lon
+from rag_geotoken.geo import Floats, check_lat_lon
 
-Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Ids = NDArray[np.uint64]
 

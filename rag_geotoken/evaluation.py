@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 
 from rag_geotoken import geo, metrics
 from rag_geotoken.errors import GeoError
+from rag_geotoken.geo import Floats
 from rag_geotoken.types import RADII_KM
-
-Floats = NDArray[np.float64]
 
 TRUTH = (("true_lat", "true_lon"),)
 ANSWER = (("pred_lat", "pred_lon"), ("lat", "lon"))

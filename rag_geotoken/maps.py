@@ -15,12 +15,10 @@ from importlib import resources
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from rag_geotoken.errors import GeoError
-from rag_geotoken.geo import EARTH_RADIUS_KM
-
-Floats = NDArray[np.float64]
+from rag_geotoken.geo import EARTH_RADIUS_KM, Floats
 
 EARTH_PIXELS = (3600, 1800)
 MAP_SCALE = 2.0  # units of the world map per degree: 720 x 360 in all

@@ -13,9 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rag_geotoken.errors import GeoError
+from rag_geotoken.geo import Floats
 from rag_geotoken.types import RADII_KM
-
-Floats = NDArray[np.float64]
 
 GEOSCORE_SCALE_KM = 1492.7
 BINS = 10  # of equal width, of stated confidences

@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from rag_geotoken.errors import GeoError
+from rag_geotoken.sources import source_module, tar
 
 BYTE_CAP = 50_000_000
 PIXEL_CAP = 100_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # MPO opens as the JPEG that it begins with
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".mpo")
-TAR = "tar:"
 Picture = str | bytes | NDArray[np.uint8] | Image.Image
 """A path or reference, the bytes of a file, pixels (H, W, 3), or a picture of Pillow."""
 # How a picture becomes a square: its middle, as CLIP has it; the same with an odd margin halved to the even pixel, as
@@ -73,12 +73,11 @@ def load_pictures(
     pixels = np.zeros((len(references), size, size, 3), np.uint8)
     errors: list[str | None] = [None] * len(references)
     drawn = draw(references, size)
-    for i, made in drawn.items():
-        pixels[i] = made
-    files = [i for i in range(len(references)) if i not in drawn]
     resampling = Image.Resampling[interpolation.upper()]
-    squares = read_pictures([references[i] for i in files], lambda image: _square(image, size, fit, resampling))
-    for i, square in zip(files, squares, strict=True):
+    files = [reference for i, reference in enumerate(references) if i not in drawn]
+    squares = read_pictures(files, lambda image: _square(image, size, fit, resampling))
+    for i in range(len(references)):
+        square = drawn[i] if i in drawn else next(squares)
         if isinstance(square, str):
             errors[i] = square
         else:
@@ -91,8 +90,6 @@ def draw(references: Sequence[Picture], size: int | None = None, at_most: bool =
 
     size: the source's own unless given; at_most: no larger than that. Raises GeoError as the source does.
     """
-    from rag_geotoken.sources import source_module
-
     by_source: dict[Any, list[int]] = {}
     for i, reference in enumerate(references):
         module = source_module(reference) if isinstance(reference, str) else None
@@ -101,7 +98,7 @@ def draw(references: Sequence[Picture], size: int | None = None, at_most: bool =
     drawn: dict[int, NDArray[np.uint8]] = {}
     for module, at in by_source.items():
         side = module.PIXELS if size is None else min(size, module.PIXELS) if at_most else size
-        drawn |= dict(zip(at, module.draw([references[i] for i in at], side), strict=True))
+        drawn |= zip(at, module.draw([references[i] for i in at], side), strict=True)
     return drawn
 
 
@@ -182,16 +179,12 @@ def _strict_pillow() -> Iterator[None]:
         yield
 
 
-class _BadPictureError(Exception):
-    """Its message is the reason, for the row of this photo."""
-
-
 def _load(reference: Picture, use: Callable[[Image.Image], Used]) -> Used | str:
-    """What `use` makes of the picture, or one line that says what is wrong."""
+    """What `use` makes of the picture, or one line that says what is wrong: what `_open` raises, or `use`."""
     try:
         with _open(reference) as image:
             return use(image)
-    except _BadPictureError as error:
+    except GeoError as error:
         reason = str(error)
     except Exception:  # a decoder given broken bytes raises nearly anything: struct.error, IndexError, MemoryError
         reason = "the picture is broken or cut short"
@@ -208,48 +201,39 @@ def _open(path: Path | Picture) -> Image.Image:
             image = path.copy() if isinstance(path, Image.Image) else _of_pixels(path)
         elif isinstance(path, bytes):
             image = Image.open(BytesIO(path), formats=FORMATS)
-        elif str(path).startswith(TAR):
-            image = Image.open(BytesIO(_read_member(str(path))), formats=FORMATS)
+        elif str(path).startswith(tar.SCHEME):
+            image = Image.open(BytesIO(tar.read_member(str(path), BYTE_CAP)), formats=FORMATS)
         else:
             _check_file(path)
             image = Image.open(path, formats=FORMATS)
     except (FileNotFoundError, NotADirectoryError):
-        raise _BadPictureError("there is no such file") from None
+        raise GeoError("there is no such file") from None
     except PermissionError:
-        raise _BadPictureError("the file may not be read") from None
+        raise GeoError("the file may not be read") from None
     except UnidentifiedImageError:
-        raise _BadPictureError(f"not a picture that is read here ({', '.join(FORMATS)})") from None
+        raise GeoError(f"not a picture that is read here ({', '.join(FORMATS)})") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise _BadPictureError(too_large) from None
+        raise GeoError(too_large) from None
     if image.width * image.height > cap:
         image.close()
-        raise _BadPictureError(too_large)
+        raise GeoError(too_large)
     return image
 
 
 def _of_pixels(pixels: NDArray[np.uint8]) -> Image.Image:
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
-        raise _BadPictureError(f"an array of shape {pixels.shape}, {pixels.dtype}: give (height, width, 3), uint8, RGB")
+        raise GeoError(f"an array of shape {pixels.shape}, {pixels.dtype}: give (height, width, 3), uint8, RGB")
     return Image.fromarray(pixels)
 
 
 def _check_file(path: Path | str) -> None:
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):  # a pipe would block, a device never end
-        raise _BadPictureError("not a file")
+        raise GeoError("not a file")
     if status.st_size == 0:
-        raise _BadPictureError("the file is empty")
+        raise GeoError("the file is empty")
     if status.st_size > BYTE_CAP:
-        raise _BadPictureError(f"larger than {BYTE_CAP // 1_000_000} MB")
-
-
-def _read_member(reference: str) -> bytes:
-    from rag_geotoken.sources.tar import read_member
-
-    try:
-        return read_member(reference, BYTE_CAP)
-    except GeoError as error:
-        raise _BadPictureError(str(error)) from None
+        raise GeoError(f"larger than {BYTE_CAP // 1_000_000} MB")
 
 
 def _square(image: Image.Image, size: int, fit: Fit, resampling: Image.Resampling) -> NDArray[np.uint8]:
@@ -284,7 +268,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         # Pillow's own conversion would cut everything above 255 to white.
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise _BadPictureError("32-bit grey values have no agreed white: save the picture with 8 or 16 bits")
+        raise GeoError("32-bit grey values have no agreed white: save the picture with 8 or 16 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

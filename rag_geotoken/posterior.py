@@ -9,10 +9,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rag_geotoken.cells import cell_centers, cell_level, parent_ids
-from rag_geotoken.geo import EARTH_RADIUS_KM
+from rag_geotoken.geo import EARTH_RADIUS_KM, Floats
 from rag_geotoken.types import Posterior
 
-Floats = NDArray[np.float64]
 EARTH_KM2 = 4 * np.pi * EARTH_RADIUS_KM**2
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,9 +44,8 @@ class Thumbnails:
             data = np.memmap(folder / BYTES, np.uint8, "r") if size else np.zeros(0, np.uint8)
         except (OSError, ValueError):
             raise wrong from None
-        if (offsets.shape, offsets.dtype) != ((rows + 1,), np.int64) or offsets[0] != 0 or offsets[-1] != size:
-            raise wrong
-        if (np.diff(offsets) < 0).any():
+        fits = (offsets.shape, offsets.dtype) == ((rows + 1,), np.int64) and offsets[0] == 0 and offsets[-1] == size
+        if not fits or (np.diff(offsets) < 0).any():
             raise wrong
         return cls(data, offsets)
 
@@ -56,50 +55,32 @@ def make_thumbnails(references: Sequence[Picture], size: int) -> list[bytes]:
 
     Empty for one that cannot be read. Raises GeoError when what a source draws from is not there.
     """
-    from PIL import Image
-
-    made = [b""] * len(references)
     drawn = draw(references, size, at_most=True)
-    for i, pixels in drawn.items():
-        made[i] = _encode(Image.fromarray(pixels), size)
-    files = [i for i in range(len(references)) if i not in drawn]
-    encoded = read_pictures([references[i] for i in files], lambda image: _encode(upright(image), size))
-    for i, picture in zip(files, encoded, strict=True):
-        made[i] = b"" if isinstance(picture, str) else picture
-    return made
+    pictures = [drawn.get(i, reference) for i, reference in enumerate(references)]
+    encoded = read_pictures(pictures, lambda image: _encode(upright(image), size))
+    return [b"" if isinstance(picture, str) else picture for picture in encoded]
 
 
 def write_thumbnails(folder: Path, table: Path, orders: Sequence[NDArray[np.bool_]]) -> None:
     """The pictures of a stage table that each mask (N,) lets through, mask after mask, as the index's files."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     lengths: list[NDArray[np.int64]] = [np.zeros(1, np.int64)]
 
     def write(beside: Path) -> None:
-        lengths[1:] = []
         with beside.open("wb") as out, pq.ParquetFile(table) as file:
             for keep in (mask for mask in orders if mask.any()):
                 done = 0
                 for batch in file.iter_batches(BLOCK, columns=["picture"]):
-                    pictures = batch["picture"].filter(_mask(keep[done : done + len(batch)])).to_pylist()
+                    pictures = batch["picture"].filter(pa.array(keep[done : done + len(batch)])).to_pylist()
                     out.writelines(pictures)
                     lengths.append(np.array([len(picture) for picture in pictures], np.int64))
                     done += len(batch)
 
     write_whole(folder / BYTES, write)
     offsets = np.cumsum(np.concatenate(lengths))
-    write_whole(folder / OFFSETS, lambda beside: _save(beside, offsets))
-
-
-def _mask(keep: NDArray[np.bool_]) -> Any:
-    import pyarrow as pa
-
-    return pa.array(keep)
-
-
-def _save(path: Path, offsets: NDArray[np.int64]) -> None:
-    with path.open("wb") as file:
-        np.save(file, offsets, allow_pickle=False)
+    write_whole(folder / OFFSETS, lambda beside: np.save(beside, offsets, allow_pickle=False))
 
 
 def _encode(picture: Image.Image, size: int) -> bytes:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rag_geotoken.errors import GeoError
+from rag_geotoken.geo import Floats
 from rag_geotoken.tables import fixed_list, pad_lists, to_numpy
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 RADII_KM = (1, 25, 200, 750, 2500)  # street, city, region, country and continent, since IM2GPS
 SOURCES = ("neighbour", "greedy", "beam", "sample", "frontier", "gps", "visual", "mllm")
 NEIGHBOUR, GREEDY, BEAM, SAMPLE, FRONTIER, GPS, VISUAL, MLLM = range(8)
-Floats = NDArray[np.float64]
 At = slice | NDArray[np.bool_] | NDArray[np.int64]
 
 

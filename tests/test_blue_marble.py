@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from pyproj import Proj
 
 from rag_geotoken.places import place_text
 from rag_geotoken.sources import blue_marble, read_source
-from rag_geotoken.sources.blue_marble import SPLITS, cut, cut_references, draw_views, is_unseen
+from rag_geotoken.sources.blue_marble import SPLITS, cut, draw, draw_views, is_unseen
 
 Floats = NDArray[np.float64]
 
@@ -108,13 +109,13 @@ def test_references_give_the_same_pixels_as_the_views() -> None:
     for split, picture in (("test", "bmng"), ("relief", "relief")):
         table = read_source(f"blue-marble:{split},n=12,seed=5")
         views = draw_views(split, 12, 5)
-        np.testing.assert_array_equal(cut_references(table["image"].to_pylist()), cut(views, picture))
+        np.testing.assert_array_equal(draw(table["image"].to_pylist()), cut(views, picture))
         np.testing.assert_array_equal(table["lat"].to_numpy(), views[:, 0])
 
 
 def test_references_of_both_pictures_mix() -> None:
     numbers = "10.0,20.0,300.0,0.0,1.0,1.0"
-    mixed = cut_references([f"blue-marble:{name}/{numbers}" for name in ("relief", "bmng", "relief")], 16)
+    mixed = draw([f"blue-marble:{name}/{numbers}" for name in ("relief", "bmng", "relief")], 16)
     np.testing.assert_array_equal(mixed[0], mixed[2])
     assert mixed.shape == (3, 16, 16, 3) and (mixed[0] != mixed[1]).any()
 
@@ -139,12 +140,12 @@ def test_references_of_both_pictures_mix() -> None:
 )
 def test_bad_references_are_named(numbers: str, one_line: OneLine) -> None:
     with one_line("not a blue-marble picture reference"):
-        cut_references([f"blue-marble:bmng/{numbers}"])
+        draw([f"blue-marble:bmng/{numbers}"])
 
 
 def test_an_unknown_picture_is_named(one_line: OneLine) -> None:
     with one_line("not a blue-marble picture reference"):
-        cut_references(["blue-marble:mars/0,0,300,0,1,1"])
+        draw(["blue-marble:mars/0,0,300,0,1,1"])
 
 
 @pytest.mark.parametrize(
@@ -179,7 +180,7 @@ def test_an_unknown_source_is_named(one_line: OneLine) -> None:
 
 @lru_cache(maxsize=1)
 def earth() -> NDArray[np.uint8]:
-    with Image.open(blue_marble._data_file("bmng.jpg")) as image:
+    with Image.open(BytesIO(blue_marble._data("bmng.jpg"))) as image:
         return np.asarray(image.convert("RGB"))
 
 

@@ -18,7 +18,7 @@ from rag_geotoken.index import GeoIndex
 from rag_geotoken.pictures import load_pictures
 from rag_geotoken.run.build_index import make_index
 from rag_geotoken.run.walk import write_photos
-from rag_geotoken.sources import is_source, limited, metadata, read_source
+from rag_geotoken.sources import limited, metadata, read_source, source_module
 from rag_geotoken.sources.photos import SCHEMA, LeftOut, read_left_out
 from rag_geotoken.tables import read_table
 
@@ -204,7 +204,7 @@ def test_subsets(folder: Path) -> None:
     assert read_source(f"mp16-pro:{folder},seed=1,limit=8").to_pylist() == some
     assert read_source(f"mp16-pro:{folder},limit=8,seed=2").to_pylist() != some
     assert read_source(limited(f"mp16-pro:{folder},limit=8", 3)).to_pylist() == whole[:3]
-    assert limited("folder:x", None) == "folder:x" and is_source("hub:x/y") and not is_source("huba:x")
+    assert limited("folder:x", None) == "folder:x" and source_module("hub:x/y") and not source_module("huba:x")
 
 
 def test_other_columns_and_lines_of_the_csv(folder: Path) -> None:

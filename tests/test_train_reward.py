@@ -15,7 +15,7 @@ from rag_geotoken.options import Options
 from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.run import stages
 from rag_geotoken.run.models import Models
-from rag_geotoken.sources.blue_marble import cut_references
+from rag_geotoken.sources.blue_marble import draw
 from rag_geotoken.training.reward import pools_of, train_reward
 from rag_geotoken.types import Embeddings, Neighbors, Pool, Tables
 
@@ -59,7 +59,7 @@ def test_gallery_photos_meet_other_photos_as_neighbours(
     near = np.concatenate([found.rows for _, found in met]).tolist()
     assert not any(names[own[0]] in {names[row] for row in found} for own, found in zip(rows, near, strict=True))
     references = geolocator.index.rows["image"].take([own[0] for own in rows[:3]]).to_pylist()
-    assert stages.digests(cut_references(references)) == [names[own[0]] for own in rows[:3]]
+    assert stages.digests(draw(references)) == [names[own[0]] for own in rows[:3]]
 
 
 def test_the_same_seed_gives_the_same_bytes(geolocator: Geolocator, tmp_path: Path) -> None:

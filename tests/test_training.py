@@ -25,7 +25,7 @@ from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.recipes import training_recipe
 from rag_geotoken.run.build_index import make_index
 from rag_geotoken.sources import blue_marble, read_source
-from rag_geotoken.sources.blue_marble import cut_references, draw_views, is_unseen
+from rag_geotoken.sources.blue_marble import draw, draw_views, is_unseen
 from rag_geotoken.training import run
 from rag_geotoken.training.run import train_mllm
 from rag_geotoken.training.schedule import one_cycle
@@ -152,7 +152,7 @@ def test_no_training_sees_a_test_photo(made: tuple[Path, dict[str, Seen]]) -> No
 @pytest.mark.parametrize("split", KEPT)
 def test_a_test_photo_would_be_seen(split: str) -> None:
     with watched() as seen:
-        cut_references(read_source(f"blue-marble:{split},n=2")["image"].to_pylist())
+        draw(read_source(f"blue-marble:{split},n=2")["image"].to_pylist())
     assert split in seen.kept() and f"a photo of {split}" in seen.kept()
 
 

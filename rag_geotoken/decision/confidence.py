@@ -8,10 +8,9 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from rag_geotoken.geo import haversine_km
+from rag_geotoken.geo import Floats, haversine_km
 from rag_geotoken.types import RADII_KM, Pool
 
-Floats = NDArray[np.float64]
 FARTHEST_KM = 20_040.0  # more than half the way around the Earth
 POINTS = 2**16  # of a table
 

@@ -7,10 +7,8 @@ from numpy.typing import NDArray
 
 from rag_geotoken.cells import S2Tokenizer, cell_centers
 from rag_geotoken.decision.tuning import Tuning
-from rag_geotoken.geo import haversine_km
+from rag_geotoken.geo import Floats, haversine_km
 from rag_geotoken.types import FRONTIER, GPS, NEIGHBOUR, VISUAL, Candidates, Neighbors, Places, Pool, Posterior
-
-Floats = NDArray[np.float64]
 
 
 def make_pool(

@@ -14,11 +14,10 @@ from rag_geotoken.decision.confidence import calibrated, confidence, disk_chance
 from rag_geotoken.decision.pool import reweigh, temper
 from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.errors import GeoError
-from rag_geotoken.geo import from_unit, haversine_km, pairwise_km, to_unit
+from rag_geotoken.geo import Floats, from_unit, haversine_km, pairwise_km, to_unit
 from rag_geotoken.options import verified_by
 from rag_geotoken.types import Neighbors, Pool, Predictions
 
-Floats = NDArray[np.float64]
 Scores = Mapping[str, NDArray[np.float32]]
 BLOCK = 16  # photos at a time whose distances stay in a processor's cache
 SNAP_KM = 1.0

@@ -61,19 +61,11 @@ def encode_pictures(
     Raises:
         GeoError: what a source draws from is not there. A bad picture file raises nothing.
     """
-    encoded: list[bytes | None] = [None] * len(references)
-    errors: list[str | None] = [None] * len(references)
     drawn = draw(references)
-    for i, pixels in drawn.items():
-        encoded[i] = encode_picture(Image.fromarray(pixels), size, limit)
-    files = [i for i in range(len(references)) if i not in drawn]
-    made = read_pictures([references[i] for i in files], lambda image: encode_picture(upright(image), size, limit))
-    for i, picture in zip(files, made, strict=True):
-        if isinstance(picture, str):
-            errors[i] = picture
-        else:
-            encoded[i] = picture
-    return encoded, errors
+    pictures = [drawn.get(i, reference) for i, reference in enumerate(references)]
+    made = list(read_pictures(pictures, lambda image: encode_picture(upright(image), size, limit)))
+    encoded = [picture if isinstance(picture, bytes) else None for picture in made]
+    return encoded, [picture if isinstance(picture, str) else None for picture in made]
 
 
 def decode_picture(encoded: bytes) -> Image.Image:

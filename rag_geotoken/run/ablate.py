@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.errors import GeoError
 from rag_geotoken.files import check_writable, read_json, write_json
-from rag_geotoken.geo import haversine_km
+from rag_geotoken.geo import Floats, haversine_km
 from rag_geotoken.metrics import abstention, bootstrap, calibration, summary
 from rag_geotoken.mllm.session import MllmSession
 from rag_geotoken.options import Options
@@ -31,7 +31,6 @@ from rag_geotoken.tables import read_table, versions, write_table
 from rag_geotoken.types import RADII_KM, SOURCES, Answers, MllmVerdict, Pool, Tables
 from rag_geotoken.weights import EARTH
 
-Floats = NDArray[np.float64]
 Log = Callable[[str], object]
 VERSION = 1  # of what metrics.json says
 MENDED_KM = 200  # a photo is mended where its answer comes within so many km, broken where it leaves them

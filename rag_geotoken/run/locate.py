@@ -14,7 +14,7 @@ from rag_geotoken.pictures import list_pictures
 from rag_geotoken.run.export import write_predictions
 from rag_geotoken.run.models import Models
 from rag_geotoken.run.walk import RunFolder, embedded
-from rag_geotoken.sources import is_source, limited, read_source
+from rag_geotoken.sources import limited, read_source, source_module
 from rag_geotoken.sources.photos import read_left_out
 from rag_geotoken.tables import read_table, write_table
 from rag_geotoken.types import Photos
@@ -50,7 +50,7 @@ def read_photos(photos: list[str], limit: int | None = None) -> pa.Table:
 
     tables, paths = [], list[str]()
     for photo in photos:
-        if is_source(photo):
+        if source_module(photo):
             tables.append(read_source(limited(photo, limit)))
             if line := read_left_out(tables[-1]).line():
                 print(f"{photo}: {line}", file=sys.stderr)

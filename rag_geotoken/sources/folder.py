@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pyarrow as pa
 
@@ -34,20 +35,16 @@ def read(rest: Path | str) -> pa.Table:
     listed = _read_csv(directory / CSV_NAME, pictures) if (directory / CSV_NAME).exists() else {}
     photos, names = [], list(pictures)
     for name in (names[row] for row in settings.choose(len(names))):
-        path = pictures[name]
-        lat, lon, place, author = (
-            listed[name] if name in listed else (*(exif_lat_lon(path) or (None, None)), None, None)
-        )
-        photos.append({"id": name, "image": path, "lat": lat, "lon": lon, "place": place, "author": author})
-    return pa.Table.from_pylist(photos, schema=SCHEMA)
+        if name not in listed:
+            lat, lon = exif_lat_lon(pictures[name]) or (None, None)
+            listed[name] = {"lat": lat, "lon": lon}
+        photos.append({"id": name, "image": pictures[name], **listed[name]})
+    return pa.Table.from_pylist(photos, schema=SCHEMA)  # null where a column is not given
 
 
-Row = tuple[float | None, float | None, str | None, str | None]
-
-
-def _read_csv(path: Path, pictures: dict[str, str]) -> dict[str, Row]:
+def _read_csv(path: Path, pictures: dict[str, str]) -> dict[str, dict[str, Any]]:
     """photos.csv -> lat, lon, place, author by picture."""
-    listed: dict[str, Row] = {}
+    listed: dict[str, dict[str, Any]] = {}
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
@@ -69,7 +66,8 @@ def _read_csv(path: Path, pictures: dict[str, str]) -> dict[str, Row]:
                 lon = _number(row["lon"], "longitude", 180.0, where)
                 if (lat is None) != (lon is None):
                     raise GeoError(f"{where}: latitude and longitude must both be given or both be empty")
-                listed[name] = lat, lon, row.get("place") or None, row.get("author") or None
+                words = {column: row.get(column) or None for column in ("place", "author")}
+                listed[name] = {"lat": lat, "lon": lon, **words}
     except (UnicodeDecodeError, csv.Error) as error:
         raise GeoError(f"{CSV_NAME} is not a CSV file in UTF-8: {error}") from error
     except OSError as error:

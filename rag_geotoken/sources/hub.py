@@ -13,7 +13,7 @@ import math
 import re
 import sys
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from io import BytesIO
 from pathlib import Path
@@ -30,11 +30,15 @@ from rag_geotoken.sources.photos import SCHEMA, LeftOut, Settings, parse, photos
 from rag_geotoken.sources.tar import references
 from rag_geotoken.tables import read_table, write_table
 
-# Names of columns, any case; the first that is there counts.
-IMAGE = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp")
-LAT, LON = ("lat", "latitude", "gps_lat"), ("lon", "lng", "long", "longitude", "gps_lon")
-ID = ("id", "img_id", "image_id", "photo_id", "key", "__key__")
-PLACE, AUTHOR = ("place",), ("author", "ownernsid", "owner", "user_id")
+# What the columns are called in data sets, any case; the first that is there counts.
+NAMES = {
+    "image": ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp"),
+    "lat": ("lat", "latitude", "gps_lat"),
+    "lon": ("lon", "lng", "long", "longitude", "gps_lon"),
+    "id": ("id", "img_id", "image_id", "photo_id", "key", "__key__"),
+    "place": ("place",),
+    "author": ("author", "ownernsid", "owner", "user_id"),
+}
 SHUFFLED = 1000  # rows a random subset is drawn from at a time, in memory with their pictures
 LINES = re.compile(r"\s+")
 
@@ -161,14 +165,9 @@ def _rows(stream: Any, name: str) -> Iterator[dict[str, Any]]:
 def _columns(row: dict[str, Any], name: str, left_out: LeftOut) -> dict[str, str | None]:
     """The names of the data set's columns for image, lat, lon, id, place, author, in that order."""
     given = {column.lower(): column for column in row}
-
-    def find(names: Sequence[str]) -> str | None:
-        return next((given[name] for name in names if name in given), None)
-
-    columns = {"image": find(IMAGE), "lat": find(LAT), "lon": find(LON)}
-    columns |= {"id": find(ID), "place": find(PLACE), "author": find(AUTHOR)}
+    columns = {kind: next((given[name] for name in names if name in given), None) for kind, names in NAMES.items()}
     if columns["image"] is None:
-        raise GeoError(f"data set {name} has no column {', '.join(IMAGE[:3])}: it has {', '.join(row)}")
+        raise GeoError(f"data set {name} has no column {', '.join(NAMES['image'][:3])}: it has {', '.join(row)}")
     if columns["lat"] is None or columns["lon"] is None:
         columns["lat"] = columns["lon"] = None
         left_out.remarks.append(f"no coordinates: none of the columns {', '.join(row)} is called lat and lon")

@@ -99,8 +99,7 @@ def photo_rows(path: Path, left_out: LeftOut, needed: Sequence[str] = (), option
         table = left_out.drop(table, pc.is_null(table[name]), f"without a {name}")
     outside = pc.or_(pc.is_null(table["lat"]), pc.is_null(table["lon"]))
     table = left_out.drop(table, outside, "without usable coordinates")
+    codes = table["id"].combine_chunks().dictionary_encode().indices.to_numpy()
     again = np.ones(len(table), bool)
-    if len(table):
-        codes = table["id"].combine_chunks().dictionary_encode().indices.to_numpy()
-        again[np.unique(codes, return_index=True)[1]] = False
+    again[np.unique(codes, return_index=True)[1]] = False
     return left_out.drop(table, again, "listed before")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SCHEME = "tar:"
-REFERENCE = re.compile(r"tar:(.+)#([0-9]{1,16})\+([0-9]{1,12})", re.DOTALL)
+REFERENCE = re.compile(SCHEME + r"(.+)#([0-9]{1,16})\+([0-9]{1,12})", re.DOTALL)
 BLOCK = tarfile.BLOCKSIZE
 HEADER_CAP = 1 << 20  # bytes; names and attributes of one member are far below
 BATCH = 65_536  # members
@@ -147,11 +147,9 @@ def _scan(files: list[Path], state: list[list[Any]]) -> pa.Table:
                 done = joined.position >> 20
         cut_off = joined.cut_off
     table = pa.concat_tables([*blocks, block(rows)]).combine_chunks()
-    if len(table):
-        codes = table["name"].combine_chunks().dictionary_encode().indices.to_numpy()
-        last = np.empty(codes.max() + 1, np.int64)
-        last[codes] = np.arange(len(codes))  # of equal indices the last is kept
-        table = table.take(np.sort(last))
+    codes = table["name"].combine_chunks().dictionary_encode().indices.to_numpy()
+    _, behind = np.unique(codes[::-1], return_index=True)  # how many rows stand behind the last of each name
+    table = table.take(np.sort(len(table) - 1 - behind))
     return table.replace_schema_metadata({"tar": json.dumps({"files": state, "cut_off": cut_off})})
 
 
@@ -218,8 +216,8 @@ class _Joined:
             raise tarfile.ReadError("a header claims to be larger than any is")
         data = b""
         while size > len(data) and 0 <= self.position < self.size:
-            file = bisect_right(self._ends, self.position)
-            self._open[file].seek(self.position - (self._ends[file - 1] if file else 0))
+            file, begin = self.place(self.position, 1)
+            self._open[file].seek(begin)
             part = self._open[file].read(size - len(data))
             if not part:
                 break

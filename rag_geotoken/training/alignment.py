@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from rag_geotoken.alignment import GeoAlignment
-from rag_geotoken.geo import destination
+from rag_geotoken.geo import Floats, destination
 from rag_geotoken.places import place_text
 from rag_geotoken.sources import view_source
 from rag_geotoken.training.contrast import gps_loss, text_loss
@@ -24,7 +24,6 @@ from rag_geotoken.training.schedule import one_cycle
 CHECKS = 36  # weights and a checkpoint are kept so often
 NEARBY = 3  # wrong places near the right one, a photo: they make the embedding sharp below the batch's spacing
 TEXT_WEIGHT = 0.2
-Floats = NDArray[np.float64]
 Unseen = Callable[[Floats, Floats], NDArray[np.bool_]]
 
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rag_geotoken.geo import EARTH_RADIUS_KM, from_unit, haversine_km, to_unit
+from rag_geotoken.geo import EARTH_RADIUS_KM, Floats, from_unit, haversine_km, to_unit
 from rag_geotoken.types import Places, Pool
 from rag_geotoken.verifiers.registration import Registration
 
@@ -26,8 +26,6 @@ GRID_KM, FIT_KM = 30.0, (30.0, 30.0, 30.0, 10.0, 10.0, 4.0, 4.0, 4.0)
 ERROR_KM = 0.5  # of a neighbour's place, against the spreads above
 CHUNK = 64  # photos at a time
 NO_MATCH = 0.05  # support of a place by matches that are no better than chance: below it nothing is told apart
-
-Floats = NDArray[np.float64]
 
 
 @torch.inference_mode()

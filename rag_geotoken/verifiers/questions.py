@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rag_geotoken.geo import Floats
 from rag_geotoken.mllm.parse import parse_place
 from rag_geotoken.mllm.prompts import render
 from rag_geotoken.mllm.request import Reply, Request
@@ -31,7 +32,6 @@ PLACE_SCHEMA = {
     "additionalProperties": False,
 }
 Ask = Callable[[Sequence[Request]], list[Reply]]
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 
 from rag_geotoken.decision.confidence import calibrated, confidence
 from rag_geotoken.decision.tuning import Tuning
-from rag_geotoken.geo import haversine_km
+from rag_geotoken.geo import Floats, haversine_km
 from rag_geotoken.types import MLLM, RADII_KM, Pool, Predictions
 
-Floats = NDArray[np.float64]
 GATE_KM, GATE_SCORE = 500.0, 0.05  # from a pool's entry; less similar to the photo than the pool's answer
 NEAR_KM = 200.0
 FEATURES = 6

@@ -10,13 +10,12 @@ from numpy.typing import NDArray
 
 from rag_geotoken.decision.pool import log_softmax
 from rag_geotoken.decision.tuning import Tuning
-from rag_geotoken.geo import haversine_km, pairwise_km
+from rag_geotoken.geo import Floats, haversine_km, pairwise_km
 from rag_geotoken.places import place_text
 from rag_geotoken.types import BEAM, GREEDY, SAMPLE, Neighbors, Places, Pool
 
 COUNT = 6  # places; on validation photos one of them is within 200 km of the truth as often as 99.9 %
 APART_KM, AGREE_KM = 100.0, 25.0
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
