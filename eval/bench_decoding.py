@@ -82,8 +82,8 @@ class Plain:
             module.to(model.positions).eval()
 
     def memory(self, *inputs: Tensor) -> Tensor:
-        """As :meth:`TokenModel.memory_of`, but (S, B, d_model)."""
-        memory: Tensor = self.encoder(self.model.memory_of(*inputs).transpose(0, 1).contiguous())
+        """As :meth:`TokenModel.memory`, but (S, B, d_model)."""
+        memory: Tensor = self.encoder(self.model.memory(*inputs).transpose(0, 1).contiguous())
         return memory
 
     def logits(self, memory: Tensor, tokens: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         return result
 
     def ours() -> tuple[Tensor, Decoded, Decoded]:
-        memory = run("encoder", lambda: model.memory_of(*inputs))
+        memory = run("encoder", lambda: model.memory(*inputs))
         run("memory keys", lambda: [block.memory_keys(memory) for block in model.blocks])
         run("greedy", lambda: decoding.greedy(model, memory))
         run("frontier", lambda: frontier(model, memory, OPENINGS))

@@ -117,7 +117,7 @@ def compare(models: Models) -> dict[str, Any]:
         near.append(tables.neighbours.lat_lon)
         moved.append(tables.matches)
     found = measuring.found
-    registration = Registration(*(np.concatenate([vars(each)[name] for each in found]) for name in vars(found[0])))
+    registration = Registration(*(torch.cat([vars(each)[name] for each in found]) for name in vars(found[0])))
     neighbors, matches = np.concatenate(near), Places.join(moved)
     away = haversine_km(truth[:, :1], truth[:, 1:], neighbors[..., 0], neighbors[..., 1])
 
@@ -139,7 +139,7 @@ def compare(models: Models) -> dict[str, Any]:
     answers["visual-best"] = strategies.highest(moved_alone, alike).lat_lon
     answers["visual-consensus"] = consensus(matches)
     for km in SPARSER_KM:
-        fewer = replace(registration, alike=np.where(away < km, 0, registration.alike).astype(np.float32))
+        fewer = replace(registration, alike=registration.alike.masked_fill(torch.from_numpy(away < km), 0.0))
         answers[f"visual-consensus, neighbours beyond {km} km"] = consensus(_matches(fewer, neighbors, tuning.view_km))
     distance = {name: haversine_km(*truth.T, *lat_lon.T) for name, lat_lon in answers.items()}
     drawn, names = bootstrap(np.stack(list(distance.values())), seed=0), list(distance)
@@ -161,7 +161,7 @@ def compare(models: Models) -> dict[str, Any]:
 
 
 def _matches(found: Registration, places: NDArray[np.float64], view_km: float) -> Places:
-    return Places(moved_places(found, places, view_km), found.alike)
+    return Places(moved_places(found, places, view_km), found.alike.numpy())
 
 
 def _quality(matches: Places, away: NDArray[np.float64], truth: NDArray[np.float64]) -> dict[str, Any]:

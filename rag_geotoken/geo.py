@@ -17,15 +17,9 @@ EARTH_RADIUS_KM = 6371.0
 
 
 def check_lat_lon(lat: ArrayLike, lon: ArrayLike) -> tuple[Floats, Floats]:
-    """Coordinates as float64 arrays, in the shapes they came in.
+    """Latitudes in -90..90 and longitudes in -180..180 (both ends included), as float64 in the shapes they came in.
 
-    Args:
-        lat: degrees in -90..90.
-        lon: degrees in -180..180, both ends included.
-
-    Raises:
-        GeoError: a value is not a number, not finite or out of range (the first is named), or the two shapes do
-            not broadcast.
+    Raises GeoError for the first value not a number, not finite or out of range, and for shapes that do not broadcast.
     """
     lats = _check(lat, "latitude", 90, "is it swapped with the longitude?")
     lons = _check(lon, "longitude", 180, "add or subtract 360")
@@ -131,16 +125,3 @@ def destination(
     y = out * np.sin(theta) + east * np.cos(theta)
     z = np.sin(phi) * np.cos(angle) + np.cos(phi) * north
     return from_unit(np.stack(np.broadcast_arrays(x, y, z), axis=-1))
-
-
-def bearing_deg(lat1: ArrayLike, lon1: ArrayLike, lat2: ArrayLike, lon2: ArrayLike) -> Floats:
-    """Bearing in 0..360, clockwise from north, in which a great circle leaves point 1 for point 2; broadcasting.
-
-    Zero between a point and itself. By hand: from (0, 0) to (0, 1) is 90.
-    """
-    phi1, lambda1, phi2, lambda2 = (np.radians(np.asarray(a, np.float64)) for a in (lat1, lon1, lat2, lon2))
-    east = np.sin(lambda2 - lambda1) * np.cos(phi2)
-    # cos(phi1) sin(phi2) - sin(phi1) cos(phi2) cos(dlambda), written so that near points do not cancel
-    north = np.sin(phi2 - phi1) + 2 * np.sin(phi1) * np.cos(phi2) * np.sin((lambda2 - lambda1) / 2) ** 2
-    turn = np.degrees(np.arctan2(east, north)) % 360
-    return np.where(turn == 360, 0.0, turn)  # -1e-17 % 360 rounds to 360

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rag_geotoken.cells import S2Tokenizer
-from rag_geotoken.errors import GeoError
 from rag_geotoken.geo import haversine_km
 
 
@@ -19,25 +20,20 @@ class Lattice:
     first (R,) and end (R,), apart and in order.
     """
 
-    first: Tensor
-    end: Tensor
-
-    def __init__(self, tokenizer: S2Tokenizer, tokens: ArrayLike) -> None:
-        """Tokens (N, T) of the valid cells, in any order. Raises GeoError when there is none or one is no cell."""
-        rows = np.asarray(tokens)
-        if not len(rows):
-            raise GeoError("a lattice without a cell leaves nothing to decode: give at least one")
-        rows = tokenizer.ids_to_tokens(tokenizer.tokens_to_ids(rows))  # refuses what is no cell of this level
-        numbers = np.ravel_multi_index(tuple(rows.T), tokenizer.vocab_sizes)
-        self._keep(tokenizer, np.stack([numbers, numbers + 1], axis=-1))
+    def __init__(self, tokenizer: S2Tokenizer, ranges: NDArray[np.int64]) -> None:
+        """Ranges (N, 2) of the valid cells' numbers, at least one, in any order; they may touch or overlap."""
+        first, end = ranges[ranges[:, 0].argsort()].T
+        reached = np.maximum.accumulate(end)
+        gaps = np.flatnonzero(first[1:] > reached[:-1])
+        self.sizes = tokenizer.vocab_sizes
+        self.first = torch.from_numpy(first[np.append(0, gaps + 1)])
+        self.end = torch.from_numpy(reached[np.append(gaps, -1)])
 
     @classmethod
     def within(cls, tokenizer: S2Tokenizer, lat: float, lon: float, km: float) -> Lattice:
         """The cells whose centre lies within ``km`` of a place, and the cell of the place itself."""
-        lattice = cls(tokenizer, tokenizer.encode([lat], [lon]))
-        own = torch.stack([lattice.first, lattice.end], dim=-1).numpy()
-        lattice._keep(tokenizer, np.concatenate([own, *_disk(tokenizer, lat, lon, km)]))
-        return lattice
+        own = np.ravel_multi_index(tuple(tokenizer.encode(lat, lon)), tokenizer.vocab_sizes)
+        return cls(tokenizer, np.concatenate([[[own, own + 1]], *_disk(tokenizer, lat, lon, km)]))
 
     def allowed(self, tokens: Tensor) -> Tensor:
         """Prefixes (..., t) -> which next tokens (..., V_t) lead to a valid cell."""
@@ -45,20 +41,11 @@ class Lattice:
         prefix = torch.zeros(tokens.shape[:-1], dtype=torch.int64, device=tokens.device)
         for column, size in enumerate(self.sizes[:t]):
             prefix = prefix * size + tokens[..., column]
-        below = int(np.prod(self.sizes[t + 1 :], dtype=np.int64))
+        below = math.prod(self.sizes[t + 1 :])
         start = (prefix[..., None] * self.sizes[t] + torch.arange(self.sizes[t], device=tokens.device)) * below
         self.first, self.end = self.first.to(tokens.device), self.end.to(tokens.device)
         behind = torch.searchsorted(self.end, start, right=True)
         return behind < torch.searchsorted(self.first, start + below)
-
-    def _keep(self, tokenizer: S2Tokenizer, ranges: NDArray[np.int64]) -> None:
-        """Ranges (N, 2) in any order, which may touch or overlap."""
-        first, end = ranges[ranges[:, 0].argsort()].T
-        reached = np.maximum.accumulate(end)
-        new = np.concatenate([[True], first[1:] > reached[:-1]])
-        self.sizes = tokenizer.vocab_sizes
-        self.first = torch.from_numpy(first[new])
-        self.end = torch.from_numpy(reached[np.append(np.flatnonzero(new)[1:] - 1, len(first) - 1)])
 
 
 def _disk(tokenizer: S2Tokenizer, lat: float, lon: float, km: float) -> list[NDArray[np.int64]]:
@@ -69,7 +56,7 @@ def _disk(tokenizer: S2Tokenizer, lat: float, lon: float, km: float) -> list[NDA
     rows, ranges = np.zeros((1, 0), np.int64), []
     for t, (size, level) in enumerate(zip(tokenizer.vocab_sizes, tokenizer.levels, strict=True)):
         rows = np.concatenate([np.repeat(rows, size, axis=0), np.tile(np.arange(size), len(rows))[:, None]], axis=1)
-        below = int(np.prod(tokenizer.vocab_sizes[t + 1 :], dtype=np.int64))
+        below = math.prod(tokenizer.vocab_sizes[t + 1 :])
         # No cell reaches further from its centre than this: 7,850 km a face edge, halved at every level, with room.
         reach = 0.0 if t + 1 == tokenizer.length else 9_000.0 / 2**level
         away = haversine_km(*tokenizer.decode(rows), lat, lon)

@@ -94,32 +94,21 @@ class TokenModel(nn.Module):
         return cast(list[Block], list(cast(nn.ModuleList, self.decoder["layers"])))
 
     def memory(
-        self,
-        image: Tensor,
-        gps: Tensor,
-        text: Tensor,
-        neighbor_image: Tensor,
-        neighbor_gps: Tensor,
-        neighbor_text: Tensor,
-        neighbor_tokens: Tensor,
-        neighbor_places: Tensor | None = None,
+        self, photo: Tensor, neighbors: Tensor, neighbor_tokens: Tensor, neighbor_places: Tensor | None = None
     ) -> Tensor:
         """Encode what the decoder may look at.
 
-        image, gps, text (B, dim) of the photo, (B, K, dim) of its neighbours, neighbor_tokens (B, K, T) int64 and, with
-        spherical positions, neighbor_places (B, K, 2) degrees -> (B, 4 + K * (3 + T), d_model). K may be less than the
-        configured number. Raises GeoError when there are more neighbours, or no places where they are needed.
+        photo (B, 3, dim): its image, GPS and text embedding; of its neighbours the same, neighbors (B, K, 3, dim),
+        neighbor_tokens (B, K, T) int64 and, with spherical positions, neighbor_places (B, K, 2) degrees
+        -> (B, 4 + K * (3 + T), d_model). K may be less than the configured number. Raises GeoError when there are more
+        neighbours, or no places where they are needed.
         """
         batch, k, length = neighbor_tokens.shape
         if k > self.config.neighbors:
             raise GeoError(f"the token model takes {self.config.neighbors} neighbours at most, not {k}")
-        layers = self.image_proj, self.loc_proj, self.text_proj
-        query = [normalize(layer(vector), dim=-1) for layer, vector in zip(layers, (image, gps, text), strict=True)]
-        around = zip(layers, (neighbor_image, neighbor_gps, neighbor_text), strict=True)
-        vectors = torch.stack([normalize(layer(vector), dim=-1) for layer, vector in around], dim=2)
         cells = self.retrieval_embedding(neighbor_tokens + self.offsets)
-        near = torch.cat([vectors, cells], dim=2).flatten(1, 2)
-        states = torch.cat([self.cls_token.expand(batch, 1, -1), torch.stack(query, dim=1), near], dim=1)
+        near = torch.cat([self._project(neighbors), cells], dim=2).flatten(1, 2)
+        states = torch.cat([self.cls_token.expand(batch, 1, -1), self._project(photo), near], dim=1)
         # Without an order, every neighbour has the positions of the first.
         each = 3 + length
         place = torch.arange(4 + k * each, device=states.device)
@@ -132,19 +121,16 @@ class TokenModel(nn.Module):
         turned = [None] * parts if turns is None else turns.chunk(parts)
         return torch.cat([self._encode(*some) for some in zip(states.chunk(parts), turned, strict=False)])
 
+    def _project(self, vectors: Tensor) -> Tensor:
+        """Image, GPS and text embeddings (..., 3, dim) -> unit vectors (..., 3, d_model)."""
+        parts = zip((self.image_proj, self.loc_proj, self.text_proj), vectors.unbind(-2), strict=True)
+        return torch.stack([normalize(layer(part), dim=-1) for layer, part in parts], dim=-2)
+
     def _encode(self, states: Tensor, turns: Tensor | None) -> Tensor:
         attend = self._attend(turns=turns)
         for block in cast(nn.ModuleList, self.encoder["layers"]):
             states = block(states, attend)
         return states
-
-    def memory_of(
-        self, photo: Tensor, neighbors: Tensor, neighbor_tokens: Tensor, neighbor_places: Tensor | None = None
-    ) -> Tensor:
-        """:meth:`memory` of stacked embeddings: photo (B, 3, dim), neighbors (B, K, 3, dim)."""
-        image, gps, text = photo.unbind(1)
-        near_image, near_gps, near_text = neighbors.unbind(2)
-        return self.memory(image, gps, text, near_image, near_gps, near_text, neighbor_tokens, neighbor_places)
 
     def _turns(self, places: Tensor | None, each: int) -> Tensor | None:
         """The rotation (B, S, 3, 3) of each memory position: its neighbour's place, none for the photo itself."""
@@ -207,7 +193,7 @@ class Block(nn.Module):
     def __init__(self, config: TokenConfig, cross: bool) -> None:
         super().__init__()
         d = config.d_model
-        self.n_heads, self.rate = config.heads, config.dropout
+        self.n_heads, self.dropout = config.heads, nn.Dropout(config.dropout)
         self.self_attn = Attention(d)
         if cross:
             self.multihead_attn = Attention(d)
@@ -217,26 +203,15 @@ class Block(nn.Module):
 
     def forward(self, states: Tensor, attend: Attend, memory: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """(B, L, d) -> (B, L, d); ``attend`` does the self-attention, memory is of :meth:`memory_keys`."""
-        norms = [self.norm1, self.norm2] if memory is None else [self.norm1, self.norm2, self.norm3]
-
-        def hear(x: Tensor) -> Tensor:
-            heard: Tensor = self.self_attn.out_proj(attend(*self.self_attn.project(x, 0, 3)))
-            return heard
-
-        def look(x: Tensor) -> Tensor:
-            assert memory is not None
-            query = split(self.multihead_attn.project(x, 0, 1)[0], self.n_heads)
-            seen = heed(query, *memory, rate=self.rate if self.training else 0.0)
-            found: Tensor = self.multihead_attn.out_proj(merge(seen))
-            return found
-
-        def think(x: Tensor) -> Tensor:
-            thought: Tensor = self.linear2(dropout(relu(self.linear1(x)), self.rate, self.training))
-            return thought
-
-        steps = [hear, think] if memory is None else [hear, look, think]
-        for norm, step in zip(norms, steps, strict=True):
-            states = norm(states + dropout(step(states), self.rate, self.training))
+        heard = self.self_attn.out_proj(attend(*self.self_attn.project(states, 0, 3)))
+        states, last = self.norm1(states + self.dropout(heard)), self.norm2
+        if memory is not None:
+            query = split(self.multihead_attn.project(states, 0, 1)[0], self.n_heads)
+            seen = heed(query, *memory, rate=self.dropout.p if self.training else 0.0)
+            seen = self.multihead_attn.out_proj(merge(seen))
+            states, last = self.norm2(states + self.dropout(seen)), self.norm3
+        thought = self.linear2(self.dropout(relu(self.linear1(states))))
+        states = last(states + self.dropout(thought))
         return states
 
     def memory_keys(self, memory: Tensor) -> tuple[Tensor, Tensor]:

@@ -93,7 +93,7 @@ def tiny_tokens(config: TokenConfig = TOKENS) -> TokenModel:
 
 
 def inputs(batch: int, neighbors: int = 3, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """For ``memory_of`` of the tiny model: photo (B, 3, dim), neighbours (B, K, 3, dim), their tokens (B, K, T)."""
+    """For ``memory`` of the tiny model: photo (B, 3, dim), neighbours (B, K, 3, dim), their tokens (B, K, T)."""
     generator = torch.Generator().manual_seed(seed)
     photo = torch.randn(batch, 3, TOKENS.dim, generator=generator)
     near = torch.randn(batch, neighbors, 3, TOKENS.dim, generator=generator)

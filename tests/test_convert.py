@@ -48,10 +48,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> TokenModel:
 @pytest.fixture(scope="module")
 def memory(model: TokenModel, reference: State) -> Tensor:
     near = reference["neighbor_index"]
-    query = (reference[f"query_{part}"] for part in ("image", "gps", "text"))
-    around = (reference[f"gallery_{part}"][near] for part in ("image", "gps", "text", "tokens"))
+    query = torch.stack([reference[f"query_{part}"] for part in ("image", "gps", "text")], dim=1)
+    around = torch.stack([reference[f"gallery_{part}"][near] for part in ("image", "gps", "text")], dim=2)
     with torch.no_grad():
-        return model.memory(*query, *around)
+        return model.memory(query, around, reference["gallery_tokens"][near])
 
 
 def close(given: Tensor, wanted: Tensor) -> None:

@@ -40,7 +40,7 @@ SOURCES = {
     "verdicts-alignment": ["verifiers/alignment.py", "location.py", "dense.py", *POOL],
     "verdicts-look": ["verifiers/range_plus.py", "location.py", "dense.py", *POOL],
     "verdicts-reward": ["verifiers/reward.py", "reward.py", "run/models.py:states", "decoding.py", *MEMORY, *POOL],
-    "verdicts-visual": ["verifiers/visual.py", "verifiers/agreement.py", *POOL],
+    "verdicts-visual": ["verifiers/agreement.py", *POOL],
     "verdicts-mllm-pool": ["verifiers/shortlist.py", "verifiers/alignment.py", *SHOWN, *POOL],
     "predictions": ["run/stages.py:decide", "run/stages.py:_abstaining", "decision/strategies.py",
                     "decision/confidence.py", "verifiers/router.py", "verifiers/mllm.py:decide_with_mllm",

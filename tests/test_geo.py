@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from rag_geotoken.errors import GeoError
 from rag_geotoken.geo import (
     EARTH_RADIUS_KM,
-    bearing_deg,
     check_lat_lon,
     destination,
     from_unit,
@@ -146,23 +145,10 @@ def test_destination_is_that_far(start: Any, bearing: float, km: float) -> None:
     assert haversine_km(lat1, lon1, lat, lon) == pytest.approx(km, abs=METRE)
 
 
-@repeatable
-@given(points, points)
-def test_bearing_and_distance_lead_there(a: Any, b: Any) -> None:
-    bearing = bearing_deg(*a, *b)
-    assert 0 <= bearing < 360
-    lat, lon = a
-    arrived = destination(lat, lon, bearing, haversine_km(*a, *b))
-    assert haversine_km(*arrived, *b) < METRE
-
-
 def test_directions_by_hand() -> None:
     lat, lon = destination([0, 0, 0, 90], [0, 0, 179, 30], [0, 90, 90, 180], 10 * 111.194927)
     np.testing.assert_allclose(lat, [10, 0, 0, 80], atol=1e-6)
     np.testing.assert_allclose(lon, [0, 10, -171, 30], atol=1e-6)
-    np.testing.assert_allclose(bearing_deg(0, 0, [1, 0, -1, 0, 0], [0, 1, 0, -1, 0]), [0, 90, 180, 270, 0])
-    assert bearing_deg(0, 179, 0, -179) == pytest.approx(90)
-    assert bearing_deg(50, 7, 50 + 1e-9, 7 + 1e-9) == pytest.approx(math.degrees(math.atan(0.6427876)), abs=1e-3)
 
 
 def test_check_returns_float64_in_the_shapes_given() -> None:

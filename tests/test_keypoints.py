@@ -108,14 +108,13 @@ def pictures(count: int, seed: int = 0) -> NDArray[np.uint8]:
 def test_a_model_of_a_folder_scores_pairs(matcher: KeypointMatcher) -> None:
     photos, near = pictures(2), pictures(6, 1).reshape(2, 3, 60, 60, 3)
     near[1, 2] = 0
-    scores = matcher.scores(photos, near)
-    assert scores.shape == (2, 3) and scores.dtype == np.float32 and np.isfinite(scores).all()
-    assert (scores >= 0).all() and (scores < 1).all() and scores[1, 2] == 0
-    np.testing.assert_array_equal(matcher.scores(photos[1:], near[1:]), scores[1:])
     places = np.zeros((2, 3, 2))
     found = matcher.match(photos, near, places)
+    scores = found.scores
+    assert scores.shape == (2, 3) and scores.dtype == np.float32 and np.isfinite(scores).all()
+    assert (scores >= 0).all() and (scores < 1).all() and scores[1, 2] == 0
+    np.testing.assert_array_equal(matcher.match(photos[1:], near[1:], places[1:]).scores, scores[1:])
     np.testing.assert_array_equal(found.lat_lon, places)
-    np.testing.assert_array_equal(found.scores, scores)
 
 
 def test_points_that_a_model_matches_are_those_it_says(matcher: KeypointMatcher, folder: Path) -> None:
@@ -138,7 +137,7 @@ def test_points_that_a_model_matches_are_those_it_says(matcher: KeypointMatcher,
             return type("Output", (), found | {"matching_scores": scores})
 
     count = planar_inliers(one[:, :36], other[:, :36], torch.ones(1, 36, dtype=torch.bool)).item()
-    scores = KeypointMatcher(Knows(), "knows").scores(pictures(1), pictures(1, 1)[None])
+    scores = KeypointMatcher(Knows(), "knows").match(pictures(1), pictures(1, 1)[None], np.zeros((1, 1, 2))).scores
     assert 30 <= count <= 36 and scores[0, 0] == pytest.approx((count - CHANCE) / (count - CHANCE + HALF), abs=0.03)
 
 
@@ -157,16 +156,16 @@ def test_folders_of_another_kind_are_named(folder: Path, clip_folder: Path, tmp_
 def test_a_geolocator_asks_it(
     matcher: KeypointMatcher, geolocator: Geolocator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A neighbour keeps its place; what is asked is what the scores are known by."""
+    """A few photos at a time; what is asked is what the scores are known by."""
     parts = geolocator.alignment, geolocator.tokens, geolocator.index, geolocator.tuning
     street = Geolocator(*parts, matcher=matcher)
     asked = []
 
-    def scores(photos: NDArray[np.uint8], near: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def match(photos: NDArray[np.uint8], near: NDArray[np.uint8], places: NDArray[np.float64]) -> Places:
         asked.append((photos.shape, near.shape))
-        return np.full(near.shape[:2], 0.7, np.float32)
+        return Places(places, np.full(near.shape[:2], 0.7, np.float32))
 
-    monkeypatch.setattr(matcher, "scores", scores)
+    monkeypatch.setattr(matcher, "match", match)
     rows = np.arange(10).reshape(5, 2)
     near = Neighbors(rows, geolocator.index.lat_lon[rows], np.ones((5, 2), np.float32))
     tables = Tables(Photos.of(list(pictures(5)), list("abcde")))

@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from rag_geotoken.mllm.request import Reply, Request
+from rag_geotoken.types import MllmVerdict
 from rag_geotoken.verifiers.questions import (
     NONE,
     SIMILAR,
     TURNS,
+    Ask,
     ask_place,
     ask_pool,
     diverse_requests,
@@ -26,9 +29,20 @@ from rag_geotoken.verifiers.shortlist import Shortlist
 PLACES = [{"lat": float(i), "lon": 10.0 * i, "place": f"Town {i}", "evidence": None} for i in range(6)]
 
 
-def chosen_of(counts: Sequence[int]) -> Shortlist:
+def chosen_of(counts: Sequence[int]) -> tuple[Shortlist, NDArray[np.bool_]]:
+    """Places that each stand for an entry of their own, and a last entry that none stands for; the pool's mask."""
     entries = np.array([[i if i < count else -1 for i in range(6)] for count in counts])
-    return Shortlist(entries, entries, np.zeros((*entries.shape, 2)))
+    stands = np.pad(entries, ((0, 0), (0, 1)), constant_values=-1)
+    mask = stands >= 0
+    mask[:, -1] = True
+    return Shortlist(entries, stands, np.zeros((*entries.shape, 2))), mask
+
+
+def asked_of_pool(
+    photos: Sequence[bytes], counts: Sequence[int], shown: Sequence[Sequence[dict[str, Any]]], ask: Ask
+) -> MllmVerdict:
+    chosen, mask = chosen_of(counts)
+    return ask_pool(photos, chosen, shown, ask, [{}] * len(photos), mask)
 
 
 def lines(request: Request) -> dict[str, str]:
@@ -54,9 +68,9 @@ def test_a_sure_model_is_asked_twice_in_two_orders() -> None:
         asked.extend(requests)
         return [answer(request, {"Town 4": 0.9}) for request in requests]
 
-    found = ask_pool([b"photo"], chosen_of([6]), [PLACES], ask, [{}])
+    found = asked_of_pool([b"photo"], [6], [PLACES], ask)
     assert found.status == ["ok"] and found.requests.tolist() == [2] and found.output_tokens.tolist() == [2]
-    assert found.log_probs[0].argmax() == 4
+    assert found.scores[0].argmax() == 4
     letters = [{town: letter for letter, town in lines(request).items()}["Town 4"] for request in asked]
     assert len(set(letters)) == 2  # another letter each time
     assert all(request.options == (*"ABCDEF", NONE) and request.max_tokens == 1 for request in asked)
@@ -67,10 +81,10 @@ def test_a_model_that_likes_a_letter_is_asked_in_four_orders_and_says_nothing() 
     def ask(requests: Sequence[Request]) -> list[Reply]:
         return [Reply(("A",), (math.log(0.94),) + (math.log(0.01),) * 6, 100, 1, 0.5) for _ in requests]
 
-    found = ask_pool([b"photo"], chosen_of([6]), [PLACES], ask, [{}])
-    assert found.requests.tolist() == [TURNS] and found.output_tokens[0] <= 4
+    found = asked_of_pool([b"photo"], [6], [PLACES], ask)
+    assert found.requests.tolist() == [len(TURNS)] and found.output_tokens[0] <= 4
     # Four of six places had their turn at A; no other preference is left.
-    assert sorted(np.round(found.log_probs[0, :6], 3))[2:] == pytest.approx(
+    assert sorted(np.round(found.scores[0, :6], 3))[2:] == pytest.approx(
         [np.mean(np.log([0.94, 0.01, 0.01, 0.01]))] * 4, abs=2e-3
     )
 
@@ -83,17 +97,16 @@ def test_orders_are_no_order_of_weights_and_differ_between_photos() -> None:
         return [answer(request, {"Town 1": 0.9}) for request in requests]
 
     photos = [bytes([i]) for i in range(20)]
-    ask_pool(photos, chosen_of([6] * 20), [PLACES] * 20, ask, [{}] * 20)
+    asked_of_pool(photos, [6] * 20, [PLACES] * 20, ask)
     first = [tuple(lines(request).values()) for request in asked[::2]]
     assert len(set(first)) > 15
     again: list[Request] = []
-    ask_pool(
+    asked_of_pool(
         photos,
-        chosen_of([6] * 20),
+        [6] * 20,
         [PLACES] * 20,
-        lambda r: again.extend(r) or [answer(q, {"Town 1": 0.9}) for q in r],
-        [{}] * 20,
-    )  # type: ignore[func-returns-value]
+        lambda r: again.extend(r) or [answer(q, {"Town 1": 0.9}) for q in r],  # type: ignore[func-returns-value]
+    )
     assert again == asked  # the same for the same photo: a journal knows it
 
 
@@ -101,17 +114,17 @@ def test_none_of_these_and_short_lists() -> None:
     def ask(requests: Sequence[Request]) -> list[Reply]:
         return [answer(request, {}) for request in requests]
 
-    found = ask_pool([b"1", b"2", b"3"], chosen_of([6, 2, 1]), [PLACES, PLACES[:2], PLACES[:1]], ask, [{}] * 3)
-    assert (found.log_probs[:, 6] > np.log(0.99)).all() and found.requests.tolist() == [2, 2, 1]
-    assert (found.log_probs[2, 1:6] == 0).all()
+    found = asked_of_pool([b"1", b"2", b"3"], [6, 2, 1], [PLACES, PLACES[:2], PLACES[:1]], ask)
+    assert (found.scores[:, 6] > np.log(0.99)).all() and found.requests.tolist() == [2, 2, 1]
+    assert (found.scores[2, 1:6] == 0).all()
 
 
 def test_a_failure_is_a_status_and_no_score() -> None:
     def ask(requests: Sequence[Request]) -> list[Reply]:
         return [Reply(error="no server") if b"2" in r.parts else answer(r, {"Town 0": 0.9}) for r in requests]
 
-    found = ask_pool([b"1", b"2"], chosen_of([6, 6]), [PLACES] * 2, ask, [{}] * 2)
-    assert found.status == ["ok", "no server"] and not found.log_probs[1].any() and found.log_probs[0].argmax() == 0
+    found = asked_of_pool([b"1", b"2"], [6, 6], [PLACES] * 2, ask)
+    assert found.status == ["ok", "no server"] and not found.scores[1].any() and found.scores[0].argmax() == 0
 
 
 def test_places_of_its_own() -> None:
@@ -120,7 +133,9 @@ def test_places_of_its_own() -> None:
     def ask(requests: Sequence[Request]) -> list[Reply]:
         return [Reply((texts[i % 3],), (), 50, 20, 0.1) for i in range(len(requests))]
 
-    found = ask_place([[zero_shot_request(b"1")], [zero_shot_request(b"2")], [zero_shot_request(b"3")]], ask, 1)
+    prompts = [[zero_shot_request(photo)] for photo in (b"1", b"2", b"3")]
+    found = ask_place(prompts, ask, 1, np.ones((3, 2), bool))
+    assert found.scores.shape == (3, 2) and not found.scores.any()
     assert found.status[0] == "ok" and found.lat_lon[0, 0].tolist() == [48.2, 16.4] and found.confidence[0, 0] == 0.8
     assert found.status[1:] == ["refused", "out of range"] and np.isnan(found.lat_lon[1:]).all()
     assert [raw[0] for raw in found.raw] == texts  # kept as they came
@@ -137,7 +152,7 @@ def test_several_answers_join_in_order() -> None:
     prompts = diverse_requests(b"photo", near, near[::-1], n=2)
     assert len(prompts) == len(SIMILAR) and all(p.n == 2 and p.temperature > 0 for p in prompts)
     assert [str(p.parts[-1]).count(";") for p in prompts] == [0, 8, 18, 28]
-    found = ask_place([prompts], ask, 2 * len(SIMILAR))
+    found = ask_place([prompts], ask, 2 * len(SIMILAR), np.zeros((1, 1), bool))
     assert found.lat_lon[0, :4, 0].tolist() == [0, 1, 2, 3] and np.isnan(found.lat_lon[0, 4:]).all()
     assert found.status == ["ok"] and found.requests.tolist() == [4]
 

@@ -24,7 +24,7 @@ from rag_geotoken.run.walk import RunFolder, answered, embedded
 from rag_geotoken.sources import blue_marble
 from rag_geotoken.tables import read_table, write_table
 from rag_geotoken.types import Answers, Photos, Prediction, Tables, Verdict
-from rag_geotoken.verifiers import VERIFIERS
+from rag_geotoken.verifiers import VERIFIERS, Verifier
 
 PHOTOS = 16
 EVERY = Options(
@@ -306,16 +306,14 @@ def test_a_new_verifier_needs_its_file_and_its_line(
 ) -> None:
     """Scores of a module that nothing else knows reach the decision."""
     import sys
-    from types import ModuleType, SimpleNamespace
+    from types import ModuleType
 
     def scores(models: Any, options: Any, tables: Tables, pool: Any) -> Verdict:
         north = 100 * pool.lat_lon[..., 0].astype(np.float32)
         return Verdict(np.where(pool.mask, north, 0.0).astype(np.float32), pool.mask)
 
     module = ModuleType("rag_geotoken.verifiers.northernmost")
-    module.VERIFIER = SimpleNamespace(  # type: ignore[attr-defined]
-        reads=(), models=(), tuning=(), version=1, kind=Verdict, scores=scores
-    )
+    module.VERIFIER = Verifier(scores, Verdict, reads=())  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setitem(VERIFIERS, "northernmost", "northernmost")  # the line
     answer = geolocator(pictures[0], Options(verify=("northernmost",), samples=4))[0]

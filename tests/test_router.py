@@ -9,8 +9,9 @@ import pytest
 
 from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.types import MLLM, NEIGHBOUR, Pool, Predictions
-from rag_geotoken.verifiers.router import FEATURES, GATE_SCORE, features, fit_router, gate, route
+from rag_geotoken.verifiers.router import GATE_SCORE, features, fit_router, gate, route
 
+FEATURES = 6
 ALWAYS = replace(Tuning(), router=(9.0,) + (0.0,) * (FEATURES - 1))
 
 

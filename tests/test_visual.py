@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from conftest import OPTIONS, TUNING
 from numpy.typing import NDArray
 
@@ -64,10 +65,10 @@ def seen(photos: Floats, near: Floats) -> Registration:
     # North there is not parallel to north here.
     between = np.arctan2(np.sin(there_lon - lon) * np.sin((lat + there_lat) / 2), np.cos(there_lon - lon))
     return Registration(
-        middle,
-        np.log(photos[:, None, 2] / near[..., 2]),
-        turn - np.radians(near[..., 3]) + between,
-        np.ones(near.shape[:2], np.float32),
+        torch.from_numpy(middle),
+        torch.from_numpy(np.log(photos[:, None, 2] / near[..., 2])),
+        torch.from_numpy(turn - np.radians(near[..., 3]) + between),
+        torch.ones(near.shape[:2]),
     )
 
 
@@ -90,25 +91,25 @@ def test_a_shift_turn_and_scale_are_measured_to_a_part_of_a_pixel(
     photos: Floats, near: Floats, found: Registration
 ) -> None:
     expected, sure = seen(photos, near), found.alike > 0.5
-    assert sure.mean() > 0.9
-    assert np.abs(found.middle - expected.middle)[sure].max() < 0.25 / 64
-    assert np.abs(found.ratio - expected.ratio)[sure].max() < 0.01
-    assert np.degrees(np.abs(found.turn - expected.turn)[sure]).max() < 0.5
+    assert sure.float().mean() > 0.9
+    assert (found.middle - expected.middle).abs()[sure].max() < 0.25 / 64
+    assert (found.ratio - expected.ratio).abs()[sure].max() < 0.01
+    assert (found.turn - expected.turn).abs()[sure].rad2deg().max() < 0.5
 
 
 def test_the_order_and_number_of_photos_do_not_matter(photos: Floats, near: Floats, found: Registration) -> None:
     back = register(cut_all(photos)[::-1][:2], cut_all(near)[::-1][:2])
-    np.testing.assert_allclose(back.middle, found.middle[::-1][:2], atol=1e-4)
-    np.testing.assert_allclose(back.alike, found.alike[::-1][:2], atol=1e-4)
+    np.testing.assert_allclose(back.middle, found.middle.flip(0)[:2], atol=1e-4)
+    np.testing.assert_allclose(back.alike, found.alike.flip(0)[:2], atol=1e-4)
 
 
 def test_other_places_and_pictures_of_nothing_are_no_match(photos: Floats, near: Floats) -> None:
     others = cut_all(near)[[1, 2, 3, 4, 5, 0]]
     others[0], others[1] = 0, 200
-    alike = register(cut_all(photos), others).alike
+    alike = register(cut_all(photos), others).alike.numpy()
     assert np.isfinite(alike).all() and alike[:2].max() == 0 and np.median(alike[2:]) < 0.1
     blank = register(np.zeros((1, 64, 64, 3), np.uint8), cut_all(near)[:1])
-    assert all(np.isfinite(values).all() for values in vars(blank).values()) and blank.alike.max() == 0
+    assert all(values.isfinite().all() for values in vars(blank).values()) and blank.alike.max() == 0
 
 
 def test_pictures_of_any_size_are_compared(photos: Floats, near: Floats, found: Registration) -> None:
@@ -118,7 +119,7 @@ def test_pictures_of_any_size_are_compared(photos: Floats, near: Floats, found: 
 
 
 def test_moved_places_meet_where_the_photo_was_taken(photos: Floats, near: Floats, found: Registration) -> None:
-    moved, sure = moved_places(found, near[..., :2], 300.0), found.alike > 0.5
+    moved, sure = moved_places(found, near[..., :2], 300.0), found.alike.numpy() > 0.5
     km = haversine_km(moved[..., 0], moved[..., 1], PLACES[:, :1], PLACES[:, 1:])
     assert np.median(km[sure]) < 0.5 and km[sure].max() < 5
 
@@ -130,7 +131,7 @@ def test_the_geometry_is_exact_everywhere(place: tuple[float, float]) -> None:
     around_it = views(around(photo[:, :2], 9, 120.0, 3), 4)
     around_it[..., 3] = 0
     exact = seen(photo, around_it)
-    middle, places = exact.middle.copy(), around_it[..., :2].copy()
+    middle, places = exact.middle.clone(), around_it[..., :2].copy()
     middle[0, 2] += 0.2
     places[0, 5] = -10, 100
     moved = moved_places(replace(exact, middle=middle), places, 300.0)
@@ -141,7 +142,8 @@ def test_the_geometry_is_exact_everywhere(place: tuple[float, float]) -> None:
 
 def test_one_neighbour_alone_is_taken_to_be_usual() -> None:
     """North up and 300 km wide: a quarter of the width to the left of it is 75 km to the west."""
-    alone = Registration(np.array([[[0.25, 0.0]]]), np.zeros((1, 1)), np.zeros((1, 1)), np.ones((1, 1), np.float32))
+    none = torch.zeros(1, 1, dtype=torch.float64)
+    alone = Registration(torch.tensor([[[0.25, 0.0]]], dtype=torch.float64), none, none, torch.ones(1, 1))
     moved = moved_places(alone, np.array([[[0.0, 30.0]]]), 300.0)
     assert moved[0, 0] == pytest.approx([0.0, 30.0 - 75 / 111.195], abs=0.01)
 

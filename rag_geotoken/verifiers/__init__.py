@@ -5,8 +5,10 @@ A verifier is a module with an object ``VERIFIER``; a new one is its file and it
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from rag_geotoken.options import Options
@@ -17,27 +19,27 @@ if TYPE_CHECKING:
 VERIFIERS = {
     "alignment": "alignment",
     "reward": "reward",
-    "visual": "visual",
+    "visual": "agreement",
     "look": "range_plus",
     "mllm": "mllm",
 }
 
 
-class Verifier(Protocol):
+@dataclass(frozen=True)
+class Verifier:
     """One kind of evidence for the places of a pool.
 
+    scores: gives every entry of the photos' pools (B, C) a score, zero where there is none, in a verdict of that kind.
     reads, models, tuning: the tables besides the pool, the models and the numbers of the tuning that its scores follow
-    from. version: raised when its code gives other scores. kind: of its verdicts.
+    from. version: raised when its code gives other scores.
     """
 
-    reads: tuple[str, ...]
-    models: tuple[str, ...]
-    tuning: tuple[str, ...]
-    version: int
+    scores: Callable[[Models, Options, Tables, Pool], Verdict]
     kind: type[Verdict]
-
-    def scores(self, models: Models, options: Options, tables: Tables, pool: Pool) -> Verdict:
-        """A score (B, C) for every entry of the photos' pools, zero where there is none."""
+    reads: tuple[str, ...]
+    models: tuple[str, ...] = ()
+    tuning: tuple[str, ...] = ()
+    version: int = 1
 
 
 def load_verifier(name: str) -> Verifier:

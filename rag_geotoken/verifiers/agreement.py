@@ -7,7 +7,7 @@ moves the photo somewhere, and the turn and width under which most of them move 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,8 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rag_geotoken.geo import EARTH_RADIUS_KM, Floats, from_unit, haversine_km, to_unit
-from rag_geotoken.types import Places, Pool
+from rag_geotoken.types import Places, Pool, Tables, Verdict
+from rag_geotoken.verifiers import Verifier
 from rag_geotoken.verifiers.registration import Registration
+
+if TYPE_CHECKING:
+    from rag_geotoken.options import Options
+    from rag_geotoken.run.models import Models
 
 # A view's turn, and the logarithm of its width over the usual one, spread so: what is believed of photo and neighbours.
 TURN_SPREAD, WIDTH_SPREAD = 0.3, 0.2
@@ -38,7 +43,7 @@ def moved_places(found: Registration, places: Floats, width_km: float) -> Floats
     result = np.empty_like(places)
     for start in range(0, len(places), CHUNK):
         at = slice(start, start + CHUNK)
-        part = _Evidence(*(torch.from_numpy(values[at]) for values in vars(found).values()))
+        part = Registration(*(values[at] for values in vars(found).values()))
         spots = torch.from_numpy(to_unit(places[at, :, 0], places[at, :, 1]))
         _, pose = _fit(part, spots, *_vote(part, spots, width_km), width_km)
         result[at] = np.stack(from_unit(_taken_from(spots, _ways(part.middle, pose[:, None])).numpy()), axis=-1)
@@ -56,17 +61,15 @@ def support(pool: Pool, matches: Places, within_km: float) -> NDArray[np.float32
     return np.where(pool.mask, np.log(NO_MATCH + near), 0.0).astype(np.float32)
 
 
-@dataclass(frozen=True)
-class _Evidence:
-    """A registration in tensors, double precision but for the last."""
-
-    middle: Tensor
-    ratio: Tensor
-    turn: Tensor
-    alike: Tensor
+def supports(models: Models, options: Options, tables: Tables, pool: Pool) -> Verdict:
+    """How well the matches support each place: :func:`support` within the tuning's distance."""
+    return Verdict(support(pool, tables.matches, models.tuning.visual_km), pool.mask)
 
 
-def _vote(found: _Evidence, spots: Tensor, width_km: float) -> tuple[Tensor, Tensor]:
+VERIFIER = Verifier(supports, Verdict, reads=("matches",), tuning=("visual_km",))
+
+
+def _vote(found: Registration, spots: Tensor, width_km: float) -> tuple[Tensor, Tensor]:
     """The best of a grid of turns and widths -> the photo's place (B, 3), and its pose (B, 2): see :func:`_ways`.
 
     Every neighbour's view of the photo's place is a candidate; the others vote for it by their likeness, less so where
@@ -85,7 +88,7 @@ def _vote(found: _Evidence, spots: Tensor, width_km: float) -> tuple[Tensor, Ten
     return moved[every, way, best % spots.shape[1]], poses[way]
 
 
-def _fit(found: _Evidence, spots: Tensor, place: Tensor, pose: Tensor, width_km: float) -> tuple[Tensor, Tensor]:
+def _fit(found: Registration, spots: Tensor, place: Tensor, pose: Tensor, width_km: float) -> tuple[Tensor, Tensor]:
     """Place (B, 3) and pose (B, 2) by weighted least squares over the neighbours that agree, ever fewer."""
     right, down = found.middle.unbind(-1)
     one, zero = torch.ones_like(right), torch.zeros_like(right)

@@ -7,23 +7,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rag_geotoken.types import Pool, Tables, Verdict
+from rag_geotoken.verifiers import Verifier
 
 if TYPE_CHECKING:
     from rag_geotoken.options import Options
     from rag_geotoken.run.models import Models
 
 
-class Alignment:
-    """The cosine of the photo's GPS embedding with the place's."""
-
-    reads, models, tuning, version, kind = ("embeddings",), ("encoder",), (), 1, Verdict
-
-    def scores(self, models: Models, options: Options, tables: Tables, pool: Pool) -> Verdict:
-        """(B, C) cosines."""
-        scores = np.zeros(pool.mask.shape, np.float32)
-        places = models.alignment.embed_places(pool.lat_lon[pool.mask])
-        scores[pool.mask] = np.einsum("nd,nd->n", tables.embeddings.gps[np.nonzero(pool.mask)[0]], places)
-        return Verdict(scores, pool.mask)
+def cosines(models: Models, options: Options, tables: Tables, pool: Pool) -> Verdict:
+    """The cosine (B, C) of each photo's GPS embedding with each place's."""
+    scores = np.zeros(pool.mask.shape, np.float32)
+    places = models.alignment.embed_places(pool.lat_lon[pool.mask])
+    scores[pool.mask] = np.einsum("nd,nd->n", tables.embeddings.gps[np.nonzero(pool.mask)[0]], places)
+    return Verdict(scores, pool.mask)
 
 
-VERIFIER = Alignment()
+VERIFIER = Verifier(cosines, Verdict, reads=("embeddings",), models=("encoder",))

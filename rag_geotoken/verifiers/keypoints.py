@@ -60,26 +60,21 @@ class KeypointMatcher:
             raise GeoError(f"{folder} lacks weights of a keypoint matcher, such as {missing[0]}: get it again")
         return cls(model.eval(), model_identity(folder))
 
-    def match(self, pixels: NDArray[np.uint8], near: NDArray[np.uint8], places: NDArray[np.float64]) -> Places:
-        """Every neighbour puts the photo where it was itself taken."""
-        return Places(places, self.scores(pixels, near))
-
     @torch.inference_mode()
-    def scores(self, photos: NDArray[np.uint8], near: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Photos (B, S, S, 3) against neighbours' pictures (B, K, S', S', 3) -> (B, K) 0..1.
+    def match(self, pixels: NDArray[np.uint8], near: NDArray[np.uint8], places: NDArray[np.float64]) -> Places:
+        """Every neighbour puts the photo where it was itself taken, with a score of 0..1.
 
         Inliers beyond chance by themselves and ``HALF``: not a probability before it is calibrated. 0 for a picture of
         one colour, such as the zeros of one that could not be read.
         """
         count, k = near.shape[:2]
-        one, other = _grey(photos).repeat_interleave(k, 0), _grey(near.reshape(-1, *near.shape[2:]))
+        one, other = _grey(pixels).repeat_interleave(k, 0), _grey(near.reshape(-1, *near.shape[2:]))
         inliers = torch.zeros(count * k)
         there = ((one.amax((1, 2)) > one.amin((1, 2))) & (other.amax((1, 2)) > other.amin((1, 2)))).nonzero()[:, 0]
         for rows in torch.split(there, PAIRS):
             inliers[rows] = planar_inliers(*self._matches(one[rows], other[rows])).float()
         beyond = (inliers - CHANCE).clamp_min(0)
-        found: NDArray[np.float32] = (beyond / (beyond + HALF)).view(count, k).numpy()
-        return found
+        return Places(places, (beyond / (beyond + HALF)).view(count, k).numpy())
 
     def _matches(self, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Grey pictures (P, side, side) each -> matched points (P, N, 2) of either, 0..1; which are there (P, N)."""
@@ -97,17 +92,17 @@ class KeypointMatcher:
         return points[0], points[1], there & torch.isfinite(score)[:, :MOST]
 
 
-def planar_inliers(one: Tensor, other: Tensor, there: Tensor, seed: int = SEED) -> Tensor:
+def planar_inliers(one: Tensor, other: Tensor, there: Tensor) -> Tensor:
     """Matched points (P, N, 2), 0..1, and which there are (P, N) -> how many one homography explains (P,).
 
     RANSAC (Fischler and Bolles, CACM 24, 1981), all pairs and samples at once: ``SAMPLES`` homographies through four
-    matches each, drawn by a seed; that of the most matches within ``OFF`` counts, one match for each spot of a grid, or
-    a repeated pattern would count for much. A mirror image is no view.
+    matches each, drawn by ``SEED``; that of the most matches within ``OFF`` counts, one match for each spot of a grid,
+    or a repeated pattern would count for much. A mirror image is no view.
     """
     pairs, count = there.shape
     if count < 4:
         return torch.zeros(pairs, dtype=torch.long)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(SEED)
     weight = there.float()[:, None].expand(-1, SAMPLES, -1) + 1e-9
     four = torch.multinomial(weight.reshape(-1, count), 4, generator=generator).view(pairs, SAMPLES, 4)
     pick = torch.arange(pairs)[:, None, None]

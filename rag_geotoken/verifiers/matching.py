@@ -24,7 +24,6 @@ class Matcher(Protocol):
 
     def match(self, pixels: Pixels, near: Pixels, places: NDArray[np.float64]) -> Places:
         """Photos (B, S, S, 3), their neighbours' pictures (B, K, S', S', 3) and places (B, K, 2) -> matches."""
-        ...
 
 
 class AerialMatcher:
@@ -39,7 +38,7 @@ class AerialMatcher:
     def match(self, pixels: Pixels, near: Pixels, places: NDArray[np.float64]) -> Places:
         """Every neighbour moves the photo to where, by how the two overlap, it was taken."""
         found = register(pixels, near)
-        return Places(moved_places(found, places, self.width_km), found.alike)
+        return Places(moved_places(found, places, self.width_km), found.alike.numpy())
 
 
 def match_all(matcher: Matcher, pixels: Pixels, neighbors: Neighbors, index: GeoIndex) -> Places:

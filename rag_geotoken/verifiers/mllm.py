@@ -54,7 +54,7 @@ class Mllm:
         pictures = _pictures(options, tables)
         if options.mllm_mode == "zero-shot":
             prompts = [[questions.zero_shot_request(picture)] for picture in pictures]
-            return _verdict(questions.ask_place(prompts, models.session.ask, 1), pool.mask)
+            return questions.ask_place(prompts, models.session.ask, 1, pool.mask)
         chosen = shortlist(pool)
         shown, near = _shown(models, options, tables, pool, chosen)
         if options.mllm_mode == "free":
@@ -62,10 +62,8 @@ class Mllm:
                 [questions.free_request(picture, places, seen)]
                 for picture, places, seen in zip(pictures, shown, near, strict=True)
             ]
-            return _verdict(questions.ask_place(prompts, models.session.ask, 1), pool.mask)
-        found = questions.ask_pool(pictures, chosen, shown, models.session.ask, near)
-        log_probs = found.log_probs.astype(np.float32)
-        return _verdict(found, pool.mask, chosen.spread(log_probs[:, :-1], log_probs[:, -1]))
+            return questions.ask_place(prompts, models.session.ask, 1, pool.mask)
+        return questions.ask_pool(pictures, chosen, shown, models.session.ask, near, pool.mask)
 
 
 VERIFIER = Mllm()
@@ -80,7 +78,7 @@ def diverse_places(models: Models, options: Options, tables: Tables) -> MllmVerd
         for picture, near, away in zip(_pictures(options, tables), tables.neighbours.lat_lon, far.lat_lon, strict=True)
     ]
     most = options.answers * len(questions.SIMILAR)
-    return _verdict(questions.ask_place(prompts, models.session.ask, most), np.zeros((len(prompts), 1), bool))
+    return questions.ask_place(prompts, models.session.ask, most, np.zeros((len(prompts), 1), bool))
 
 
 def decide_with_mllm(
@@ -123,15 +121,6 @@ def _pictures(options: Options, tables: Tables) -> list[bytes]:
     if any(errors):
         raise GeoError(f"a picture is gone since it was encoded: {next(filter(None, errors))}")
     return [picture or b"" for picture in encoded]
-
-
-def _verdict(
-    found: questions.Verdicts, mask: NDArray[np.bool_], scores: NDArray[np.float32] | None = None
-) -> MllmVerdict:
-    """What was said, with scores (B, C) of the entries, zeros where the mode gives none."""
-    given = np.zeros(mask.shape, np.float32) if scores is None else np.where(mask, scores, 0.0).astype(np.float32)
-    costs = found.requests, found.prompt_tokens, found.output_tokens
-    return MllmVerdict(given, mask, found.status, found.lat_lon, found.confidence, found.raw, *costs)
 
 
 def _shown(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
@@ -14,10 +13,11 @@ from rag_geotoken.geo import Floats
 from rag_geotoken.mllm.parse import parse_place
 from rag_geotoken.mllm.prompts import render
 from rag_geotoken.mllm.request import Reply, Request
+from rag_geotoken.types import MllmVerdict
 from rag_geotoken.verifiers.shortlist import Shortlist
 
 LETTERS, NONE = "ABCDEFGHIJ", "Z"
-TURNS = 4  # orders of the candidates at most: one output token each
+TURNS = (0.0, 0.5, 0.25, 0.75)  # orders of the candidates, far apart in parts of a whole turn: one output token each
 SIMILAR = (0, 5, 10, 15)  # G3's prompts: so many places of similar photos, and as many of dissimilar ones
 WARM = 0.7  # temperature of the answers that are to differ
 MAX_TOKENS = 96  # of a place in JSON
@@ -32,26 +32,7 @@ PLACE_SCHEMA = {
     "additionalProperties": False,
 }
 Ask = Callable[[Sequence[Request]], list[Reply]]
-
-
-@dataclass(frozen=True)
-class Verdicts:
-    """What a model said of B photos.
-
-    status: "ok" for each, or why there is no verdict. log_probs (B, M + 1): of each place of the shortlist and, last,
-    of none of them; zeros where it was not asked or failed. lat_lon (B, N, 2) and confidence (B, N) from 0 to 1: places
-    of the model's own, NaN where there is none. raw: its answers as they came. requests, prompt_tokens, output_tokens
-    (B,): what it cost.
-    """
-
-    status: list[str]
-    log_probs: Floats
-    lat_lon: Floats
-    confidence: Floats
-    raw: list[list[str]]
-    requests: NDArray[np.int64]
-    prompt_tokens: NDArray[np.int64]
-    output_tokens: NDArray[np.int64]
+Mask = NDArray[np.bool_]
 
 
 def ask_pool(
@@ -60,45 +41,49 @@ def ask_pool(
     shown: Sequence[Sequence[Mapping[str, Any]]],
     ask: Ask,
     near: Sequence[Mapping[str, bytes]],
-) -> Verdicts:
+    mask: Mask,
+) -> MllmVerdict:
     """Which place of its shortlist is each photo's? One token a request, the candidates in several orders.
 
     Models prefer a letter or a position whatever stands there, so the log-probabilities are averaged over cyclic
     orders that begin with a random one, never that of the weights: two orders, and where these choose differently two
-    more. shown: each photo's places as :func:`.candidates` makes them; near: pictures that they name.
+    more. They become the scores of the pool's entries, mask (B, C), that the places stand for. shown: each photo's
+    places as :func:`.candidates` makes them; near: pictures that they name.
     """
-    blank = _nothing(len(photos), chosen.entries.shape[1])
+    found = _nothing(mask)
     first = [
         np.random.default_rng(_seed(photo)).permutation(len(places))
         for photo, places in zip(photos, shown, strict=True)
     ]
-    sums, turns = blank.log_probs, np.zeros(len(photos), int)
+    # Of each place of the shortlist and, last, of none of them.
+    sums, turns = np.zeros((len(photos), chosen.entries.shape[1] + 1)), np.zeros(len(photos), int)
     picks: list[set[int]] = [set() for _ in photos]
     unsettled = list(range(len(photos)))
     for round_ in range(2):
         orders = [(i, order) for i in unsettled for order in _orders(first[i])[2 * round_ : 2 * round_ + 2]]
         requests = [_pool_request(photos[i], [shown[i][c] for c in order], near[i]) for i, order in orders]
         for (i, order), reply in zip(orders, ask(requests), strict=True):
-            _count(blank, i, reply)
+            _count(found, i, reply)
             if reply.error is None:
                 said = np.array(reply.log_probs)
                 sums[i, order] += said[:-1]
                 sums[i, -1] += said[-1]
                 turns[i] += 1
                 picks[i].add([*order.tolist(), -1][int(said.argmax())])
-        unsettled = [i for i in unsettled if blank.status[i] == "ok" and len(picks[i]) > 1]
+        unsettled = [i for i in unsettled if found.status[i] == "ok" and len(picks[i]) > 1]
     sums /= np.maximum(turns, 1)[:, None]
-    failed = [status != "ok" for status in blank.status]
-    sums[failed] = 0.0
-    return blank
+    sums[~found.answered] = 0.0
+    log_probs = sums.astype(np.float32)
+    found.scores[:] = np.where(mask, chosen.spread(log_probs[:, :-1], log_probs[:, -1]), 0.0)
+    return found
 
 
-def ask_place(prompts: Sequence[Sequence[Request]], ask: Ask, places: int) -> Verdicts:
-    """Requests of each photo whose answers are places -> at most so many places, in order.
+def ask_place(prompts: Sequence[Sequence[Request]], ask: Ask, places: int, mask: Mask) -> MllmVerdict:
+    """Requests of each photo whose answers are places -> at most so many, in order, and no score over a mask (B, C).
 
     A photo's status is "ok" when one of its answers is a place, else why the last was none.
     """
-    found = _nothing(len(prompts), 0, places)
+    found = _nothing(mask, places)
     flat = [(i, request) for i, requests in enumerate(prompts) for request in requests]
     told = [0] * len(prompts)
     reasons = ["not asked"] * len(prompts)
@@ -129,10 +114,10 @@ def zero_shot_request(photo: bytes) -> Request:
     return Request(_similar(photo, [], []), schema=PLACE_SCHEMA, max_tokens=MAX_TOKENS)
 
 
-def diverse_requests(photo: bytes, similar: Floats, dissimilar: Floats, n: int, seed: int = 0) -> list[Request]:
+def diverse_requests(photo: bytes, similar: Floats, dissimilar: Floats, n: int) -> list[Request]:
     """G3's geo-diversification: 0, 5, 10, 15 places (K, 2) of similar and of dissimilar photos, n answers each."""
     return [
-        Request(_similar(photo, similar[:count], dissimilar[:count]), (), PLACE_SCHEMA, MAX_TOKENS, WARM, n, seed)
+        Request(_similar(photo, similar[:count], dissimilar[:count]), (), PLACE_SCHEMA, MAX_TOKENS, WARM, n)
         for count in SIMILAR
         if count <= len(similar)
     ]
@@ -153,20 +138,23 @@ def _pool_request(photo: bytes, places: list[Mapping[str, Any]], near: Mapping[s
 
 
 def _orders(first: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    """At most ``TURNS`` cyclic orders of a first one, far apart: half a turn, then quarters."""
+    """The different cyclic orders of a first one by ``TURNS``."""
     count = len(first)
-    shifts = dict.fromkeys(round(turn * count) % max(count, 1) for turn in (0.0, 0.5, 0.25, 0.75))
-    return [np.roll(first, shift) for shift in shifts][:TURNS]
+    shifts = dict.fromkeys(round(turn * count) % max(count, 1) for turn in TURNS)
+    return [np.roll(first, shift) for shift in shifts]
 
 
 def _seed(photo: bytes) -> list[int]:
     return list(sha256(photo).digest()[:8])
 
 
-def _nothing(photos: int, places: int, own: int = 1) -> Verdicts:
-    return Verdicts(
+def _nothing(mask: Mask, own: int = 1) -> MllmVerdict:
+    """Zeros over a pool's mask (B, C), room for so many places of the model's own, no costs yet."""
+    photos = len(mask)
+    return MllmVerdict(
+        np.zeros(mask.shape, np.float32),
+        mask,
         ["ok"] * photos,
-        np.zeros((photos, places + 1)),
         np.full((photos, own, 2), np.nan),
         np.full((photos, own), np.nan),
         [[] for _ in range(photos)],
@@ -174,7 +162,7 @@ def _nothing(photos: int, places: int, own: int = 1) -> Verdicts:
     )
 
 
-def _count(found: Verdicts, i: int, reply: Reply) -> None:
+def _count(found: MllmVerdict, i: int, reply: Reply) -> None:
     found.requests[i] += 1
     found.prompt_tokens[i] += reply.prompt_tokens
     found.output_tokens[i] += reply.output_tokens

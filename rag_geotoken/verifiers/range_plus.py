@@ -7,36 +7,35 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from rag_geotoken.dense import affine
 from rag_geotoken.geo import to_unit
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.types import Pool, Tables, Verdict
+from rag_geotoken.verifiers import Verifier
 
 if TYPE_CHECKING:
     from rag_geotoken.options import Options
     from rag_geotoken.run.models import Models
 
+Floats = NDArray[np.float64]
 Vectors = NDArray[np.float32]
 BANK = 100_000  # rows at most
+BATCH = 128  # places at a time
 
 
 @dataclass(frozen=True)
 class Look:
     """A bank of places whose look is known: lat_lon (N, 2) degrees, place and image embeddings (N, dim), length one."""
 
-    lat_lon: NDArray[np.float64]
+    lat_lon: Floats
     place: Vectors
     image: Vectors
 
     def of(
-        self,
-        lat_lon: NDArray[np.float64],
-        place: Vectors,
-        beta: float = 0.5,
-        semantic: float = 12.0,
-        spatial: float = 40.0,
-        batch: int = 128,
+        self, lat_lon: Floats, place: Vectors, beta: float = 0.5, semantic: float = 12.0, spatial: float = 40.0
     ) -> Vectors:
         """Places (M, 2) and their embeddings (M, dim) -> estimated image embeddings (M, dim).
 
@@ -45,17 +44,13 @@ class Look:
         between the places)``; beta = 1 is RANGE. The defaults are the released code's: exp(40 cos) is a bell of about
         1000 km, exp(s cos) one of 6371 / sqrt(s) km.
         """
-        import torch
-
-        from rag_geotoken.dense import affine
-
         count, dim = self.image.shape
         keys, images = torch.from_numpy(self.place), torch.from_numpy(np.ascontiguousarray(self.image.T))
         there, here = torch.from_numpy(to_unit(*self.lat_lon.T)), torch.from_numpy(to_unit(*lat_lon.T))
         query, result = torch.from_numpy(np.float32(semantic) * place), torch.empty(len(lat_lon), dim)
         with torch.inference_mode():
-            for start in range(0, len(lat_lon), batch):
-                at = slice(start, start + batch)
+            for start in range(0, len(lat_lon), BATCH):
+                at = slice(start, start + BATCH)
                 weight = torch.zeros(len(here[at]), count)
                 if beta > 0:
                     weight.add_(affine(query[at], keys, torch.zeros(count)).softmax(dim=1), alpha=beta)
@@ -72,37 +67,26 @@ def likeness(photo: Vectors, looks: Vectors) -> Vectors:
     return cosine
 
 
-def bank_of(index: GeoIndex, embed: Callable[[NDArray[np.float64]], Vectors]) -> Look:
+def bank_of(index: GeoIndex, embed: Callable[[Floats], Vectors]) -> Look:
     """A gallery as a bank, a seeded draw of it where it is large; ``embed``: places -> embeddings."""
     count = len(index.rows)
-    rows = np.arange(count) if count <= BANK else np.random.default_rng(0).choice(count, BANK, replace=False)
-    rows = np.sort(rows)
+    rows = np.sort(np.random.default_rng(0).choice(count, min(count, BANK), replace=False))
     return Look(index.lat_lon[rows], embed(index.lat_lon[rows]), index.image_parts(rows))
 
 
-class RangePlus:
-    """The cosine of the photo's image embedding with what RANGE makes of the place."""
-
-    reads, models, tuning, version, kind = (
-        ("embeddings",),
-        ("encoder", "index"),
-        ("look_beta", "look_semantic", "look_spatial"),
-        1,
-        Verdict,
-    )
-
-    def scores(self, models: Models, options: Options, tables: Tables, pool: Pool) -> Verdict:
-        """(B, C) cosines."""
-        scores, tuning, spots = np.zeros(pool.mask.shape, np.float32), models.tuning, pool.lat_lon[pool.mask]
-        looks = models.range_bank.of(
-            spots,
-            models.alignment.embed_places(spots),
-            beta=tuning.look_beta,
-            semantic=tuning.look_semantic,
-            spatial=tuning.look_spatial,
-        )
-        scores[pool.mask] = likeness(tables.embeddings.image[np.nonzero(pool.mask)[0]], looks)
-        return Verdict(scores, pool.mask)
+def cosines(models: Models, options: Options, tables: Tables, pool: Pool) -> Verdict:
+    """The cosine (B, C) of each photo's image embedding with what RANGE makes of each place."""
+    scores, tuning, spots = np.zeros(pool.mask.shape, np.float32), models.tuning, pool.lat_lon[pool.mask]
+    embedded = models.alignment.embed_places(spots)
+    looks = models.range_bank.of(spots, embedded, tuning.look_beta, tuning.look_semantic, tuning.look_spatial)
+    scores[pool.mask] = likeness(tables.embeddings.image[np.nonzero(pool.mask)[0]], looks)
+    return Verdict(scores, pool.mask)
 
 
-VERIFIER = RangePlus()
+VERIFIER = Verifier(
+    cosines,
+    Verdict,
+    reads=("embeddings",),
+    models=("encoder", "index"),
+    tuning=("look_beta", "look_semantic", "look_spatial"),
+)

@@ -9,7 +9,6 @@ quarter, then at half the resolution. No learning, nothing but pixels: neither w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,22 +30,20 @@ WIDEST = 2.0  # of the ratios that a refined match may have
 SHARP = 12.0
 CHUNK = 4  # photos at a time: their planes stay in the processor's cache
 
-Floats = NDArray[np.float64]
-
 
 @dataclass(frozen=True)
 class Registration:
-    """Where each neighbour's picture lies in the photo (B, K).
+    """Where each neighbour's picture lies in the photo (B, K), in double precision but for the last.
 
     middle (B, K, 2): the middle of the neighbour's picture as seen from the photo's, right and down, in photo widths.
     ratio (B, K): log of the photo's width over the neighbour's, in kilometres. turn (B, K) radians: the photo's less
     the neighbour's, clockwise from north. alike (B, K) 0..1: how far the two show the same ground.
     """
 
-    middle: Floats
-    ratio: Floats
-    turn: Floats
-    alike: NDArray[np.float32]
+    middle: Tensor
+    ratio: Tensor
+    turn: Tensor
+    alike: Tensor
 
 
 @torch.inference_mode()
@@ -60,24 +57,9 @@ def register(photos: NDArray[np.uint8], near: NDArray[np.uint8]) -> Registration
         # Always so many photos, or the same photo would be rounded otherwise alone than among others.
         at = np.minimum(np.arange(start, start + CHUNK), len(photos) - 1)
         photo, other = _planes(photos[at]), _planes(near[at])
-        parts.append(_measure(_refine(photo, other, _search(photo, other))))
-    columns = {name: np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])}
-    return Registration(**{name: values[: len(photos)] for name, values in columns.items()})
-
-
-@dataclass(frozen=True)
-class _Warp:
-    """Photo pixels x -> neighbour pixels [a -b, b a] x + (x, y), from the middles: (B, N) each; likeness and cover."""
-
-    a: Tensor
-    b: Tensor
-    x: Tensor
-    y: Tensor
-    correlation: Tensor
-    cover: Tensor
-
-    def each(self, change: Callable[[Tensor], Tensor]) -> _Warp:
-        return _Warp(*(change(values) for values in vars(self).values()))
+        parts.append(_measure(*_refine(photo, other, _search(photo, other))))
+    columns = zip(*(vars(part).values() for part in parts), strict=True)
+    return Registration(*(torch.cat(column)[: len(photos)] for column in columns))
 
 
 def _planes(pictures: NDArray[np.uint8]) -> Tensor:
@@ -87,41 +69,41 @@ def _planes(pictures: NDArray[np.uint8]) -> Tensor:
     return half.view(*pictures.shape[:-3], *half.shape[1:])
 
 
-def _measure(warp: _Warp) -> Registration:
-    square = warp.a**2 + warp.b**2
-    right = -(warp.a * warp.x + warp.b * warp.y) / square
-    down = -(warp.a * warp.y - warp.b * warp.x) / square
-    known = (warp.cover > LEAST_COVER) & (square > WIDEST**-2) & (square < WIDEST**2)
-    alike = warp.correlation.clamp(0, 1) ** SHARP * (warp.cover / ENOUGH_COVER).clamp_max(1) * known
+def _measure(warp: Tensor, correlation: Tensor, cover: Tensor) -> Registration:
+    a, b, x, y = warp
+    square = a**2 + b**2
+    right = -(a * x + b * y) / square
+    down = -(a * y - b * x) / square
+    known = (cover > LEAST_COVER) & (square > WIDEST**-2) & (square < WIDEST**2)
+    alike = correlation.clamp(0, 1) ** SHARP * (cover / ENOUGH_COVER).clamp_max(1) * known
     middle = torch.stack([right, down], -1) / SIDE
-    values = middle, square.sqrt().log(), torch.atan2(warp.b, warp.a)
-    found, ratio, turn = (value.double().numpy() for value in values)
-    return Registration(found, ratio, turn, alike.numpy())
+    return Registration(middle.double(), square.sqrt().log().double(), torch.atan2(b, a).double(), alike)
 
 
-def _refine(photo: Tensor, near: Tensor, found: _Warp) -> _Warp:
-    """The first guesses (B, K * KEPT) refined at a quarter of the resolution, the best (B, K) of each at half."""
+def _refine(photo: Tensor, near: Tensor, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The first guesses (4, B, K * KEPT) refined at a quarter of the resolution, the best (4, B, K) of each at half."""
     count, k = near.shape[:2]
     small = avg_pool2d(near.flatten(0, 1), 2).view(count, k, 1, 3, SIDE // 2, SIDE // 2)
     small = small.expand(-1, -1, KEPT, -1, -1, -1).flatten(1, 2)
-    tried = _gauss_newton(avg_pool2d(photo, 2), small, found, STEPS[0])
-    worth = torch.where(tried.cover > LEAST_COVER, tried.correlation * tried.cover.clamp_max(0.5), -1.0)
+    tried, correlation, cover = _gauss_newton(avg_pool2d(photo, 2), small, found, STEPS[0])
+    worth = torch.where(cover > LEAST_COVER, correlation * cover.clamp_max(0.5), -1.0)
     best = worth.view(count, k, KEPT).argmax(-1, keepdim=True)
-    chosen = tried.each(lambda values: values.view(count, k, KEPT).gather(2, best)[..., 0])
-    twice = _Warp(chosen.a, chosen.b, 2 * chosen.x, 2 * chosen.y, chosen.correlation, chosen.cover)
-    return _gauss_newton(photo, near, twice, STEPS[1])
+    a, b, x, y = tried.view(4, count, k, KEPT).take_along_dim(best[None], -1)[..., 0]
+    return _gauss_newton(photo, near, torch.stack([a, b, 2 * x, 2 * y]), STEPS[1])
 
 
-def _search(photo: Tensor, near: Tensor) -> _Warp:
-    """Photos (B, 3, 32, 32) and pictures (B, K, 3, 32, 32) -> the best turns and scales (B, K * KEPT), quarter pixels.
+def _search(photo: Tensor, near: Tensor) -> Tensor:
+    """Photos (B, 3, 32, 32) and pictures (B, K, 3, 32, 32) -> the best warps (4, B, K * KEPT), in quarter pixels.
 
+    A warp (a, b, x, y) takes photo pixels p to neighbour pixels [a -b, b a] p + (x, y), both from the middle.
     A disc of the photo, turned and scaled (M ways), is sought in the picture. The sums under the disc that a masked
     correlation needs depend on either the photo or the neighbour, so only the products are K * M planes.
     """
     count, k = near.shape[:2]
     photo, near = avg_pool2d(photo, 2), avg_pool2d(near.flatten(0, 1), 2).view(count, k, 3, SIDE // 2, SIDE // 2)
     side, edge = photo.shape[-1], (photo.shape[-1] - 1) / 2
-    scale, turn = (values.flatten() for values in torch.meshgrid(torch.tensor(SCALES), _turns(), indexing="ij"))
+    turns = torch.deg2rad(torch.tensor(TURNS, dtype=torch.float32))
+    scale, turn = (values.flatten() for values in torch.meshgrid(torch.tensor(SCALES), turns, indexing="ij"))
     down, right = torch.meshgrid(*[torch.arange(-RADIUS, RADIUS + 1.0)] * 2, indexing="ij")
     disc = (right**2 + down**2 <= (RADIUS + 0.5) ** 2).float()
     cos, sin = (turn.cos() / scale)[:, None, None], (turn.sin() / scale)[:, None, None]
@@ -159,11 +141,7 @@ def _search(photo: Tensor, near: Tensor) -> _Warp:
     at, ways = at.gather(2, ways).flatten(1), ways.flatten(1)
     shift = torch.arange(places) - (REACH + edge - math.floor(edge))
     a, b = scale[ways] * turn[ways].cos(), scale[ways] * turn[ways].sin()
-    return _Warp(a, b, shift[at % places], shift[at // places], a, a)
-
-
-def _turns() -> Tensor:
-    return torch.deg2rad(torch.tensor(TURNS, dtype=torch.float32))
+    return torch.stack([a, b, shift[at % places], shift[at // places]])
 
 
 def _sample(planes: Tensor, spots: Tensor) -> Tensor:
@@ -172,15 +150,16 @@ def _sample(planes: Tensor, spots: Tensor) -> Tensor:
     return grid_sample(planes, grid, mode="bilinear", padding_mode="zeros", align_corners=False)[:, :, 0]
 
 
-def _gauss_newton(photo: Tensor, near: Tensor, start: _Warp, steps: int) -> _Warp:
-    """Photos (B, 3, side, side) to pictures (B, N, 3, side, side), from a warp in pixels of that size.
+def _gauss_newton(photo: Tensor, near: Tensor, warp: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Photos (B, 3, side, side) to pictures (B, N, 3, side, side), from warps (4, B, N) -> warps, likeness and cover.
 
     Of the squared differences over what both show, gain and a bias a colour taken out. The derivatives are the photo's
     and stay as they are, so every sum a step needs is a product of matrices.
     """
     count, n, _, side, _ = near.shape
-    right, down = (axis.flatten() for axis in _axes(side))
     edge, flat = (side - 1) / 2, near.flatten(0, 1)
+    axis = torch.arange(side) - edge
+    down, right = (grid.flatten() for grid in torch.meshgrid(axis, axis, indexing="ij"))
     slope_x = pad((photo[..., 2:] - photo[..., :-2]) / 2, (1, 1)).flatten(2)
     slope_y = pad((photo[..., 2:, :] - photo[..., :-2, :]) / 2, (0, 0, 1, 1)).flatten(2)
     # By scale, turn and shift, (B, 3, S, 4); then laid out for the sums over pixels.
@@ -191,8 +170,8 @@ def _gauss_newton(photo: Tensor, near: Tensor, start: _Warp, steps: int) -> _War
     powers = torch.cat([values, values.square().sum(1, keepdim=True)], 1).transpose(1, 2)
     inner = ((right.abs() < edge - 0.4) & (down.abs() < edge - 0.4)).float()  # the slope at the rim is not known
     damping, limit = 1e-5 * torch.eye(4), torch.tensor([0.2, 0.2, side / 12, side / 12])
-    a, b, x, y = start.a, start.b, start.x, start.y
     for step in range(steps + 1):
+        a, b, x, y = warp
         across = a[..., None] * right - b[..., None] * down + x[..., None]
         along = b[..., None] * right + a[..., None] * down + y[..., None]
         spots = torch.stack([across, along], -1)
@@ -206,7 +185,7 @@ def _gauss_newton(photo: Tensor, near: Tensor, start: _Warp, steps: int) -> _War
         if step == steps:
             floor = NOISE * seen
             correlation = shared / ((spread.clamp_min(0) + floor) * (other_spread.clamp_min(0) + floor)).sqrt()
-            return _Warp(a, b, x, y, correlation, seen / inner.sum())
+            return warp, correlation, seen / inner.sum()
         gain = (shared / other_spread.clamp_min(1e-4)).clamp(0.4, 2.5)[..., None]
         bias = (sums[..., :3] - gain * other_sums) / seen[..., None]
         error = both[:, :, None] * (values[:, None] - bias[..., None]) - gain[..., None] * other
@@ -214,22 +193,15 @@ def _gauss_newton(photo: Tensor, near: Tensor, start: _Warp, steps: int) -> _War
         hessian = (both @ curvature).view(count, n, 4, 4) - means.mT @ means / seen[..., None, None]
         hessian = hessian + 1e-2 * torch.diag_embed(hessian.diagonal(dim1=-2, dim2=-1)) + damping
         change = torch.linalg.solve(hessian, error.flatten(2) @ by_value).clamp(-limit, limit)
-        a, b, x, y = _compose(a, b, x, y, change)
+        warp = _compose(warp, change)
     raise AssertionError("the last step returns")
 
 
-def _axes(side: int) -> tuple[Tensor, Tensor]:
-    """Pixels right and down of the middle, (side, side) each."""
-    axis = torch.arange(side) - (side - 1) / 2
-    down, right = torch.meshgrid(axis, axis, indexing="ij")
-    return right, down
-
-
-def _compose(a: Tensor, b: Tensor, x: Tensor, y: Tensor, change: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A warp after the inverse of a change (B, N, 4) of the photo's pixels, of which the opposite is given."""
-    scale, turn, right, down = change.unbind(-1)
+def _compose(warp: Tensor, change: Tensor) -> Tensor:
+    """Warps (4, B, N) after the inverse of a change (B, N, 4) of the photo's pixels, of which the opposite is given."""
+    (a, b, x, y), (scale, turn, right, down) = warp, change.unbind(-1)
     scale, turn, right, down = 1 - scale, -turn, -right, -down
     square = scale**2 + turn**2
     scale, turn = scale / square, -turn / square
     right, down = turn * down - scale * right, -turn * right - scale * down
-    return a * scale - b * turn, a * turn + b * scale, a * right - b * down + x, b * right + a * down + y
+    return torch.stack([a * scale - b * turn, a * turn + b * scale, a * right - b * down + x, b * right + a * down + y])

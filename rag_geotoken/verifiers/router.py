@@ -18,11 +18,10 @@ from rag_geotoken.types import MLLM, RADII_KM, Pool, Predictions
 
 GATE_KM, GATE_SCORE = 500.0, 0.05  # from a pool's entry; less similar to the photo than the pool's answer
 NEAR_KM = 200.0
-FEATURES = 6
 
 
 def features(pool: Pool, decided: Predictions, own: Floats, stated: Floats, gain: Floats) -> Floats:
-    """What the choice is made by -> (B, FEATURES), the first a one.
+    """What the choice is made by -> (B, 6), the first a one.
 
     own (B, 2): the model's places, NaN for none; stated (B,): its confidence from 0 to 1; gain (B,): how much more
     similar the photo is to the model's place than to the pool's answer.
@@ -66,12 +65,12 @@ def route(
     )
 
 
-def fit_router(columns: Floats, ours: Floats, own: Floats, ridge: float = 1.0) -> tuple[float, ...]:
+def fit_router(columns: Floats, ours: Floats, own: Floats) -> tuple[float, ...]:
     """Weights of the choice from photos with known places: logistic regression on which answer is the better one.
 
-    columns (B, FEATURES); ours, own (B,): distances of the pool's answer and of the model's place from the truth. A
-    photo counts by how many of the radii the two differ in, so one where both are right or wrong counts nothing.
-    Weights are pulled towards never choosing the model's place.
+    columns (B, 6): see :func:`features`; ours, own (B,): distances of the pool's answer and of the model's place from
+    the truth. A photo counts by how many of the radii the two differ in, so one where both are right or wrong counts
+    nothing. Weights are pulled towards never choosing the model's place.
     """
     from scipy.optimize import minimize
 
@@ -84,8 +83,8 @@ def fit_router(columns: Floats, ours: Floats, own: Floats, ridge: float = 1.0) -
     def loss(w: Floats) -> tuple[float, Floats]:
         margin = label * (columns @ w)
         slope = -weight * label / (1 + np.exp(np.clip(margin, -50, 50)))
-        value = float(weight @ np.logaddexp(0, -margin)) + ridge / 2 * float((w - prior) @ (w - prior))
-        return value, columns.T @ slope + ridge * (w - prior)
+        value = float(weight @ np.logaddexp(0, -margin)) + float((w - prior) @ (w - prior)) / 2
+        return value, columns.T @ slope + (w - prior)
 
     found: Floats = minimize(loss, prior, jac=True, method="L-BFGS-B").x
     return tuple(float(value) for value in found)

@@ -104,9 +104,8 @@ def evidence(
     mass /= np.maximum(mass.sum(axis=1, keepdims=True), 1e-30)
     with np.errstate(divide="ignore"):
         generated = np.log((stood * mass[:, None, :]).sum(axis=2))
-    alike_place = np.where(stood, tuning.alignment_scale * aligned[:, None, :].astype(np.float64), -np.inf).max(axis=2)
-    place = np.exp(log_softmax(np.where(chosen.mask, alike_place, -np.inf)))
-    found = Evidence(near.sum(axis=2), alike, place, generated)
+    cosines = np.where(stood, tuning.alignment_scale * aligned[:, None, :].astype(np.float64), -np.inf).max(axis=2)
+    found = Evidence(near.sum(axis=2), alike, np.exp(log_softmax(cosines)), generated)
     if matches is None:
         return found
     fits = np.where(_between(chosen.lat_lon, matches.lat_lon) <= APART_KM, matches.scores[:, None, :], -1.0)
