@@ -11,10 +11,11 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -28,10 +29,10 @@ from rag_geotoken.encoders.clip import CLIP_LARGE
 from rag_geotoken.encoders.earth import EarthEncoder
 from rag_geotoken.errors import GeoError
 from rag_geotoken.files import file_sha256
-from rag_geotoken.location import HarmonicConfig, HarmonicEncoder, LocationConfig, UnitVectorEncoder, embed_places, mlp
+from rag_geotoken.location import HarmonicEncoder, LocationConfig, UnitVectorEncoder, embed_places, mlp
 from rag_geotoken.location import LocationEncoder as LocationEncoder
 from rag_geotoken.pictures import Picture, load_pictures
-from rag_geotoken.weights import fingerprint, load_weights, save_weights
+from rag_geotoken.weights import Pretrained, fingerprint
 
 EARTH_BACKBONE = "earth"
 
@@ -77,13 +78,12 @@ class TextEncoder(nn.Module):
 
     def __init__(self, config: AlignmentConfig) -> None:
         super().__init__()
-        self.buckets = config.text_buckets
         self.bag = nn.EmbeddingBag(config.text_buckets, config.text_dim, mode="mean")
         self.layers = nn.Sequential(nn.LayerNorm(config.text_dim), mlp(config.text_dim, config.hidden, config.dim))
 
     def forward(self, texts: list[str]) -> Tensor:
         """N texts -> (N, dim)."""
-        bags = [_hashes(text, self.buckets) for text in texts]
+        bags = [_hashes(text, self.bag.num_embeddings) for text in texts]
         offsets = np.cumsum([0] + [len(bag) for bag in bags[:-1]])
         device = self.bag.weight.device
         flat = torch.tensor([bucket for bag in bags for bucket in bag], device=device)
@@ -91,12 +91,14 @@ class TextEncoder(nn.Module):
         return embedding
 
 
-class GeoAlignment(nn.Module):
+class GeoAlignment(Pretrained):
     """Image encoder, two heads, location encoder, text encoder and the logit scales of the two contrastive losses.
 
     A frozen backbone is no part of the weights: it is opened when a picture or a text is first embedded.
     """
 
+    file, config_type = "alignment", AlignmentConfig
+    config: AlignmentConfig
     encoder: EarthEncoder
     folder: Path | None = None  # where it was read from
     backbone_name: str | None = None  # a backbone in another place than the config's
@@ -104,16 +106,13 @@ class GeoAlignment(nn.Module):
     def __init__(self, config: AlignmentConfig | None = None) -> None:
         super().__init__()
         self.config = config or AlignmentConfig()
-        dim = self.config.dim
-        if self.frozen:
-            heads: Callable[..., nn.Sequential] = lambda *widths: mlp(*widths, between=nn.ReLU)  # noqa: E731
-        else:
-            heads, self.encoder = mlp, EarthEncoder(dim)
-        self.to_gps, self.to_text = heads(dim, dim, dim), heads(dim, dim, dim)
-        self.location, self.text = (
-            _location(self.config),
-            heads(dim, dim, dim) if self.frozen else TextEncoder(self.config),
-        )
+        if not self.frozen:
+            self.encoder = EarthEncoder(self.config.dim)
+        widths = [self.config.dim] * 3
+        between = nn.ReLU if self.frozen else nn.GELU
+        self.to_gps, self.to_text = mlp(*widths, between=between), mlp(*widths, between=between)
+        self.location = _location(self.config)
+        self.text = mlp(*widths, between=between) if self.frozen else TextEncoder(self.config)
         scale = 3.99 if self.frozen else math.log(1 / 0.07)
         self.gps_scale, self.text_scale = nn.Parameter(torch.tensor(scale)), nn.Parameter(torch.tensor(scale))
 
@@ -203,18 +202,11 @@ class GeoAlignment(nn.Module):
         return result
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, backbone: str | None = None) -> GeoAlignment:
-        """Read ``alignment.json`` and ``alignment.safetensors`` of a folder; ``backbone``: the frozen one's own place.
-
-        Raises GeoError when they do not fit.
-        """
-        loaded = load_weights(cls, AlignmentConfig, Path(folder), "alignment")
+    def from_pretrained(cls, folder: str | Path, backbone: str | None = None) -> Self:
+        """Read the weights of a folder; ``backbone``: the frozen one's own place. Raises GeoError when they misfit."""
+        loaded = super().from_pretrained(folder)
         loaded.folder, loaded.backbone_name = Path(folder), backbone
         return loaded
-
-    def save_pretrained(self, folder: str | Path, half: bool = False) -> None:
-        """Write ``alignment.json`` and ``alignment.safetensors``, parameters in half precision if asked."""
-        save_weights(self, asdict(self.config), Path(folder), "alignment", half)
 
 
 def _location(config: AlignmentConfig) -> nn.Module:
@@ -223,7 +215,7 @@ def _location(config: AlignmentConfig) -> nn.Module:
     if config.location == "unit_vector":
         encoder = UnitVectorEncoder(dim, config.sigmas, config.frequencies, config.hidden)
     elif config.location == "harmonics":
-        encoder = HarmonicEncoder(HarmonicConfig(config.degrees, config.hidden, dim=dim))
+        encoder = HarmonicEncoder(config.degrees, config.hidden, dim=dim)
     else:
         encoder = LocationEncoder(
             LocationConfig(config.location, config.sigmas, config.frequencies, config.hidden, dim)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pickle
-import re
 import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from rag_geotoken.geoclip import GeoCLIPHead
 from rag_geotoken.location import LocationEncoder
 from rag_geotoken.token_model import GEOTOKEN, TokenConfig, TokenModel
 
+Model = TypeVar("Model", bound=nn.Module)
 # Where training scripts put a state dict that is not the whole file.
 NESTS = ("state_dict", "model_state_dict", "model")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -56,11 +57,7 @@ def convert_geotoken(path: Path, out: Path, heads: int = 8, neighbors: int = 15)
     """
     tensors = read_tensors(path, UNUSED)
     config = _config(path, tensors, heads, neighbors)
-    # On the meta device a model has shapes but no memory, whatever the file claims.
-    with torch.device("meta"):
-        model = TokenModel(config)
-    _fill(model, tensors, path, "GeoToken")
-    model.save_pretrained(out)
+    _filled(lambda: TokenModel(config), tensors, path, "GeoToken").save_pretrained(out)
     return config
 
 
@@ -82,17 +79,15 @@ def convert_geoclip(path: Path, out: Path) -> int:
 
 
 def _read_geoclip(folder: Path) -> tuple[LocationEncoder, GeoCLIPHead]:
-    with torch.device("meta"):
-        location, head = LocationEncoder(), GeoCLIPHead()
-    _fill(location, read_tensors(folder / GEOCLIP_LOCATION), folder / GEOCLIP_LOCATION, "GeoCLIP")
+    encoder = folder / GEOCLIP_LOCATION
     mlp, scale = folder / "image_encoder_mlp_weights.pth", folder / "logit_scale_weights.pth"
+    location = _filled(LocationEncoder, read_tensors(encoder), encoder, "GeoCLIP")
     tensors = {f"mlp.{name}": value for name, value in read_tensors(mlp).items()}
     # This file holds one number, not a state dict.
     value = _load(scale) if scale.is_file() else None
     if not isinstance(value, Tensor) or value.shape != () or value.dtype not in FLOATS:
         raise GeoError(f"{scale} is missing or no single number: take the weights folder of the package geoclip")
-    _fill(head, tensors | {"logit_scale": value.detach()}, mlp, "GeoCLIP")
-    return location.eval(), head.eval()
+    return location, _filled(GeoCLIPHead, tensors | {"logit_scale": value.detach()}, mlp, "GeoCLIP")
 
 
 def convert_g3(path: Path, out: Path) -> None:
@@ -101,10 +96,7 @@ def convert_g3(path: Path, out: Path) -> None:
     CLIP's own weights, frozen in G3, are left out: they come from their hub. Raises GeoError when the file is missing,
     no state dict, or not G3's; then nothing is written.
     """
-    with torch.device("meta"):
-        model = GeoAlignment(G3)
-    _fill(model, read_tensors(path, unused=G3_UNUSED), path, "G3", _g3_name)
-    model.save_pretrained(out)
+    _filled(lambda: GeoAlignment(G3), read_tensors(path, G3_UNUSED), path, "G3", _g3_name).save_pretrained(out)
 
 
 def convert_open_clip(path: Path, out: Path) -> None:
@@ -122,25 +114,24 @@ def convert_open_clip(path: Path, out: Path) -> None:
     tensors = {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
     write_whole(out / open_clip.WEIGHTS[0], lambda beside: save_file(tensors, beside))
     for file in {file for pattern in open_clip.TOKENIZER for file in path.glob(pattern) if file.is_file()}:
-        write_whole(out / file.name, partial(_copy, file))
+        write_whole(out / file.name, partial(shutil.copyfile, file))
     write_json(out / open_clip.CONFIG, settings)
-
-
-def _copy(file: Path, beside: Path) -> None:
-    shutil.copyfile(file, beside)
 
 
 def _g3_name(name: str) -> str:
     return next(theirs + name.removeprefix(ours) for ours, theirs in G3_NAMES.items() if name.startswith(ours))
 
 
-def _fill(
-    model: nn.Module, tensors: dict[str, Tensor], path: Path, peer: str, name_of: Callable[[str], str] = str
-) -> None:
-    """Put tensors into a model, in single precision; ``name_of`` a tensor of the model is what the peer calls it.
+def _filled(
+    make: Callable[[], Model], tensors: dict[str, Tensor], path: Path, peer: str, name_of: Callable[[str], str] = str
+) -> Model:
+    """A model with a peer's tensors, in single precision; ``name_of`` a tensor of the model is what the peer calls it.
 
     Raises GeoError unless they are all its own, and finite.
     """
+    # On the meta device a model has shapes but no memory, whatever the file claims.
+    with torch.device("meta"):
+        model = make()
     names = {name_of(name): name for name in model.state_dict()}
     wanted = {name: model.state_dict()[own] for name, own in names.items()}
     wrong = [f"{name} is missing" for name in wanted if name not in tensors]
@@ -149,10 +140,11 @@ def _fill(
     wrong += [f"{name} is {given} where {fits} fits" for name, given, fits in both if given != fits]
     if not wrong:
         tensors = {name: value.float() for name, value in tensors.items()}
-        wrong = [f"{name} holds values that are not finite" for name, value in tensors.items() if not _finite(value)]
+        wrong = [f"{name} holds values that are not finite" for name, v in tensors.items() if not v.isfinite().all()]
     if wrong:
         raise _refusal(path, wrong[0] + (f", and {len(wrong) - 1} more are wrong" if wrong[1:] else ""), peer)
     model.load_state_dict({names[name]: value for name, value in tensors.items()}, assign=True)
+    return model
 
 
 def read_tensors(path: Path, unused: tuple[str, ...] = (), integers: bool = False) -> dict[str, Tensor]:
@@ -217,14 +209,13 @@ def _config(path: Path, tensors: dict[str, Tensor], heads: int, neighbors: int) 
         return rows, columns
 
     def count(prefix: str) -> int:
-        found = (re.match(rf"{re.escape(prefix)}\.([0-9]+)\.", name) for name in tensors)
-        return len({match[1] for match in found if match})
+        return len({name.removeprefix(prefix).split(".")[0] for name in tensors if name.startswith(prefix)})
 
     d_model, dim = shape("image_proj.0.weight")
     ff, _ = shape("encoder.layers.0.linear1.weight")
     for first in ("decoder.layers.0.linear1.weight", "output_layers.0.weight"):
         shape(first)
-    sizes = tuple(shape(f"output_layers.{t}.weight")[0] for t in range(count("output_layers")))
+    sizes = tuple(shape(f"output_layers.{t}.weight")[0] for t in range(count("output_layers.")))
     level = sum(size.bit_length() - 1 for size in sizes[1:]) // 2
     groups = range(1, MAX_LEVEL + 1) if 0 <= level <= MAX_LEVEL else ()
     group = next((group for group in groups if S2Tokenizer(level, group).vocab_sizes == sizes), None)
@@ -239,13 +230,9 @@ def _config(path: Path, tensors: dict[str, Tensor], heads: int, neighbors: int) 
         d_model=d_model,
         heads=heads,
         ff=ff,
-        encoder_layers=count("encoder.layers"),
-        decoder_layers=count("decoder.layers"),
+        encoder_layers=count("encoder.layers."),
+        decoder_layers=count("decoder.layers."),
     )
-
-
-def _finite(value: Tensor) -> bool:
-    return bool(value.isfinite().all())
 
 
 def _refusal(path: Path, reason: str, peer: str = "GeoToken") -> GeoError:

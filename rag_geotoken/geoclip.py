@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,8 @@ from rag_geotoken.encoders.clip import CLIP_LARGE
 from rag_geotoken.errors import GeoError
 from rag_geotoken.gallery import Found, Gallery, open_gallery
 from rag_geotoken.location import LocationEncoder, mlp
-from rag_geotoken.types import Prediction
-from rag_geotoken.weights import load_weights, save_weights
+from rag_geotoken.types import GALLERY, Answers, Photos, Prediction
+from rag_geotoken.weights import Pretrained
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,11 @@ class GeoCLIPConfig:
     backbone: str = CLIP_LARGE
 
 
-class GeoCLIPHead(nn.Module):
+class GeoCLIPHead(Pretrained):
     """CLIP's embeddings of pictures or texts (N, features) -> (N, dim) of length one, to be compared with places'."""
+
+    file, config_type = "geoclip", GeoCLIPConfig
+    config: GeoCLIPConfig
 
     def __init__(self, config: GeoCLIPConfig | None = None) -> None:
         super().__init__()
@@ -43,15 +46,6 @@ class GeoCLIPHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """(N, features) -> (N, dim)."""
         return normalize(self.mlp(features), dim=-1)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> GeoCLIPHead:
-        """Read ``geoclip.json`` and ``geoclip.safetensors`` of a folder. Raises GeoError when they do not fit."""
-        return load_weights(cls, GeoCLIPConfig, Path(folder), "geoclip")
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``geoclip.json`` and ``geoclip.safetensors``."""
-        save_weights(self, asdict(self.config), Path(folder), "geoclip", half=False)
 
 
 class GeoCLIP:
@@ -85,12 +79,7 @@ class GeoCLIP:
         """Pictures -> predictions in order; one that cannot be read has an error and no coordinates."""
         references = [str(p) for p in ([pictures] if isinstance(pictures, str | Path) else pictures)]
         pixels, errors = self.backbone.load(references)
-        good = [i for i, error in enumerate(errors) if error is None]
-        predictions = [Prediction(reference, error=error) for reference, error in zip(references, errors, strict=True)]
-        found = self.search(self.embed(pixels[good]), 1)
-        for i, place, sure in zip(good, found.lat_lon[:, 0].tolist(), found.confidence.tolist(), strict=True):
-            predictions[i] = Prediction(references[i], place[0], place[1], tuple(sure), "gallery")
-        return predictions
+        return answers(Photos.of(references, references), errors, self.search(self.embed(pixels), 1)).rows()
 
     @torch.inference_mode()
     def embed(self, pixels: NDArray[np.uint8]) -> Tensor:
@@ -107,3 +96,10 @@ class GeoCLIP:
     def search(self, queries: Tensor, k: int) -> Found:
         """Embeddings (B, dim) -> the k likeliest places. Raises GeoError when the gallery has fewer."""
         return self.gallery.search(queries, self.head.logit_scale.exp().item(), k)
+
+
+def answers(photos: Photos, errors: Sequence[str | None], found: Found) -> Answers:
+    """The likeliest place of each photo, none where there is an error."""
+    made = Answers.of(photos, errors)
+    made.lat_lon[:], made.confidence[:], made.source[:] = found.lat_lon[:, 0], found.confidence, GALLERY
+    return made

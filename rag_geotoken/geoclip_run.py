@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rag_geotoken.errors import GeoError
 from rag_geotoken.gallery import Found
-from rag_geotoken.geoclip import GeoCLIP
+from rag_geotoken.geoclip import GeoCLIP, answers
 from rag_geotoken.progress import progress_bar
 from rag_geotoken.run.export import check_output, write_predictions
 from rag_geotoken.run.locate import read_photos
-from rag_geotoken.run.resumable import stage
+from rag_geotoken.run.resumable import run_stage, stage
 from rag_geotoken.tables import fixed_list, read_table, to_numpy, write_table
-from rag_geotoken.types import RADII_KM
+from rag_geotoken.types import Photos
 from rag_geotoken.weights import fingerprint
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 BLOCK = 64  # a large CLIP takes about a second a picture on a CPU
+PLACE = ("lat", "lon", "probability")
 
 
 def locate_by_gallery(
@@ -46,8 +46,7 @@ def locate_by_gallery(
 def places_of(texts: list[str], weights: Path, backbone: str | None, k: int) -> dict[str, list[dict[str, float]]]:
     """For each text the k gallery places most like it, best first: lat, lon, probability. Raises GeoError."""
     geoclip = GeoCLIP.from_pretrained(weights, backbone)
-    found = geoclip.search(geoclip.embed_texts(texts), k)
-    return dict(zip(texts, _places(found, np.ones(len(texts), bool)).to_pylist(), strict=True))
+    return dict(zip(texts, _places(geoclip.search(geoclip.embed_texts(texts), k)), strict=True))
 
 
 def encode(folder: Path, geoclip: GeoCLIP) -> Path:
@@ -78,42 +77,24 @@ def predict(folder: Path, geoclip: GeoCLIP, k: int) -> Path:
     import pyarrow as pa
     import torch
 
-    photos = read_table(folder / "photos.parquet", ["id", "lat", "lon"])
+    photos = Photos.from_table(read_table(folder / "photos.parquet"))
     embeddings = read_table(folder / "embeddings-geoclip.parquet")
-    if not embeddings["error"].null_count:
-        raise GeoError(
-            f"none of the {len(embeddings)} pictures can be read; the first: {embeddings['error'][0].as_py()}"
-        )
-    ids, vectors = photos["id"].to_pylist(), to_numpy(embeddings["geoclip"])
+    vectors, errors = to_numpy(embeddings["geoclip"]), embeddings["error"].to_pylist()
+    if all(errors):
+        raise GeoError(f"none of the {len(errors)} pictures can be read; the first: {errors[0]}")
+    places_type = pa.list_(pa.struct([(name, pa.float64()) for name in PLACE]))
 
     def work(at: slice) -> pa.Table:
-        part, errors = photos[at], embeddings["error"][at]
-        known = errors.is_null().to_numpy(zero_copy_only=False)
         found = geoclip.search(torch.from_numpy(vectors[at].copy()), k)
-
-        def column(values: NDArray[Any]) -> pa.Array:
-            return pa.array(values, mask=~known)
-
-        columns = {"id": part["id"], "true_lat": part["lat"], "true_lon": part["lon"]}
-        columns |= {"lat": column(found.lat_lon[:, 0, 0]), "lon": column(found.lat_lon[:, 0, 1])}
-        columns["source"] = column(np.full(len(known), "gallery", object))
-        columns |= {f"confidence_{r}": column(found.confidence[:, i]) for i, r in enumerate(RADII_KM)}
-        columns["area_km2"] = pa.nulls(len(known), pa.float64())
-        columns |= {"verified": pa.array(np.zeros(len(known), bool)), "error": errors}
-        return pa.table(columns | {"places": _places(found, known)})
+        places = [None if error else near for error, near in zip(errors[at], _places(found), strict=True)]
+        table = answers(photos[at], errors[at], found).to_table()
+        return table.append_column("places", pa.array(places, places_type))
 
     recipe = {"k": k, "head": fingerprint(geoclip.head), "gallery": geoclip.gallery.made_from}
-    files = [folder / "photos.parquet", folder / "embeddings-geoclip.parquet"]
-    with progress_bar(len(ids), f"{folder.name}: predictions-geoclip") as advance:
-        return stage(folder, "predictions-geoclip", recipe, files, ids, work, progress=advance)
+    return run_stage(folder, "predictions-geoclip", recipe, ["photos", "embeddings-geoclip"], photos.ids, work)
 
 
-def _places(found: Found, known: NDArray[np.bool_]) -> pa.Array:
-    """The places of each query as one list of structs, null where the query is not ``known``."""
-    import pyarrow as pa
-
-    values = found.lat_lon[..., 0], found.lat_lon[..., 1], found.probability
-    structs = pa.StructArray.from_arrays([pa.array(v[known].ravel()) for v in values], ["lat", "lon", "probability"])
-    counts = np.where(known, found.rows.shape[1], 0)
-    offsets = pa.array(np.append(0, np.cumsum(counts)), pa.int32(), mask=np.append(~known, False))
-    return pa.ListArray.from_arrays(offsets, structs)
+def _places(found: Found) -> list[list[dict[str, float]]]:
+    """The places of each query, best first."""
+    rows = np.dstack([found.lat_lon, found.probability]).tolist()
+    return [[dict(zip(PLACE, place, strict=True)) for place in places] for places in rows]

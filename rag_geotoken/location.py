@@ -8,10 +8,10 @@ and the date line an edge; the other two have neither seam nor pole.
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 
 from rag_geotoken.dense import in_blocks
 from rag_geotoken.errors import GeoError
-from rag_geotoken.weights import load_weights, save_weights
+from rag_geotoken.weights import Pretrained
 
 WEB_MERCATOR_RADIUS, WEB_MERCATOR_EDGE = 6378137.0, 20037508.3427892  # metres (EPSG:3857)
 
@@ -91,12 +91,15 @@ class LocationConfig:
     dim: int = 512
 
 
-class LocationEncoder(nn.Module):
+class LocationEncoder(Pretrained):
     """Places (N, 2) in degrees -> embeddings (N, dim), of any length: GeoCLIP's (Vivanco Cepeda et al., NeurIPS 2023).
 
     Projected coordinates go through one network for each spread ``sigma`` of their random Fourier features, coarse to
     fine, and the results are summed. Parameters bear the names of the released state dicts.
     """
+
+    file, config_type = "location", LocationConfig
+    config: LocationConfig
 
     def __init__(self, config: LocationConfig | None = None) -> None:
         super().__init__()
@@ -104,38 +107,20 @@ class LocationEncoder(nn.Module):
         if self.config.projection not in PROJECTIONS:
             raise GeoError(f"no projection {self.config.projection!r}: choose {' or '.join(PROJECTIONS)}")
         for i, sigma in enumerate(self.config.sigmas):
-            self.add_module(f"LocEnc{i}", _Scale(sigma, self.config))
+            self.add_module(f"LocEnc{i}", _scale(sigma, self.config))
 
     def forward(self, lat_lon: Tensor) -> Tensor:
         """(N, 2) degrees -> (N, dim)."""
         projected = PROJECTIONS[self.config.projection](lat_lon)
         return torch.stack([scale(projected) for scale in self.children()]).sum(dim=0)
 
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> LocationEncoder:
-        """Read ``location.json`` and ``location.safetensors`` of a folder. Raises GeoError when they do not fit."""
-        return load_weights(cls, LocationConfig, Path(folder), "location")
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``location.json`` and ``location.safetensors``."""
-        save_weights(self, asdict(self.config), Path(folder), "location", half=False)
-
-
-class _Scale(nn.Module):
+def _scale(sigma: float, config: LocationConfig) -> nn.Sequential:
     """Projected places (N, 2) -> (N, dim) by frequencies of one spread."""
-
-    def __init__(self, sigma: float, config: LocationConfig) -> None:
-        super().__init__()
-        self.capsule = nn.Sequential(
-            _Frequencies(sigma, config.frequencies),
-            *mlp(2 * config.frequencies, config.hidden, config.hidden, config.hidden, between=nn.ReLU),
-            nn.ReLU(),
-        )
-        self.head = nn.Sequential(nn.Linear(config.hidden, config.dim))
-
-    def forward(self, projected: Tensor) -> Tensor:
-        embedding: Tensor = self.head(self.capsule(projected))
-        return embedding
+    widths = 2 * config.frequencies, config.hidden, config.hidden, config.hidden
+    capsule = nn.Sequential(_Frequencies(sigma, config.frequencies), *mlp(*widths, between=nn.ReLU), nn.ReLU())
+    head = nn.Sequential(nn.Linear(config.hidden, config.dim))
+    return nn.Sequential(OrderedDict(capsule=capsule, head=head))
 
 
 class _Frequencies(nn.Module):
@@ -178,43 +163,25 @@ class UnitVectorEncoder(nn.Module):
         return embedding
 
 
-@dataclass(frozen=True)
-class HarmonicConfig:
-    """Sizes of a :class:`HarmonicEncoder`: ``degrees`` of the harmonics (SatCLIP's L), ``hidden`` width, ``layers``."""
-
-    degrees: int = 40
-    hidden: int = 256
-    layers: int = 2
-    dim: int = 256
-
-
 class HarmonicEncoder(nn.Module):
     """Places (N, 2) in degrees -> embeddings (N, dim): SatCLIP's (Klemmer et al., AAAI 2025).
 
-    Spherical harmonics, then sine layers (SIREN; Sitzmann et al., NeurIPS 2020), the first of frequency 30. Details of
-    less than about 20,000 / degrees km are left to the network. Parameters bear SatCLIP's names.
+    Spherical harmonics of so many degrees (SatCLIP's L), then sine layers (SIREN; Sitzmann et al., NeurIPS 2020), the
+    first of frequency 30. Details of less than about 20,000 / degrees km are left to the network. Parameters bear
+    SatCLIP's names.
     """
 
-    def __init__(self, config: HarmonicConfig | None = None) -> None:
+    def __init__(self, degrees: int = 40, hidden: int = 256, layers: int = 2, dim: int = 256) -> None:
         super().__init__()
-        self.config = config or HarmonicConfig()
-        self.nnet = _Siren(self.config.degrees**2, self.config.hidden, self.config.layers, self.config.dim)
+        self.degrees = degrees
+        self.nnet = _Siren(degrees**2, hidden, layers, dim)
 
     def forward(self, lat_lon: Tensor) -> Tensor:
         """(N, 2) degrees -> (N, dim)."""
-        harmonics = spherical_harmonics(lat_lon, self.config.degrees)
+        harmonics = spherical_harmonics(lat_lon, self.degrees)
         with _full_precision(harmonics):
             embedding: Tensor = self.nnet(harmonics.to(self.nnet.last_layer.weight.dtype))
         return embedding
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> HarmonicEncoder:
-        """Read ``location.json`` and ``location.safetensors`` of a folder. Raises GeoError when they do not fit."""
-        return load_weights(cls, HarmonicConfig, Path(folder), "location")
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``location.json`` and ``location.safetensors``."""
-        save_weights(self, asdict(self.config), Path(folder), "location", half=False)
 
 
 class _Siren(nn.Module):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from rag_geotoken.types import RADII_KM
-from rag_geotoken.weights import load_weights, save_weights
+from rag_geotoken.weights import Pretrained
 
 
 @dataclass(frozen=True)
@@ -21,11 +20,14 @@ class RewardConfig:
     hidden: int = 128
 
 
-class RewardHead(nn.Module):
+class RewardHead(Pretrained):
     """Two layers over the decoder's state after a cell's last token: one bin of error a radius, and one beyond.
 
     The released code has two bins, parted at 200 km; here all five radii part them, which an expected utility needs.
     """
+
+    file, config_type = "reward", RewardConfig
+    config: RewardConfig
 
     def __init__(self, config: RewardConfig | None = None) -> None:
         super().__init__()
@@ -42,12 +44,3 @@ class RewardHead(nn.Module):
         """States (..., d_model) -> log of the expected utility (...), the mean chance to lie within the radii."""
         logits: Tensor = self(states)
         return logits.softmax(-1).cumsum(-1)[..., :-1].mean(dim=-1).log()
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> RewardHead:
-        """Read ``reward.json`` and ``reward.safetensors`` of a folder. Raises GeoError when they do not fit."""
-        return load_weights(cls, RewardConfig, Path(folder), "reward")
-
-    def save_pretrained(self, folder: str | Path, half: bool = False) -> None:
-        """Write ``reward.json`` and ``reward.safetensors``, parameters in half precision if asked."""
-        save_weights(self, asdict(self.config), Path(folder), "reward", half)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal, cast
 
 import torch
@@ -21,7 +20,7 @@ from rag_geotoken.cells import S2Tokenizer
 from rag_geotoken.dense import Dense, affine
 from rag_geotoken.errors import GeoError
 from rag_geotoken.spherical import rotate, rotations
-from rag_geotoken.weights import load_weights, save_weights
+from rag_geotoken.weights import Pretrained
 
 # Positions of the memory that a CPU encodes at once.
 CPU_POSITIONS = 2048
@@ -58,8 +57,13 @@ GEOTOKEN = TokenConfig(
 """The configuration of the paper: 214 memory positions, 11 tokens, 54.8 M parameters."""
 
 
-class TokenModel(nn.Module):
+class TokenModel(Pretrained):
     """Encoder over the memory, decoder over the cell's tokens, one output layer a position."""
+
+    file, config_type = "tokens", TokenConfig
+    config: TokenConfig
+    offsets: Tensor
+    positions: Tensor
 
     def __init__(self, config: TokenConfig | None = None) -> None:
         super().__init__()
@@ -84,9 +88,6 @@ class TokenModel(nn.Module):
         self.output_layers = nn.ModuleList(nn.Linear(d, size) for size in self.vocab_sizes)
         size = 4 + config.neighbors * (3 + len(self.vocab_sizes))
         self.register_buffer("positions", _sinusoids(max(size, len(self.vocab_sizes) + 1), d), persistent=False)
-
-    offsets: Tensor
-    positions: Tensor
 
     @property
     def blocks(self) -> list[Block]:
@@ -160,15 +161,6 @@ class TokenModel(nn.Module):
     def _attend(self, mask: Tensor | None = None, turns: Tensor | None = None) -> Attend:
         rate = self.config.dropout if self.training else 0.0
         return partial(attention, heads=self.config.heads, mask=mask, turns=turns, rate=rate)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> TokenModel:
-        """Read ``tokens.json`` and ``tokens.safetensors`` of a folder. Raises GeoError when they do not fit."""
-        return load_weights(cls, TokenConfig, Path(folder), "tokens")
-
-    def save_pretrained(self, folder: str | Path, half: bool = False) -> None:
-        """Write ``tokens.json`` and ``tokens.safetensors``, parameters in half precision if asked."""
-        save_weights(self, asdict(self.config), Path(folder), "tokens", half)
 
 
 class Attention(nn.Module):

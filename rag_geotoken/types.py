@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from rag_geotoken.pictures import Picture
 
 RADII_KM = (1, 25, 200, 750, 2500)  # street, city, region, country and continent, since IM2GPS
-SOURCES = ("neighbour", "greedy", "beam", "sample", "frontier", "gps", "visual", "mllm")
-NEIGHBOUR, GREEDY, BEAM, SAMPLE, FRONTIER, GPS, VISUAL, MLLM = range(8)
+SOURCES = ("neighbour", "greedy", "beam", "sample", "frontier", "gps", "visual", "mllm", "gallery")
+NEIGHBOUR, GREEDY, BEAM, SAMPLE, FRONTIER, GPS, VISUAL, MLLM, GALLERY = range(9)
 At = slice | NDArray[np.bool_] | NDArray[np.int64]
 
 

@@ -41,7 +41,7 @@ def test_the_same_places_in_the_same_order(ours: GeoCLIP, theirs: Any, tmp_path:
     with torch.no_grad():
         logits = theirs(pictures, theirs.gps_gallery)  # encodes the whole gallery
         best = logits.softmax(dim=-1).topk(TOP, dim=1)
-        found = ours.search(ours.head(ours.backbone.features(pictures)), TOP)
+        found = ours.search(ours.embed(pixels), TOP)
     places = theirs.gps_gallery[best.indices].numpy()
     np.testing.assert_array_equal(found.lat_lon.astype(np.float32), places)
     np.testing.assert_allclose(found.probability, best.values.numpy(), rtol=1e-4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -160,13 +160,13 @@ def where(
     from rag_geotoken.geoclip_run import places_of
 
     found = places_of(texts, weights, backbone, k)
-    answers: list[dict[str, Any]] = [{"text": text, "places": places} for text, places in found.items()]
     if as_json:
+        answers = [{"text": text, "places": places} for text, places in found.items()]
         typer.echo(json.dumps(answers, ensure_ascii=False, indent=2))
         return
-    for answer in answers:
-        typer.echo(answer["text"])
-        for place in answer["places"]:
+    for text, places in found.items():
+        typer.echo(text)
+        for place in places:
             typer.echo(f"  {place['probability']:.5f}  {place['lat']:9.4f} {place['lon']:10.4f}")
 
 
@@ -242,10 +242,8 @@ def evaluate(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; a GeoError becomes one line and exit status 1."""
-    result: Any
     try:
-        result = app(arguments, standalone_mode=True)
+        app(arguments)
     except GeoError as error:
         print(f"rag-geotoken: {error}", file=sys.stderr)
-        result = 1
-    sys.exit(result)
+        sys.exit(1)

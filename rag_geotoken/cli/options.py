@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
 
@@ -36,19 +36,15 @@ Resume = Annotated[bool, typer.Option("--resume", help="Ask the multimodal model
 
 def takes_options(command: Callable[..., None]) -> Callable[..., None]:
     """A command with a parameter ``options: Options`` -> the same with an option for every field of it."""
-    signature, hints = inspect.signature(command), get_type_hints(command, include_extras=True)
+    parameters = dict(inspect.signature(command, eval_str=True).parameters)
+    del parameters["options"]
 
     def run(**given: Any) -> None:
         chosen = {item.name: parse_option(item.name, given.pop(item.name)) for item in fields(Options)}
         command(**given, options=Options(**chosen))
 
-    plain = [
-        parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
-        for name, parameter in signature.parameters.items()
-        if name != "options"
-    ]
+    plain = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters.values()]
     run.__signature__ = inspect.Signature([*plain, *map(_parameter, fields(Options))])  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in run.__signature__.parameters.values()}  # type: ignore[attr-defined]
     run.__name__, run.__doc__ = command.__name__, command.__doc__
     return run
 

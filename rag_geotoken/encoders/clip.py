@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from rag_geotoken.encoders.shared import MEAN, STD, brief, colour_statistics, find_folder, in_batches, normalized, quiet
+from rag_geotoken.encoders.shared import MEAN, STD, Backbone, brief, colour_statistics, find_folder, quiet
 from rag_geotoken.errors import GeoError
-from rag_geotoken.files import file_sha256, read_json
-from rag_geotoken.pictures import Picture, load_pictures
+from rag_geotoken.files import read_json
 
 CLIP_LARGE = "openai/clip-vit-large-patch14"
 WEIGHTS = "model*.safetensors"
 FILES = ("*.json", "*.txt", WEIGHTS)  # what is fetched from a hub: no pickles
 
 
-class ClipEncoder:
-    """A frozen CLIP (Radford et al., ICML 2021). ``dim`` of its embeddings, ``size`` of its pictures in pixels.
-
-    On a GPU where there is one. Either tower is read when it is first needed.
-    """
+class ClipEncoder(Backbone):
+    """A frozen CLIP (Radford et al., ICML 2021). Either tower is read when it is first needed."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.config = folder, _config(folder)
+        self.folder, self.config, self.weights = folder, _config(folder), sorted(folder.glob(WEIGHTS))
         self.dim, self.size = int(self.config.projection_dim), int(self.config.vision_config.image_size)
         self.mean, self.std = _statistics(folder)
 
@@ -41,38 +34,17 @@ class ClipEncoder:
         """
         return cls(find_folder(str(name), FILES, [WEIGHTS], "--backbone DIR"))
 
-    def load(self, references: Sequence[Picture]) -> tuple[NDArray[np.uint8], list[str | None]]:
-        """Pictures as this model wants them, and what is wrong with each: see ``load_pictures``."""
-        return load_pictures(references, self.size)
+    def _embed_images(self, pixels: Tensor) -> Tensor:
+        embeds: Tensor = self._vision(pixel_values=pixels.to(self._vision.device)).image_embeds
+        return embeds
 
-    @torch.inference_mode()
-    def images(self, pixels: NDArray[np.uint8], batch: int = 32) -> Tensor:
-        """Pictures (N, size, size, 3) uint8, as ``load`` gives them -> (N, dim) float32 on the CPU."""
-        return in_batches(pixels, batch, self.dim, lambda part: self.features(self.normalized(part)))
-
-    def normalized(self, pixels: NDArray[np.uint8]) -> Tensor:
-        """Pictures (N, size, size, 3) uint8 -> (N, 3, size, size), what CLIP's own processor makes of them."""
-        return normalized(pixels, self.mean, self.std)
-
-    @torch.inference_mode()
-    def features(self, pixel_values: Tensor) -> Tensor:
-        """Normalised pictures (N, 3, size, size) -> (N, dim), of any length."""
-        embeds: Tensor = self._vision(pixel_values=pixel_values.to(self._vision.device)).image_embeds
-        return embeds.float().cpu()
-
-    @torch.inference_mode()
-    def texts(self, texts: Sequence[str], batch: int = 256) -> Tensor:
-        """Texts, cut after CLIP's 77 tokens -> (N, dim), of any length."""
+    def _embed_texts(self, texts: list[str]) -> Tensor:
         tower, tokenizer = self._text
-
-        def embed(part: Sequence[str]) -> Tensor:
-            longest = tower.config.max_position_embeddings
-            tokens = tokenizer(list(part), padding=True, truncation=True, max_length=longest, return_tensors="pt")
-            ids, mask = (tokens[name].to(tower.device) for name in ("input_ids", "attention_mask"))
-            embeds: Tensor = tower(input_ids=ids, attention_mask=mask).text_embeds
-            return embeds
-
-        return in_batches(texts, batch, self.dim, embed)
+        longest = tower.config.max_position_embeddings
+        tokens = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        ids, mask = (tokens[name].to(tower.device) for name in ("input_ids", "attention_mask"))
+        embeds: Tensor = tower(input_ids=ids, attention_mask=mask).text_embeds
+        return embeds
 
     @cached_property
     def _vision(self) -> Any:
@@ -91,12 +63,6 @@ class ClipEncoder:
         except Exception as error:  # a broken tokenizer fails in many ways
             raise GeoError(f"{self.folder} holds no tokenizer that can be used: {brief(error)}") from None
         return _tower(self.folder, self.config, "text"), tokenizer
-
-    def identity(self) -> dict[str, Any]:
-        """All that the embeddings of pictures follow from, as JSON values."""
-        statistics = {"mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}
-        weights = [file_sha256(path) for path in sorted(self.folder.glob(WEIGHTS))]
-        return {"weights": weights, "size": self.size, **statistics}
 
 
 def _config(folder: Path) -> Any:

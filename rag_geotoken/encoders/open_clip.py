@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rag_geotoken.encoders.shared import MEAN, STD, brief, colour_statistics, find_folder, in_batches, normalized
+from rag_geotoken.encoders.shared import MEAN, STD, Backbone, brief, colour_statistics, find_folder, holds
 from rag_geotoken.errors import GeoError
-from rag_geotoken.files import file_sha256, read_json
+from rag_geotoken.files import read_json
 from rag_geotoken.pictures import Fit, Picture, load_pictures
 
 HUB, LOCAL = "hf-hub:", "local-dir:"
@@ -31,19 +31,15 @@ FITS: dict[str, Fit] = {"shortest": "crop-even", "squash": "squash"}  # open_cli
 TOKENIZER_SETTINGS = {"clean", "strip_sep_token", "language"}
 
 
-class OpenClipEncoder:
-    """A frozen model of open_clip (Cherti et al., CVPR 2023). ``dim`` of its embeddings, ``size`` of its pictures.
-
-    On a GPU where there is one. The model is read when it is first needed, its tokenizer when texts are.
-    """
+class OpenClipEncoder(Backbone):
+    """A frozen model of open_clip (Cherti et al., CVPR 2023), read when first needed, its tokenizer when texts are."""
 
     def __init__(self, folder: Path, model: str | None = None, tag: str | None = None) -> None:
         """A folder's own model, or open_clip's ``model`` with the weights of ``tag`` that lie in the folder."""
         self._open_clip = _open_clip()
         self.folder, self.name = folder, model or f"{LOCAL}{folder}"
         self.model, preprocess = _built_in(self._open_clip, model, tag) if model and tag else _told(folder)
-        self.weights = _weights(folder)
-        path = folder / CONFIG
+        self.weights, path = [_weights(folder)], folder / CONFIG
         self.dim, self.size = _sizes(self.model, path)
         mean, std = ([v] * 3 if isinstance(v, float | int) else v for v in map(preprocess.get, ("mean", "std")))
         self.mean, self.std = colour_statistics(mean or MEAN, std or STD, path)
@@ -91,42 +87,24 @@ class OpenClipEncoder:
         """
         return load_pictures(references, self.size, self.fit, "bilinear" if self.bilinear else "bicubic")
 
-    def normalized(self, pixels: NDArray[np.uint8]) -> Tensor:
-        """Pictures (N, size, size, 3) uint8 -> (N, 3, size, size), what open_clip's own transform makes of them."""
-        return normalized(pixels, self.mean, self.std)
-
-    @torch.inference_mode()
-    def images(self, pixels: NDArray[np.uint8], batch: int = 32) -> Tensor:
-        """Pictures (N, size, size, 3) uint8, as ``load`` gives them -> (N, dim) float32 on the CPU, of any length."""
-
-        def embed(part: NDArray[np.uint8]) -> Tensor:
-            model, device = self._loaded
-            embeds: Tensor = model.encode_image(self.normalized(part).to(device), normalize=False)
-            return embeds
-
-        return in_batches(pixels, batch, self.dim, embed)
-
-    @torch.inference_mode()
-    def texts(self, texts: Sequence[str], batch: int = 256) -> Tensor:
-        """Texts, cut after the model's own number of tokens -> (N, dim) float32 on the CPU, of any length."""
-
-        def embed(part: Sequence[str]) -> Tensor:
-            tokens, (model, device) = self._tokenizer(list(part)), self._loaded
-            embeds: Tensor = model.encode_text(tokens.to(device), normalize=False)
-            return embeds
-
-        return in_batches(texts, batch, self.dim, embed)
-
     def identity(self) -> dict[str, Any]:
         """All that the embeddings of pictures follow from, as JSON values."""
-        statistics = {"mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}
-        pictures = {"size": self.size, "fit": self.fit, "bilinear": self.bilinear, **statistics}
-        return {"weights": [file_sha256(self.weights)], "model": self.model, **pictures}
+        return super().identity() | {"model": self.model, "fit": self.fit, "bilinear": self.bilinear}
+
+    def _embed_images(self, pixels: Tensor) -> Tensor:
+        model, device = self._loaded
+        embeds: Tensor = model.encode_image(pixels.to(device), normalize=False)
+        return embeds
+
+    def _embed_texts(self, texts: list[str]) -> Tensor:
+        tokens, (model, device) = self._tokenizer(texts), self._loaded
+        embeds: Tensor = model.encode_text(tokens.to(device), normalize=False)
+        return embeds
 
     @cached_property
     def _loaded(self) -> tuple[Any, str]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        weights = None if self.name.startswith(LOCAL) else str(self.weights)  # of a folder it takes WEIGHTS itself
+        weights = None if self.name.startswith(LOCAL) else str(self.weights[0])  # of a folder it takes WEIGHTS itself
         try:
             with _quiet():
                 model = self._open_clip.create_model(
@@ -150,16 +128,13 @@ class OpenClipEncoder:
         unknown = settings.keys() - TOKENIZER_SETTINGS - {"context_length"}
         if unknown:
             raise GeoError(f"{self.folder} tells its tokenizer what is not known here: {min(unknown)!r:.80}")
-        source = told.get("hf_tokenizer_name")
+        source, folder = told.get("hf_tokenizer_name"), self.folder
+        if source and not holds(folder, TOKENIZER):
+            folder = find_folder(str(source), TOKENIZER, TOKENIZER, OPTION)
         try:
             if not source:
                 return SimpleTokenizer(**settings)
-            folder = self.folder
-            if not _matches(folder, TOKENIZER):
-                folder = find_folder(str(source), TOKENIZER, TOKENIZER, OPTION)
             return HFTokenizer(str(folder), tokenizer_mode=told.get("tokenizer_mode"), **settings)
-        except GeoError:
-            raise
         except Exception as error:  # a broken tokenizer fails in many ways
             raise GeoError(f"{self.folder} holds no tokenizer that can be used: {brief(error)}") from None
 
@@ -179,7 +154,7 @@ def _open_clip() -> Any:
 
 def _fetch(name: str) -> Path:
     folder = find_folder(name, [CONFIG, *WEIGHTS, *TOKENIZER], WEIGHTS, OPTION)
-    if not _matches(folder, WEIGHTS):
+    if not holds(folder, WEIGHTS):
         raise GeoError(
             f"the hub's {name} has no {WEIGHTS[0]}, and pickles (.bin) are not loaded: make one, once, with "
             f"'hf download {name} --local-dir DIR' and 'rag-geotoken convert open-clip DIR --out OUT', then name "
@@ -228,10 +203,6 @@ def _sizes(model: dict[str, Any], path: Path) -> tuple[int, int]:
     if not all(isinstance(number, int) and number > 0 for number in (dim, size)):
         raise GeoError(f"{path} tells no embed_dim or no square image_size: take a model of square pictures")
     return int(dim or 0), int(size)
-
-
-def _matches(folder: Path, patterns: Sequence[str]) -> bool:
-    return any(any(folder.glob(pattern)) for pattern in patterns)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What the frozen backbones share: a model's folder, its colours, its batches."""
+"""What the frozen backbones share: how they are asked, a model's folder, its colours."""
 
 from __future__ import annotations
 
@@ -14,10 +14,63 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rag_geotoken.errors import GeoError
+from rag_geotoken.files import file_sha256
+from rag_geotoken.pictures import Picture, load_pictures
 
 # Mean and standard deviation of CLIP's training pictures, where a model does not tell its own.
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 ANSWER_S = 10.0  # the hub's first answer; without a limit, a network that swallows packets is waited for for minutes
+
+
+class Backbone:
+    """A frozen model that puts pictures and texts into one space: ``dim`` numbers, squares of ``size`` pixels.
+
+    On a GPU where there is one. ``mean`` and ``std`` (3, 1, 1) of its colours, ``weights`` its files.
+    """
+
+    folder: Path
+    weights: Sequence[Path]
+    dim: int
+    size: int
+    mean: Tensor
+    std: Tensor
+
+    def load(self, references: Sequence[Picture]) -> tuple[NDArray[np.uint8], list[str | None]]:
+        """N references -> pixels (N, size, size, 3), and for each None or what is wrong: see ``load_pictures``.
+
+        Every model has its own way, since one crops what another squashes.
+        """
+        return load_pictures(references, self.size)
+
+    def normalized(self, pixels: NDArray[np.uint8]) -> Tensor:
+        """Pixels (N, size, size, 3) -> (N, 3, size, size), what the model's own processor makes of the pictures."""
+        return (torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255.0 - self.mean) / self.std
+
+    def images(self, pixels: NDArray[np.uint8], batch: int = 32) -> Tensor:
+        """Pixels (N, size, size, 3) as ``load`` gives them -> (N, dim) float32 on the CPU, of any length."""
+        return self._in_batches(lambda part: self._embed_images(self.normalized(part)), pixels, batch)
+
+    def texts(self, texts: Sequence[str], batch: int = 256) -> Tensor:
+        """N texts, cut after the model's own number of tokens -> (N, dim) float32 on the CPU, of any length."""
+        return self._in_batches(self._embed_texts, list(texts), batch)
+
+    def identity(self) -> dict[str, Any]:
+        """All that the embeddings of pictures follow from, as JSON values."""
+        statistics = {"mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}
+        return {"weights": [file_sha256(path) for path in self.weights], "size": self.size, **statistics}
+
+    @torch.inference_mode()
+    def _in_batches(self, embed: Callable[[Any], Tensor], items: Any, batch: int) -> Tensor:
+        blocks = [embed(items[i : i + batch]).float().cpu() for i in range(0, len(items), batch)]
+        return torch.cat(blocks) if blocks else torch.zeros(0, self.dim)
+
+    def _embed_images(self, pixels: Tensor) -> Tensor:
+        """A batch of normalised pixels (B, 3, size, size) -> (B, dim)."""
+        raise NotImplementedError
+
+    def _embed_texts(self, texts: list[str]) -> Tensor:
+        """A batch of texts -> (B, dim)."""
+        raise NotImplementedError
 
 
 def find_folder(name: str, files: Sequence[str], needed: Sequence[str], option: str) -> Path:
@@ -40,7 +93,7 @@ def find_folder(name: str, files: Sequence[str], needed: Sequence[str], option: 
     found = None
     try:
         found = Path(snapshot_download(name, allow_patterns=list(files), local_files_only=True))
-        if any(any(found.glob(pattern)) for pattern in needed):
+        if holds(found, needed):
             return found
     except HFValidationError:
         raise GeoError(f"there is no folder {name}: name a model's folder, or a model of the hub") from None
@@ -53,6 +106,11 @@ def find_folder(name: str, files: Sequence[str], needed: Sequence[str], option: 
         if found and any(found.glob("*.bin")):
             return found  # it is there, as a pickle: the caller says so
         raise _not_had(name, option, error) from None
+
+
+def holds(folder: Path, patterns: Sequence[str]) -> bool:
+    """Whether a file of a folder matches one of the patterns."""
+    return any(any(folder.glob(pattern)) for pattern in patterns)
 
 
 def _not_had(name: str, option: str, error: Exception) -> GeoError:
@@ -86,17 +144,6 @@ def colour_statistics(mean: Any, std: Any, path: Path) -> tuple[Tensor, Tensor]:
     if not usable:
         raise GeoError(f"{path} has no usable mean and deviation of the colours: get the file again")
     return values[0].float()[:, None, None], values[1].float()[:, None, None]
-
-
-def normalized(pixels: NDArray[np.uint8], mean: Tensor, std: Tensor) -> Tensor:
-    """Pictures (N, size, size, 3) uint8 -> (N, 3, size, size), less the mean, by the deviation."""
-    return (torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255.0 - mean) / std
-
-
-def in_batches(items: Any, batch: int, dim: int, embed: Callable[[Any], Tensor]) -> Tensor:
-    """``embed`` on ``batch`` items at a time -> (N, dim) float32 on the CPU."""
-    blocks = [embed(items[i : i + batch]).float().cpu() for i in range(0, len(items), batch)]
-    return torch.cat(blocks) if blocks else torch.zeros(0, dim)
 
 
 @contextmanager
