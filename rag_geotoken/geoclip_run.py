@@ -12,8 +12,8 @@ from rag_geotoken.gallery import Found
 from rag_geotoken.geoclip import GeoCLIP, answers
 from rag_geotoken.progress import progress_bar
 from rag_geotoken.run.export import check_output, write_predictions
-from rag_geotoken.run.locate import read_photos
 from rag_geotoken.run.resumable import run_stage, stage
+from rag_geotoken.sources.inputs import read_photos
 from rag_geotoken.tables import fixed_list, read_table, to_numpy, write_table
 from rag_geotoken.types import Photos
 from rag_geotoken.weights import fingerprint

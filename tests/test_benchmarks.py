@@ -11,8 +11,9 @@ from miniatures import jpeg, write_csv
 from rag_geotoken.options import Options
 from rag_geotoken.pictures import load_pictures
 from rag_geotoken.pipeline import Geolocator
-from rag_geotoken.run.locate import locate_photos, read_photos
+from rag_geotoken.run.locate import locate_photos
 from rag_geotoken.sources import read_source
+from rag_geotoken.sources.inputs import read_photos
 from rag_geotoken.sources.photos import SCHEMA, read_left_out
 from rag_geotoken.tables import read_table
 

@@ -17,8 +17,8 @@ from miniatures import jpeg
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.pictures import load_pictures
 from rag_geotoken.run.build_index import make_index
-from rag_geotoken.run.locate import read_photos
 from rag_geotoken.sources import hub, read_source
+from rag_geotoken.sources.inputs import read_photos
 from rag_geotoken.sources.photos import SCHEMA, read_left_out
 from rag_geotoken.sources.tar import read_member
 

@@ -106,8 +106,9 @@ def locate(
         return
     from rag_geotoken.mllm.session import MllmSession
     from rag_geotoken.run.export import check_output
-    from rag_geotoken.run.locate import locate_photos, read_photos
+    from rag_geotoken.run.locate import locate_photos
     from rag_geotoken.run.models import Models
+    from rag_geotoken.sources.inputs import read_photos
 
     if matcher is not None and not options.visual:
         raise typer.BadParameter("--matcher compares pictures: add --verify visual")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,12 +9,9 @@ from typing import TYPE_CHECKING, Any
 from rag_geotoken.errors import GeoError
 from rag_geotoken.exclusion import copies
 from rag_geotoken.options import Options
-from rag_geotoken.pictures import list_pictures
 from rag_geotoken.run.export import write_predictions
 from rag_geotoken.run.models import Models
 from rag_geotoken.run.walk import RunFolder, embedded
-from rag_geotoken.sources import limited, read_source, source_module
-from rag_geotoken.sources.photos import read_left_out
 from rag_geotoken.tables import read_table, write_table
 from rag_geotoken.types import Photos
 
@@ -38,35 +34,6 @@ def locate_photos(table: pa.Table, models: Models, options: Options, out: Path, 
             print(f"the model gave no answer on {failures} photos: add --resume to ask again", file=sys.stderr)
     failed = [error for error in predictions["error"].to_pylist() if error]
     return len(predictions) - len(failed), failed
-
-
-def read_photos(photos: list[str], limit: int | None = None) -> pa.Table:
-    """Pictures, folders, CSVs with a column ``image`` and sources -> one photos table, each photo once.
-
-    Coordinates of a source are kept as the truth to compare with; those in EXIF are not read. At most ``limit`` photos
-    in all, the first. Raises GeoError for an empty folder, a missing file or a CSV without the column.
-    """
-    import pyarrow as pa
-
-    tables, paths = [], list[str]()
-    for photo in photos:
-        if source_module(photo):
-            tables.append(read_source(limited(photo, limit)))
-            if line := read_left_out(tables[-1]).line():
-                print(f"{photo}: {line}", file=sys.stderr)
-        elif photo.lower().endswith(".csv"):
-            paths += _csv_images(Path(photo))
-        else:
-            paths += list_pictures(photo)
-    unique = list(dict.fromkeys(paths))
-    for path in unique:
-        if not _is_utf8(path):
-            raise GeoError(f"the file name {path!r} is not UTF-8: rename the file")
-    if unique:
-        kinds = {"lat": pa.float64(), "lon": pa.float64(), "place": pa.string(), "author": pa.string()}
-        unknown = {name: pa.nulls(len(unique), kind) for name, kind in kinds.items()}
-        tables.append(pa.table({"id": unique, "image": unique} | unknown))
-    return pa.concat_tables(tables).slice(0, limit)
 
 
 def neighbors_of(
@@ -98,22 +65,3 @@ def neighbors_of(
     rows = gallery.rows.take(found.rows[0]).select(["id", "lat", "lon", "place"]).to_pylist()
     scores = found.scores[0].tolist()
     return [{"rank": i + 1, "score": score, **row} for i, (row, score) in enumerate(zip(rows, scores, strict=True))]
-
-
-def _is_utf8(path: str) -> bool:
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _csv_images(path: Path) -> list[str]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            if "image" not in (reader.fieldnames or []):
-                raise GeoError(f"{path} has no column 'image': name the pictures' paths in one")
-            return [str(path.parent / row["image"]) for row in reader if row["image"]]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise GeoError(f"cannot read {path}: {error}") from None

@@ -18,7 +18,7 @@ from rag_geotoken.errors import GeoError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SHARED = {"photos", "metadata", "benchmarks", "tar"}  # files here that are no source
+SHARED = {"photos", "metadata", "benchmarks", "tar", "inputs"}  # files here that are no source
 
 
 @cache
