@@ -7,13 +7,21 @@ maps and plots are SVG, and a policy in its head forbids loading anything.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rag_geotoken import files, maps
-from rag_geotoken.types import RADII_KM
+from rag_geotoken.geo import haversine_km
+from rag_geotoken.index import GeoIndex
+from rag_geotoken.pictures import load_pictures
+from rag_geotoken.posterior import heat_map
+from rag_geotoken.types import RADII_KM, SOURCES, Answers, Tables
+
+NEIGHBORS, CROP = 8, 64  # neighbours shown beside a photo, and pixels of a picture's side
 
 
 def write_report(
@@ -70,6 +78,54 @@ def write_report(
         about=about.strip(),
     )
     files.write_text(path, page)
+
+
+def example_of(tables: Tables, answers: Answers, index: GeoIndex, at: int) -> dict[str, Any]:
+    """One of the photos of tables and answers as :func:`write_report` shows it, but for its split."""
+    truth, answer, near, pool = tables.photos.lat_lon[at], answers.lat_lon[at], tables.neighbours, tables.pool
+    lat, lon = near.lat_lon[at, :NEIGHBORS].T
+    neighbors = {"crop": index.pictures(near.rows[at, :NEIGHBORS], CROP), "lat": lat.tolist(), "lon": lon.tolist()}
+    neighbors["score"] = near.scores[at, :NEIGHBORS].tolist()
+    neighbors["km"] = haversine_km(truth[0], truth[1], lat, lon).tolist()
+    kept = pool.mask[at]
+    candidates = {"lat": pool.lat_lon[at, kept, 0].tolist(), "lon": pool.lat_lon[at, kept, 1].tolist()}
+    candidates["source"] = np.array(SOURCES)[pool.source[at, kept]].tolist()
+    candidates["weight"] = np.exp(pool.log_weight[at, kept]).tolist()
+    example = {
+        "id": tables.photos.ids[at],
+        "crop": load_pictures([tables.photos.images[at]], CROP)[0][0],
+        "true": tuple(truth.tolist()),
+        "neighbours": _records(neighbors),
+        "candidates": _records(candidates),
+        "answer": tuple(answer.tolist()),
+        "km": float(haversine_km(truth[0], truth[1], answer[0], answer[1])),
+        "confidence": dict(zip(RADII_KM, answers.confidence[at].tolist(), strict=True)),
+    }
+    if hasattr(tables, "posterior"):
+        example["heat"] = heat_map(tables.posterior, at, height=360, detail=9)
+        example["area_km2"] = float(answers.area_km2[at])
+    return example
+
+
+def _records(columns: Mapping[str, Iterable[Any]]) -> list[dict[str, Any]]:
+    """Columns -> a dictionary a row."""
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def table_text(metrics: dict[str, Any]) -> str:
+    """The table of ``metrics.json`` as plain text: shares, median, gain by verification within 200 km, cost."""
+    radii, rows = "".join(f"{f'<= {r} km':>11}" for r in RADII_KM), metrics["variants"]
+    width = max(len(row["name"]) for row in rows) + 2
+    lines = [f"{'split':<10}{'variant':<{width}}{'n':>6}{radii}{'median km':>11}  {'gain at 200 km':<24}{'ms':>7}"]
+    for row in rows:
+        shares = "".join(f"{row['acc'][str(r)]:>10.2f}%" for r in RADII_KM)
+        median, gain = "-" if row["median_km"] is None else f"{row['median_km']:.1f}", ""
+        if "gain" in row:
+            low, high = row["gain_ci95"]["200"]
+            gain = f"{row['gain']['200']:+.2f} [{low:+.2f}, {high:+.2f}]"
+        spent = f"{1000 * row['cost']['seconds']:.1f}" if "cost" in row else ""
+        lines.append(f"{row['split']:<10}{row['name']:<{width}}{row['n']:>6}{shares}{median:>11}  {gain:<24}{spent:>7}")
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _is_oracle(row: Mapping[str, Any]) -> bool:

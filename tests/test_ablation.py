@@ -18,7 +18,7 @@ from test_cli import call
 
 from rag_geotoken.cells import S2Tokenizer
 from rag_geotoken.decision import strategies
-from rag_geotoken.decision.pool import extend, make_pool, only, posterior_pool, scored_pool
+from rag_geotoken.decision.pool import chosen_pool, extend, make_pool, only, posterior_pool, scored_pool
 from rag_geotoken.decision.strategies import Given
 from rag_geotoken.files import read_json, write_json
 from rag_geotoken.geo import haversine_km, pairwise_km
@@ -338,7 +338,7 @@ def test_within_a_region_no_variant_leaves_it(
     files = run.walk(options)
     decided: Answers = run.result(files["predictions"], Answers)[run.readable]
     away = haversine_km(decided.lat_lon[:, 0], decided.lat_lon[:, 1], lat, lon)
-    unrestricted = stages.chosen_pool(options, run.tables(options, files).pool)
+    unrestricted = chosen_pool(options, run.tables(options, files).pool)
     places = haversine_km(unrestricted.lat_lon[..., 0], unrestricted.lat_lon[..., 1], lat, lon)
     inside = ((places <= km) & unrestricted.mask).any(axis=1)
     assert inside.any() and (away[inside] <= km + 100).all()  # the middle of a cell at the border may lie beyond it

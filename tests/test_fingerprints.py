@@ -19,11 +19,7 @@ from rag_geotoken.verifiers import VERIFIERS
 KNOWN = Path(__file__).parent / "data" / "stage_fingerprints.json"
 PACKAGE = Path(rag_geotoken.__file__).parent
 MEMORY = ["run/models.py:memory", "token_model.py", "spherical.py", "dense.py", "cells.py"]
-POOL = [
-    "decision/pool.py",
-    "cells.py",
-    *(f"run/stages.py:{name}" for name in ("pool", "_source_alone", "chosen_pool")),
-]
+POOL = ["decision/pool.py", "cells.py"]
 SHOWN = ["mllm/pictures.py", "mllm/prompts.py", "verifiers/questions.py", "mllm/parse.py", "verifiers/mllm.py"]
 # Stage -> the code that its results follow from: a file, or FILE:FUNCTION.
 SOURCES = {

@@ -22,7 +22,8 @@ from rag_geotoken.mllm.request import Client, Reply, Request
 from rag_geotoken.mllm.session import JOURNAL, MllmSession
 from rag_geotoken.options import Options
 from rag_geotoken.pipeline import Geolocator
-from rag_geotoken.run.ablate import ablate, table_text, walk_variants
+from rag_geotoken.report import table_text
+from rag_geotoken.run.ablate import ablate, walk_variants
 from rag_geotoken.run.models import Models
 from rag_geotoken.run.variants import Variant, read_variants
 from rag_geotoken.run.walk import RunFolder

@@ -60,7 +60,7 @@ def demo(
 
     from rag_geotoken.mllm import EMBEDDED_FOLDER
     from rag_geotoken.mllm.start import vllm_server
-    from rag_geotoken.run.ablate import table_text
+    from rag_geotoken.report import table_text
     from rag_geotoken.run.demo import run_demo
 
     serving = vllm_server(EMBEDDED_FOLDER, vllm_python, out / "vllm.log") if vllm_python else nullcontext()
@@ -198,7 +198,8 @@ def ablate(
     from rag_geotoken.files import shipped
     from rag_geotoken.mllm.session import MllmSession
     from rag_geotoken.recipes import read_recipe
-    from rag_geotoken.run.ablate import ablate, table_text
+    from rag_geotoken.report import table_text
+    from rag_geotoken.run.ablate import ablate
 
     what = read_recipe(recipe or shipped("eval/verification.toml"))
     opened = partial(MllmSession.open, mllm, mllm_model, mllm_concurrent, resume) if mllm else None

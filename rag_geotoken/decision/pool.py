@@ -2,13 +2,68 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numpy.typing import NDArray
 
 from rag_geotoken.cells import S2Tokenizer, cell_centers
 from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.geo import Floats, haversine_km
-from rag_geotoken.types import FRONTIER, GPS, NEIGHBOUR, VISUAL, Candidates, Neighbors, Places, Pool, Posterior
+from rag_geotoken.types import (
+    FRONTIER,
+    GPS,
+    MLLM,
+    NEIGHBOUR,
+    SOURCES,
+    VISUAL,
+    Candidates,
+    Neighbors,
+    Places,
+    Pool,
+    Posterior,
+    Tables,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from rag_geotoken.options import Options
+
+
+def pool_of(tables: Tables, options: Options, tokenizer: S2Tokenizer, tuning: Tuning) -> Pool:
+    """The places that verifiers score: of the one source that the options ask for, or of all.
+
+    Of all: retrieved and generated together, one entry a cell, then moved ones, then those of a multimodal model.
+    """
+    if len(options.sources) == 1:
+        made = _source_alone(options.sources[0], tables, tokenizer, tuning)
+    else:
+        candidates = tables.candidates if options.propose else None
+        places = tables.places if options.gps_places else None
+        made = make_pool(tables.neighbours, candidates, tokenizer, tuning, places)
+        if options.visual:
+            made = extend(made, tables.matches, tuning)
+        if options.diverse:
+            own = tables.diverse.lat_lon
+            made = join(made, own, np.zeros(own.shape[:2]), tuning.mllm_share, MLLM)
+    return keep_within(made, options.within) if options.within else made
+
+
+def _source_alone(source: str, tables: Tables, tokenizer: S2Tokenizer, tuning: Tuning) -> Pool:
+    if source == "neighbour":
+        return scored_pool(tables.neighbours, tuning.density_scale, NEIGHBOUR)
+    if source == "visual":
+        return scored_pool(tables.matches, tuning.match_scale, VISUAL)
+    if source == "frontier":
+        return posterior_pool(tables.posterior)
+    if source == "gps":
+        return make_pool(None, None, tokenizer, tuning, tables.places)
+    return generated_pool(tables.candidates, SOURCES.index(source), tokenizer, tuning)
+
+
+def chosen_pool(options: Options, pool: Pool) -> Pool:
+    """The entries one of which will be the answer: those of the sources that the options let into the decision."""
+    kinds = [SOURCES.index(name) for name in options.pooled]
+    return pool if np.isin(pool.source[pool.mask], kinds).all() else only(pool, *kinds)
 
 
 def make_pool(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,22 +13,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rag_geotoken.alignment import GeoAlignment
+from rag_geotoken.decision.pool import chosen_pool
 from rag_geotoken.errors import GeoError
 from rag_geotoken.files import check_writable, read_json, write_json
 from rag_geotoken.geo import Floats, haversine_km
 from rag_geotoken.metrics import abstention, bootstrap, calibration, summary
 from rag_geotoken.mllm.session import MllmSession
 from rag_geotoken.options import Options
-from rag_geotoken.pictures import load_pictures
-from rag_geotoken.posterior import heat_map
 from rag_geotoken.run.build_index import make_index
 from rag_geotoken.run.models import Models
 from rag_geotoken.run.road import ASKING, DECIDING
-from rag_geotoken.run.stages import chosen_pool
 from rag_geotoken.run.variants import Recipe, Variant, read_variants
 from rag_geotoken.run.walk import RunFolder, write_photos
 from rag_geotoken.tables import read_table, versions, write_table
-from rag_geotoken.types import RADII_KM, SOURCES, Answers, MllmVerdict, Pool, Tables
+from rag_geotoken.types import RADII_KM, Answers, MllmVerdict
 from rag_geotoken.weights import EARTH
 
 Log = Callable[[str], object]
@@ -268,9 +266,8 @@ def _report(
     models: Models,
 ) -> None:
     """The page: every variant, and photos across the range of errors, or those that verification mended and broke."""
-    from rag_geotoken.report import write_report
+    from rag_geotoken.report import example_of, write_report
 
-    answers: Answers = run.result(files["predictions"], Answers)
     answered = np.flatnonzero(np.isfinite(shown.km))
     if plan.examples == "mended":
         chosen = [(row, kind) for kind in ("mended", "broken") for row in shown.changed.get(kind, [])[: SHOWN // 2]]
@@ -280,65 +277,16 @@ def _report(
         chosen = [(row, shown.row["split"]) for row in rows.tolist()]
     options = next(variant.options for variant in plan.variants if variant.name == metrics["best"])
     tables = run.tables(options, files)
-    pool = chosen_pool(options, tables.pool)
+    tables.pool = chosen_pool(options, tables.pool)
+    answers: Answers = run.result(files["predictions"], Answers)[run.readable]
     write_report(
         out / "report.html",
         metrics=metrics,
         errors=dict(zip(("lat", "lon"), run.photos.lat_lon.T, strict=True)) | {"km": shown.km, "name": metrics["best"]},
-        examples=[_example(run, tables, pool, models, answers, row) | {"split": kind} for row, kind in chosen],
+        examples=[
+            example_of(tables, answers, models.index, int(np.searchsorted(run.readable, row))) | {"split": kind}
+            for row, kind in chosen
+        ],
         about=plan.about,
         notes=plan.notes,
     )
-
-
-def _example(run: RunFolder, tables: Tables, pool: Pool, models: Models, answers: Answers, row: int) -> dict[str, Any]:
-    """One readable photo with its neighbours, candidates and answer, as the report wants it."""
-    at, truth = int(np.searchsorted(run.readable, row)), run.photos.lat_lon[row]
-    rows, lat, lon = tables.neighbours.rows[at, :8], *tables.neighbours.lat_lon[at, :8].T
-    near = {"crop": models.index.pictures(rows, 64), "lat": lat.tolist(), "lon": lon.tolist()}
-    near |= {
-        "score": tables.neighbours.scores[at, :8].tolist(),
-        "km": haversine_km(truth[0], truth[1], lat, lon).tolist(),
-    }
-    kept = pool.mask[at]
-    entries = {"lat": pool.lat_lon[at, kept, 0].tolist(), "lon": pool.lat_lon[at, kept, 1].tolist()}
-    entries |= {
-        "source": np.array(SOURCES)[pool.source[at, kept]],
-        "weight": np.exp(pool.log_weight[at, kept]).tolist(),
-    }
-    believed = hasattr(tables, "posterior")
-    heat = {"heat": heat_map(tables.posterior, at, height=360, detail=9)} if believed else {}
-    answer = answers.lat_lon[row]
-    return {
-        "id": run.photos.ids[row],
-        "crop": load_pictures([run.photos.images[row]], 64)[0][0],
-        "true": tuple(truth.tolist()),
-        "neighbours": _records(near),
-        "candidates": _records(entries),
-        **heat,
-        "area_km2": float(answers.area_km2[row]) if believed else None,
-        "answer": tuple(answer.tolist()),
-        "km": float(haversine_km(truth[0], truth[1], answer[0], answer[1])),
-        "confidence": dict(zip(RADII_KM, answers.confidence[row].tolist(), strict=True)),
-    }
-
-
-def _records(columns: Mapping[str, Iterable[Any]]) -> list[dict[str, Any]]:
-    """Columns -> a dictionary a row."""
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
-
-def table_text(metrics: dict[str, Any]) -> str:
-    """The table of ``metrics.json`` as plain text: shares, median, gain by verification within 200 km, cost."""
-    radii, rows = "".join(f"{f'<= {r} km':>11}" for r in RADII_KM), metrics["variants"]
-    width = max(len(row["name"]) for row in rows) + 2
-    lines = [f"{'split':<10}{'variant':<{width}}{'n':>6}{radii}{'median km':>11}  {'gain at 200 km':<24}{'ms':>7}"]
-    for row in rows:
-        shares = "".join(f"{row['acc'][str(r)]:>10.2f}%" for r in RADII_KM)
-        median, gain = "-" if row["median_km"] is None else f"{row['median_km']:.1f}", ""
-        if "gain" in row:
-            low, high = row["gain_ci95"]["200"]
-            gain = f"{row['gain']['200']:+.2f} [{low:+.2f}, {high:+.2f}]"
-        spent = f"{1000 * row['cost']['seconds']:.1f}" if "cost" in row else ""
-        lines.append(f"{row['split']:<10}{row['name']:<{width}}{row['n']:>6}{shares}{median:>11}  {gain:<24}{spent:>7}")
-    return "\n".join(line.rstrip() for line in lines)

@@ -12,16 +12,7 @@ from numpy.typing import NDArray
 from rag_geotoken import decoding
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.decision import strategies
-from rag_geotoken.decision.pool import (
-    extend,
-    generated_pool,
-    join,
-    keep_within,
-    make_pool,
-    only,
-    posterior_pool,
-    scored_pool,
-)  # fmt: skip
+from rag_geotoken.decision.pool import chosen_pool, pool_of
 from rag_geotoken.errors import GeoError
 from rag_geotoken.frontier import frontier
 from rag_geotoken.index import COPIES
@@ -33,12 +24,8 @@ from rag_geotoken.run.models import Models
 from rag_geotoken.types import (
     BEAM,
     GREEDY,
-    MLLM,
-    NEIGHBOUR,
     RADII_KM,
     SAMPLE,
-    SOURCES,
-    VISUAL,
     Answers,
     Candidates,
     Embeddings,
@@ -150,42 +137,8 @@ def diversify(models: Models, options: Options, tables: Tables) -> MllmVerdict:
 
 
 def pool(models: Models, options: Options, tables: Tables) -> Pool:
-    """The places that verifiers score: of the one source that is asked for, or of all.
-
-    Of all: retrieved and generated together, one entry a cell, then moved ones, then those of a multimodal model.
-    """
-    tuning = models.tuning
-    if len(options.sources) == 1:
-        made = _source_alone(models, options.sources[0], tables)
-    else:
-        candidates = tables.candidates if options.propose else None
-        places = tables.places if options.gps_places else None
-        made = make_pool(tables.neighbours, candidates, models.tokenizer, tuning, places)
-        if options.visual:
-            made = extend(made, tables.matches, tuning)
-        if options.diverse:
-            own = tables.diverse.lat_lon
-            made = join(made, own, np.zeros(own.shape[:2]), tuning.mllm_share, MLLM)
-    return keep_within(made, options.within) if options.within else made
-
-
-def _source_alone(models: Models, source: str, tables: Tables) -> Pool:
-    tuning = models.tuning
-    if source == "neighbour":
-        return scored_pool(tables.neighbours, tuning.density_scale, NEIGHBOUR)
-    if source == "visual":
-        return scored_pool(tables.matches, tuning.match_scale, VISUAL)
-    if source == "frontier":
-        return posterior_pool(tables.posterior)
-    if source == "gps":
-        return make_pool(None, None, models.tokenizer, tuning, tables.places)
-    return generated_pool(tables.candidates, SOURCES.index(source), models.tokenizer, tuning)
-
-
-def chosen_pool(options: Options, pool: Pool) -> Pool:
-    """The entries one of which will be the answer: those of the sources that the options let into the decision."""
-    kinds = [SOURCES.index(name) for name in options.pooled]
-    return pool if np.isin(pool.source[pool.mask], kinds).all() else only(pool, *kinds)
+    """The tables so far -> the places that verifiers score."""
+    return pool_of(tables, options, models.tokenizer, models.tuning)
 
 
 def verdict(verifier: Verifier, models: Models, options: Options, tables: Tables) -> Verdict:

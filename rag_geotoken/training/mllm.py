@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from rag_geotoken.decision import strategies
 from rag_geotoken.decision.confidence import fit_calibration
+from rag_geotoken.decision.pool import chosen_pool
 from rag_geotoken.decision.strategies import Given
 from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.options import Options, verified_by
 from rag_geotoken.run.models import Models
-from rag_geotoken.run.stages import chosen_pool
 from rag_geotoken.run.walk import RunFolder, write_photos
 from rag_geotoken.training.tuning import Log, hits, inside
 from rag_geotoken.types import MllmVerdict, Pool, Predictions, Tables
