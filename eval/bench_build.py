@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from rag_geotoken import approximate
 from rag_geotoken.index import BLOCK, GeoIndex
 from rag_geotoken.index_files import PROJECTIONS, ROWS
-from rag_geotoken.indexing import K, Plan, build_approximate
+from rag_geotoken.indexing import K, Plan, build_index
 from rag_geotoken.tables import fixed_list, write_tables
 
 Vectors = NDArray[np.float32]
@@ -106,7 +106,7 @@ def _build(folder: Path, dim: int) -> tuple[dict[str, Any], int, int]:
     heads, before = _heads(dim), _peak_bytes()
     tables = folder / "photos.parquet", folder / "projections.parquet"
     plan = Plan(approximate.inverted_factory(pq.read_metadata(tables[0]).num_rows, dim))
-    return build_approximate(folder / "index", *tables, "bench", heads, plan), _peak_bytes(), before
+    return build_index(folder / "index", *tables, "bench", plan=plan, heads=heads), _peak_bytes(), before
 
 
 def _peak_bytes() -> int:

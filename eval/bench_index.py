@@ -21,7 +21,6 @@ from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.convert import convert_geoclip
 from rag_geotoken.files import write_json, write_text
 from rag_geotoken.gallery import Gallery, read_places_csv
-from rag_geotoken.index import BLOCK
 from rag_geotoken.location import LocationEncoder, embed_places
 from rag_geotoken.progress import progress_bar
 from rag_geotoken.tables import versions
@@ -71,7 +70,7 @@ def compare(vectors: Vectors, recall: float, times: float, log: Log) -> dict[str
     factory = approximate.inverted_factory(len(rows), vectors.shape[1])
     begun = time.perf_counter()
     index = approximate.train(factory, rows[: approximate.sample_size(factory, len(rows), vectors.shape[1])], log)
-    approximate.add(index, (rows[i : i + BLOCK] for i in range(0, len(rows), BLOCK)), lambda _: None)
+    index.add(rows)
     seconds = time.perf_counter() - begun
     # A little more than asked on the tuning queries, since others are measured.
     value, _ = approximate.tune(index, tuning, flat.search(tuning, K)[1], K, (1 + 2 * recall) / 3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rag_geotoken.errors import GeoError
+from rag_geotoken.exact import Vectors
 
-Vectors = NDArray[np.float32]
 GIB = 2**30
 EXACT_ROWS = 65_536  # up to here an exact search is quick enough and nothing needs training
 GRAPH_LISTS = 8192  # from so many lists on, a graph finds the nearest of them sooner than comparing with all
@@ -78,7 +78,7 @@ def seconds_to_train(sample: Vectors, lists: int) -> float:
     return (time.perf_counter() - begun) * ROUNDS * len(sample) / len(few)
 
 
-def train(factory: str, sample: Vectors, say: Callable[[str], object] = lambda _: None) -> Any:
+def train(factory: str, sample: Vectors, say: Callable[[str], object]) -> Any:
     """An empty index of that factory, inner product, trained on the sample (N, dim). Raises GeoError.
 
     ``say`` hears in one line what is done and about how long it takes.
@@ -89,38 +89,28 @@ def train(factory: str, sample: Vectors, say: Callable[[str], object] = lambda _
         index: Any = faiss.index_factory(sample.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError:
         raise GeoError(f"{factory!r} is no FAISS factory for {sample.shape[1]} numbers: try HNSW32,SQfp16") from None
-    lists = inverted(index)
-    if lists is not None and len(sample) < lists.nlist:
-        raise GeoError(f"{factory} needs at least {lists.nlist} rows to train on, there are {len(sample)}")
+    lists, about = inverted(index), ""
     if lists is not None:
+        if len(sample) < lists.nlist:
+            raise GeoError(f"{factory} needs at least {lists.nlist} rows to train on, there are {len(sample)}")
         lists.cp.niter = ROUNDS
         lists.cp.max_points_per_centroid = 1 << 20  # the sample has its size already
         if hasattr(faiss, "StandardGpuResources"):
             lists.clustering_index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(lists.d))
+        about = f", about {seconds_to_train(sample, lists.nlist):.0f} s for the lists"
     if factory.startswith("OPQ"):
         turn: Any = faiss.downcast_VectorTransform(index.chain.at(0))
         turn.niter = 10  # its 50 rounds take hours at 768 numbers
-    about = f", about {seconds_to_train(sample, lists.nlist):.0f} s for the lists" if lists is not None else ""
     say(f"{factory} learns from {len(sample)} vectors{about}")
     index.train(sample)
     return index
-
-
-def add(index: Any, blocks: Iterable[Vectors], advance: Callable[[int], object]) -> None:
-    """Put blocks (B, dim) into an index one after the other."""
-    for block in blocks:
-        index.add(np.ascontiguousarray(block))
-        advance(len(block))
 
 
 def inverted(index: Any) -> Any:
     """The part of an index that holds inverted lists, or None."""
     import faiss
 
-    try:
-        return faiss.extract_index_ivf(index)
-    except RuntimeError:
-        return None
+    return faiss.try_extract_index_ivf(index)
 
 
 def effort_name(index: Any) -> str:
@@ -135,23 +125,22 @@ def effort(index: Any, value: int, selector: Any = None) -> Any:
     faiss: Any = importlib.import_module("faiss")  # its parameters' Python side takes names that its types do not know
     if inverted(index) is not None:
         inner = faiss.SearchParametersIVF(nprobe=value, sel=selector)
-        return faiss.SearchParametersPreTransform(index_params=inner) if _turned(index) else inner
-    if hasattr(index, "hnsw"):
-        return faiss.SearchParametersHNSW(efSearch=value, sel=selector)
-    inner = faiss.SearchParameters(sel=selector)
-    return faiss.SearchParametersPreTransform(index_params=inner) if _turned(index) else inner
+    elif hasattr(index, "hnsw"):
+        inner = faiss.SearchParametersHNSW(efSearch=value, sel=selector)
+    else:
+        inner = faiss.SearchParameters(sel=selector) if selector else None  # a flat index on a GPU takes none
+    return faiss.SearchParametersPreTransform(index_params=inner) if hasattr(index, "chain") else inner
 
 
 def efforts(index: Any) -> Iterator[int]:
     """What to try for nprobe or efSearch, growing by half and less each time."""
     lists = inverted(index)
     most = lists.nlist if lists is not None else 1024
-    value, last = (1, 0) if lists is not None else (24, 0)
+    value = 1 if lists is not None else 24
     while value < most:
         yield value
-        value, last = max(value + 1, int(value * 1.4)), value
-    if last < most:
-        yield most
+        value = max(value + 1, int(value * 1.4))
+    yield most
 
 
 def recall_at(found: NDArray[np.int64], truth: NDArray[np.int64]) -> float:
@@ -196,7 +185,3 @@ def on_gpu(index: Any) -> Any:
     if not hasattr(faiss, "StandardGpuResources") or hasattr(index, "hnsw"):
         return index
     return faiss.index_cpu_to_all_gpus(index)
-
-
-def _turned(index: Any) -> bool:
-    return hasattr(index, "chain")

@@ -22,13 +22,8 @@ def scan(
 
     scores = np.full((len(queries), k), -np.inf, np.float32)
     found = np.full((len(queries), k), -1, np.int64)
-    queries = np.ascontiguousarray(queries)
     for rows, vectors in blocks:
-        if not len(rows):
-            continue
-        some, at = faiss.knn(
-            queries, np.ascontiguousarray(vectors), min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT
-        )
+        some, at = faiss.knn(queries, vectors, min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT)
         scores, found = np.concatenate([scores, some], 1), np.concatenate([found, rows[at]], 1)
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         scores, found = np.take_along_axis(scores, order, 1), np.take_along_axis(found, order, 1)

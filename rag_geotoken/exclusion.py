@@ -35,20 +35,14 @@ def own_rows(rows: pa.Table, digests: Sequence[str]) -> NDArray[np.int64]:
 
 
 class Authors:
-    """Who took each gallery photo, as numbers."""
+    """Who took each gallery photo: ``numbers`` (rows,), -1 where nobody knows."""
 
     def __init__(self, names: pa.ChunkedArray) -> None:
         """names: (rows,), null where nobody knows."""
-        import pyarrow.compute as pc
-
         coded = names.combine_chunks().dictionary_encode()
-        self._codes: NDArray[np.int64] = pc.fill_null(coded.indices, NO_ONE).to_numpy().astype(np.int64)
-        self._code_of = {name: code for code, name in enumerate(coded.dictionary.to_pylist())}
-
-    def of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Rows of any shape -> their authors' numbers; -1 for an unknown author."""
-        return self._codes[rows]
+        self.numbers: NDArray[np.int32] = coded.indices.fill_null(NO_ONE).to_numpy()
+        self._number_of = {name: number for number, name in enumerate(coded.dictionary.to_pylist())}
 
     def named(self, names: Sequence[str | None]) -> NDArray[np.int64]:
         """Names (B,) -> their numbers; -2 for an author without a photo here, or none."""
-        return np.array([UNKNOWN if name is None else self._code_of.get(name, UNKNOWN) for name in names], np.int64)
+        return np.array([self._number_of.get(name, UNKNOWN) for name in names], np.int64)

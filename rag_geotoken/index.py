@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from rag_geotoken.approximate import EXACT_ROWS, effort, on_gpu, open_index
 from rag_geotoken.errors import GeoError
-from rag_geotoken.exact import scan
+from rag_geotoken.exact import Vectors, scan
 from rag_geotoken.exclusion import Authors, own_rows
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.index_files import CELLS, FORMATS, PROJECTIONS, ROWS, VECTORS, check_manifest
@@ -30,8 +30,7 @@ BLOCK = 16_384  # rows in memory at a time
 SPARE = 3  # times as many rows are looked at where those of the query's author are passed over
 KEPT_BYTES = 2**29  # of pictures in memory, a size
 COPIES = 8  # of one photo in a gallery, as a search within a region allows for
-Heads = Callable[[NDArray[np.float32]], NDArray[np.float32]]
-Vectors = NDArray[np.float32]
+Heads = Callable[[Vectors], Vectors]
 Mask = NDArray[np.bool_]
 
 
@@ -52,6 +51,8 @@ class GeoIndex:
     heads: Heads | None = None
     thumbnails: Thumbnails | None = None
     cell_vectors: NDArray[np.float16] | None = None
+    # Pictures (size, size, 3) by size and row.
+    _kept: dict[int, dict[int, NDArray[np.uint8]]] = field(init=False, repr=False, default_factory=dict)
 
     @property
     def identity(self) -> Any:
@@ -91,16 +92,11 @@ class GeoIndex:
         kept |= zip(new, load_pictures(self.picture_files(np.array(new, np.int64)), size)[0], strict=True)
         return np.stack([kept[row] for row in unique.tolist()])[back.reshape(rows.shape)]
 
-    @cached_property
-    def _kept(self) -> dict[int, dict[int, NDArray[np.uint8]]]:
-        return {}
-
     def picture_files(self, rows: NDArray[np.int64]) -> Sequence[str | bytes]:
         """What ``load_pictures`` reads for rows (N,): the index's own thumbnails, else references into the source."""
         if self.thumbnails is not None:
             return [self.thumbnails[row] for row in rows.tolist()]
-        references: list[str] = self.rows["image"].take(rows).to_pylist()
-        return references
+        return list(self.rows["image"].take(rows).to_pylist())
 
     def search(
         self,
@@ -133,16 +129,15 @@ class GeoIndex:
         scores, rows = self._best(weighted, wanted, keep, exact or dissimilar)
         passed = (rows[:, :, None] == own[:, None, :]).any(axis=2)
         if authors:
-            passed |= self._authors.of(rows) == self._authors.named(authors)[:, None]
+            names = self._authors.named(authors)
+            passed |= self._authors.numbers[rows] == names[:, None]
         order = np.argsort(passed, axis=1, kind="stable")[:, :k]
-        few = (~passed).sum(axis=1) < k
         rows, scores = np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1)
         found = Neighbors(rows, self.lat_lon[rows], -scores if dissimilar else scores)
-        for i in np.flatnonzero(few):
+        for i in np.flatnonzero((~passed).sum(axis=1) < k):
             # An author of many photos like this one: then all others are searched, for this query alone.
-            assert authors is not None
-            others = self.mask(not_author=authors[i])
-            others = others if keep is None else keep & others if others is not None else keep
+            others = self._authors.numbers != names[i]
+            others = others if keep is None else keep & others
             again = self.search(
                 queries[i : i + 1], k, weights, digests and [digests[i]], others, dissimilar=dissimilar, exact=exact
             )
@@ -152,7 +147,7 @@ class GeoIndex:
     def _best(self, queries: Vectors, k: int, keep: Mask | None, exact: bool) -> tuple[Vectors, NDArray[np.int64]]:
         """Scores and rows (B, k) of weighted queries (B, 3, dim), best first."""
         if self.projections is None:
-            return self._all_parts(queries, k, keep)
+            return self._faiss_search(queries.reshape(len(queries), -1), k, keep)
         if exact or (keep is not None and keep.sum() <= EXACT_ROWS):
             # The image part tells who may be near, but not who is far.
             return scan(queries.reshape(len(queries), -1), self._blocks(keep, parts=True), k)
@@ -165,11 +160,9 @@ class GeoIndex:
 
         at_least: where fewer rows lie inside, as many as that, the nearest to the place.
         """
-        import pyarrow.compute as pc
-
         keep = np.ones(len(self.rows), bool)
         if not_author is not None:
-            keep &= pc.fill_null(pc.not_equal(self.rows["author"], not_author), True).to_numpy()
+            keep &= self._authors.numbers != self._authors.named([not_author])
         if within is not None:
             away = np.where(keep, haversine_km(self.lat_lon[:, 0], self.lat_lon[:, 1], within[0], within[1]), np.inf)
             fewest = min(at_least, int(keep.sum()))
@@ -177,31 +170,27 @@ class GeoIndex:
             keep &= away <= max(within[2], nearest)
         return None if keep.all() else keep
 
-    def _all_parts(self, queries: Vectors, k: int, keep: Mask | None) -> tuple[Vectors, NDArray[np.int64]]:
-        flat = np.ascontiguousarray(queries.reshape(len(queries), -1))
-        if keep is None:
-            scores, rows = self._searcher.search(flat, k)
-        else:
-            scores, rows = self.faiss_index.search(flat, k, params=effort(self.faiss_index, 0, _selector(keep)))
+    def _faiss_search(
+        self, queries: Vectors, k: int, keep: Mask | None, value: int = 0
+    ) -> tuple[Vectors, NDArray[np.int64]]:
+        """Scores and rows (B, k) by FAISS, -1 where there are none; ``value``: lists or nodes that it looks at."""
+        index, only = (self._searcher, None) if keep is None else (self.faiss_index, _selector(keep))
+        scores, rows = index.search(queries, k, params=effort(index, value, only))
         return scores, rows
 
     def _shortlist(self, queries: Vectors, k: int, keep: Mask | None) -> NDArray[np.int64]:
         """By the image part alone, more rows than wanted -> (B, M), -1 where there are none."""
-        image, count = np.ascontiguousarray(queries[:, 0]), len(self.rows)
+        image, count = queries[:, 0], len(self.rows)
         there = count if keep is None else int(keep.sum())
         most = min(there, k * self.manifest["refine"])
         # A filter leaves a region's neighbours further apart: it takes as many more lists or nodes to find as many.
         value = self.manifest["effort"] * count // there
         value = max(value, most) if hasattr(self.faiss_index, "hnsw") else value
-        if keep is None:
-            found = self._searcher.search(image, most, params=effort(self._searcher, value))[1]
-        else:
-            found = self.faiss_index.search(image, most, params=effort(self.faiss_index, value, _selector(keep)))[1]
+        found = self._faiss_search(image, most, keep, value)[1]
         short = (found[:, k - 1] < 0).nonzero()[0]
         if len(short):
             found[short] = scan(image[short], self._blocks(keep), most)[1]
-        result: NDArray[np.int64] = found
-        return result
+        return found
 
     def _refine(self, queries: Vectors, rows: NDArray[np.int64], k: int) -> tuple[Vectors, NDArray[np.int64]]:
         """The best k of the rows (B, M) by all three parts -> scores and rows (B, k)."""

@@ -54,12 +54,6 @@ def built_from(folder: Path, made_from: dict[str, Any]) -> dict[str, Any] | None
     return None
 
 
-def no_manifest(folder: Path) -> None:
-    """From here on the folder is no index, until its manifest is written."""
-    with suppress(OSError):  # where this cannot be done, the next file says why
-        (folder / MANIFEST).unlink(missing_ok=True)
-
-
 def write_manifest(folder: Path, facts: dict[str, Any], made_from: dict[str, Any]) -> dict[str, Any]:
     """Write the manifest of an index whose files are all there -> it. Files of another kind of index are removed."""
     names = files_of(facts)

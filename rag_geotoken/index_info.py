@@ -33,15 +33,14 @@ def _recall(manifest: dict[str, Any]) -> str:
     if not manifest.get("queries"):
         return "not measured, too few rows"
     asked = manifest["made_from"].get("plan", {}).get("recall")
-    return f"{manifest['recall@20']:.4f} on {manifest['queries']} photos held out" + (
-        f", {asked:g} was asked for" if asked else ""
-    )
+    wanted = f", {asked:g} was asked for" if asked else ""
+    return f"{manifest['recall@20']:.4f} on {manifest['queries']} photos held out{wanted}"
 
 
 def _effort(manifest: dict[str, Any]) -> str:
-    name = manifest.get("effort_name") or "every code"
-    value = f" {manifest['effort']}" if manifest.get("effort_name") else ""
-    return f"{name}{value}, then {manifest['refine']} times the rows wanted are compared exactly by all three parts"
+    name = manifest.get("effort_name")
+    looked = f"{name} {manifest['effort']}" if name else "every code"
+    return f"{looked}, then {manifest['refine']} times the rows wanted are compared exactly by all three parts"
 
 
 def _left_out(manifest: dict[str, Any]) -> str:

@@ -16,20 +16,11 @@ from numpy.typing import NDArray
 from rag_geotoken import approximate
 from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.errors import GeoError
-from rag_geotoken.exact import scan
-from rag_geotoken.files import file_sha256, read_json, write_whole
+from rag_geotoken.exact import Vectors, scan
+from rag_geotoken.files import file_sha256, read_json, remove, write_whole
 from rag_geotoken.gps_search import cell_vectors
-from rag_geotoken.index import BLOCK, ROW_COLUMNS, Heads, Vectors, unit
-from rag_geotoken.index_files import (
-    CELLS,
-    FORMATS,
-    PROJECTIONS,
-    ROWS,
-    VECTORS,
-    built_from,
-    no_manifest,
-    write_manifest,
-)
+from rag_geotoken.index import BLOCK, ROW_COLUMNS, Heads, Mask, unit
+from rag_geotoken.index_files import CELLS, FORMATS, MANIFEST, PROJECTIONS, ROWS, VECTORS, built_from, write_manifest
 from rag_geotoken.progress import progress_bar
 from rag_geotoken.sources.photos import read_left_out
 from rag_geotoken.tables import read_table, to_numpy, write_table
@@ -38,7 +29,7 @@ from rag_geotoken.thumbnails import write_thumbnails
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Embed = Callable[[NDArray[np.float64]], NDArray[np.float32]]
+Embed = Callable[[NDArray[np.float64]], Vectors]
 EXACT, APPROXIMATE = FORMATS
 K, QUERIES = 20, 500  # recall@20 on so many photos that are held out
 TRUTH = 20  # the true neighbours are the best by all three parts of TRUTH * K by the image part
@@ -65,112 +56,97 @@ class Plan:
 def build_index(
     folder: Path,
     photos_file: Path,
-    embeddings_file: Path,
+    vectors_file: Path,
     encoder: str,
     thumbnails_file: Path | None = None,
     embed: Embed | None = None,
+    plan: Plan | None = None,
+    heads: Heads | None = None,
 ) -> dict[str, Any]:
-    """Write an exact index of the photos that have an embedding and a place -> its manifest.
+    """Write an index of the photos that have a vector and a place -> its manifest.
 
-    The files are stage tables, row for row; thumbnails are kept in the index where they were made. The manifest is
-    written last, so a folder without one is no index; one made from the same tables is left as it is. embed: of places;
-    then the index keeps the embeddings of the cells around its photos. Raises GeoError when no photo can be used.
+    The files are stage tables, row for row; thumbnails are kept in the index where they were made. The vectors are
+    embeddings; or, with a plan and the model's heads, projections, whose image parts are searched approximately and the
+    best compared exactly. embed: of places; then the index keeps the embeddings of the cells around its photos. The
+    manifest is written last, so a folder without one is no index; one made from the same things is left as it is.
+    Raises GeoError when no photo can be used or the factory does not fit.
     """
-    import faiss
-
-    made_from = {"photos": file_sha256(photos_file), "embeddings": file_sha256(embeddings_file), "encoder": encoder}
-    made_from |= _thumbnails_sha256(thumbnails_file) | ({"cells": "1"} if embed else {})
+    begun = time.monotonic()
+    made_from: dict[str, Any] = {"plan": asdict(plan)} if plan else {}
+    made_from |= {"photos": file_sha256(photos_file), "embeddings": file_sha256(vectors_file), "encoder": encoder}
+    made_from |= {"thumbnails": file_sha256(thumbnails_file)} if thumbnails_file else {}
+    made_from |= {"cells": "1"} if embed else {}
     if manifest := built_from(folder, made_from):
         return manifest
-    rows, usable, left_out = _usable(photos_file, embeddings_file)
-    kept = read_table(embeddings_file, ["image", "gps", "text"]).filter(usable)
-    parts = [to_numpy(kept[name]) for name in ("image", "gps", "text")]
-    index = faiss.IndexFlatIP(sum(part.shape[1] for part in parts))
-    index.add(np.concatenate(parts, axis=1))
-    no_manifest(folder)
+    rows, usable, left_out = _usable(photos_file, vectors_file)
+    remove(folder / MANIFEST)  # from here on the folder is no index
+    if plan and heads:
+        index, masks, facts = _approximate(folder, vectors_file, usable, plan, heads)
+    else:
+        index, masks, facts = _exact(vectors_file, usable)
     write_whole(folder / VECTORS, partial(_write_vectors, index))
-    write_table(folder / ROWS, rows.filter(usable))
-    facts = _keep_thumbnails(folder, thumbnails_file, [usable]) | _keep_cells(folder, rows.filter(usable), embed)
-    facts |= {
-        "format": EXACT,
-        "encoder": encoder,
-        "dim": parts[0].shape[1],
-        "parts": ["image", "gps", "text"],
-        "metric": "inner product",
-        "factory": "Flat",
-        "rows": int(usable.sum()),
-        **left_out,
-    }
+    rows = rows.take(np.concatenate([np.flatnonzero(mask) for mask in masks]))
+    write_table(folder / ROWS, rows)
+    facts |= {"encoder": encoder, "metric": "inner product", "rows": len(rows)} | left_out
+    if thumbnails_file:
+        write_thumbnails(folder, thumbnails_file, masks)
+        facts["thumbnails"] = read_json(thumbnails_file.with_suffix(".json"))["recipe"]["size"]
+    if embed:
+        cells = cell_vectors(np.column_stack([rows["lat"].to_numpy(), rows["lon"].to_numpy()]), embed)
+        write_whole(folder / CELLS, lambda beside: np.save(beside, cells, allow_pickle=False))
+        facts["cells"] = len(cells)
+    if plan:
+        facts["memory_bytes"] = (folder / VECTORS).stat().st_size
+        facts["build_seconds"] = round(time.monotonic() - begun, 1)
     return write_manifest(folder, facts, made_from)
 
 
-def build_approximate(
-    folder: Path,
-    photos_file: Path,
-    projections_file: Path,
-    encoder: str,
-    heads: Heads,
-    plan: Plan,
-    thumbnails_file: Path | None = None,
-    embed: Embed | None = None,
-) -> dict[str, Any]:
-    """Write an index that searches the image parts approximately and compares the best exactly -> its manifest.
+def _exact(table: Path, usable: Mask) -> tuple[Any, list[Mask], dict[str, Any]]:
+    """The usable embeddings of a table in one index -> it, masks of its rows, figures."""
+    import faiss
+
+    names = ["image", "gps", "text"]
+    kept = read_table(table, names).filter(usable)
+    parts = [to_numpy(kept[name]) for name in names]
+    index = faiss.IndexFlatIP(sum(part.shape[1] for part in parts))
+    index.add(np.concatenate(parts, axis=1))
+    return index, [usable], {"format": EXACT, "dim": parts[0].shape[1], "parts": names, "factory": "Flat"}
+
+
+def _approximate(
+    folder: Path, table: Path, usable: Mask, plan: Plan, heads: Heads
+) -> tuple[Any, list[Mask], dict[str, Any]]:
+    """Train an index, fill it with the usable projections of a table -> it, masks of its rows one by one, figures.
 
     Never more in memory than the FAISS index, a training sample and a block of rows. Photos drawn by a seed stay out
-    until nprobe or efSearch is chosen by searching for them, and come last in the index. Raises GeoError as
-    :func:`build_index` does, and for a factory that does not fit.
+    until nprobe or efSearch is chosen by searching for them, and come last in the index.
     """
-    begun = time.monotonic()
-    made_from: dict[str, Any] = {"plan": asdict(plan), "encoder": encoder}
-    made_from |= {"photos": file_sha256(photos_file), "embeddings": file_sha256(projections_file)}
-    made_from |= _thumbnails_sha256(thumbnails_file) | ({"cells": "1"} if embed else {})
-    if manifest := built_from(folder, made_from):
-        return manifest
-    rows, usable, left_out = _usable(photos_file, projections_file)
     at = np.flatnonzero(usable)
     held = np.zeros(len(usable), bool)
     held[np.random.default_rng(0).choice(at, min(QUERIES, len(at) // 10), replace=False)] = True
-    order = np.concatenate([np.flatnonzero(usable & ~held), np.flatnonzero(held)])
-    no_manifest(folder)
-    dim = _write_projections(folder / PROJECTIONS, projections_file, usable, held)
-    write_table(folder / ROWS, rows.take(order))
-    factory, first = plan.choose(len(order), dim), int((usable & ~held).sum())
-    if factory == "Flat":
-        raise GeoError("an approximate index needs another factory than Flat: try HNSW32,SQfp16")
-    index, measured = _fill(folder / PROJECTIONS, factory, first, heads, plan.recall)
-    write_whole(folder / VECTORS, partial(_write_vectors, index))
-    facts = _keep_thumbnails(folder, thumbnails_file, [usable & ~held, held])
-    facts |= _keep_cells(folder, rows.take(order), embed) | {
-        "format": APPROXIMATE,
-        "encoder": encoder,
-        "dim": dim,
-        "parts": ["projection"],
-        "metric": "inner product",
-        "factory": factory,
-        "rows": len(order),
-        **left_out,
-        **measured,
-        "memory_bytes": (folder / VECTORS).stat().st_size,
-        "build_seconds": round(time.monotonic() - begun, 1),
-    }
-    return write_manifest(folder, facts, made_from)
-
-
-def _fill(path: Path, factory: str, first: int, heads: Heads, recall: float) -> tuple[Any, dict[str, Any]]:
-    """Train an index and put all projections in; those from row ``first`` on say what it finds -> it, the figures."""
-    count, dim = np.load(path, mmap_mode="r", allow_pickle=False).shape
-    sample = _sample(path, first, approximate.sample_size(factory, first, dim))
+    path, first = folder / PROJECTIONS, len(at) - int(held.sum())
+    dim = _write_projections(path, table, usable, held)
+    factory = plan.factory or approximate.inverted_factory(len(at), dim, plan.memory_gib)
+    drawn = np.random.default_rng(1).choice(first, approximate.sample_size(factory, first, dim), replace=False)
+    sample = unit(_rows(path, np.sort(drawn)))
     begun = time.monotonic()
     index = approximate.train(factory, sample, lambda line: print(f"index: {line}", file=sys.stderr, flush=True))
-    facts = {"trained_on": len(sample), "train_seconds": round(time.monotonic() - begun, 1)}
+    facts = {"format": APPROXIMATE, "dim": dim, "parts": ["projection"], "factory": factory}
+    facts |= {"trained_on": len(sample), "train_seconds": round(time.monotonic() - begun, 1)}
     del sample
-    with progress_bar(count, f"index: {factory}") as advance:
+    with progress_bar(len(at), f"index: {factory}") as advance:
+
+        def add(start: int, stop: int) -> None:
+            for _, block in _blocks(path, start, stop):
+                index.add(block)
+                advance(len(block))
+
         begun = time.monotonic()
-        approximate.add(index, _blocks(path, 0, first), advance)
+        add(0, first)
         facts["add_seconds"] = round(time.monotonic() - begun, 1)
-        facts |= _measure(index, path, first, heads, recall)
-        approximate.add(index, _blocks(path, first, count), advance)
-    return index, facts
+        facts |= _measure(index, path, first, heads, plan.recall)
+        add(first, len(at))
+    return index, [usable & ~held, held], facts
 
 
 def _measure(index: Any, path: Path, first: int, heads: Heads, recall: float) -> dict[str, Any]:
@@ -183,15 +159,15 @@ def _measure(index: Any, path: Path, first: int, heads: Heads, recall: float) ->
     if not len(queries):
         return {"effort_name": approximate.effort_name(index), "effort": 64, "refine": 5, "queries": 0}
     image, k = unit(queries), min(K, first)
-    many = scan(image, _numbered(path, first), min(first, TRUTH * k))[1]
+    many = scan(image, _blocks(path, 0, first), min(first, TRUTH * k))[1]
     photo = heads(queries.astype(np.float32)) * np.asarray(Tuning().search_weights, np.float32)[:, None]
     truth = np.empty((len(queries), k), np.int64)
     for i, rows in enumerate(many):  # a few hundred photos, whose candidates would be too many at once
         scores = np.einsum("pd,mpd->m", photo[i], heads(_rows(path, rows).astype(np.float32)))
         truth[i] = rows[np.argsort(-scores, kind="stable")[:k]]
     # Half of what may be missed is left to the approximate search.
-    enough = [r for r in REFINE if approximate.recall_at(many[:, : r * k], truth) >= (1 + recall) / 2]
-    refine = enough[0] if enough else REFINE[-1]
+    enough = (r for r in REFINE if approximate.recall_at(many[:, : r * k], truth) >= (1 + recall) / 2)
+    refine = next(enough, REFINE[-1])
     effort, reached = approximate.tune(index, image, truth, min(first, refine * k), recall)
     if reached < recall:
         print(f"index: finds {reached:.4f} of the true neighbours, less than asked: try SQfp16", file=sys.stderr)
@@ -199,15 +175,13 @@ def _measure(index: Any, path: Path, first: int, heads: Heads, recall: float) ->
     return measured | {"recall@20": round(reached, 4), "queries": len(queries)}
 
 
-def _usable(photos_file: Path, embeddings_file: Path) -> tuple[pa.Table, NDArray[np.bool_], dict[str, Any]]:
+def _usable(photos_file: Path, vectors_file: Path) -> tuple[pa.Table, Mask, dict[str, Any]]:
     """All photos with the columns of an index, which have a picture and a place, and why others do not. GeoError."""
-    import pyarrow.compute as pc
-
-    photos, embeddings = read_table(photos_file), read_table(embeddings_file, ["id", "digest", "error"])
-    if not photos["id"].equals(embeddings["id"]):
-        raise GeoError(f"{embeddings_file.name} is not of the photos in {photos_file.name}: run encode again")
-    seen = pc.is_null(embeddings["error"]).to_numpy(zero_copy_only=False)
-    usable = seen & pc.is_valid(photos["lat"]).to_numpy(zero_copy_only=False)
+    photos, embedded = read_table(photos_file), read_table(vectors_file, ["id", "digest", "error"])
+    if not photos["id"].equals(embedded["id"]):
+        raise GeoError(f"{vectors_file.name} is not of the photos in {photos_file.name}: run encode again")
+    seen = embedded["error"].is_null().to_numpy()
+    usable = seen & photos["lat"].is_valid().to_numpy()
     if not usable.any():
         raise GeoError("no photo has both a readable picture and coordinates: nothing to index")
     why = {"without a readable picture": int((~seen).sum()), "without coordinates": int((seen & ~usable).sum())}
@@ -217,10 +191,10 @@ def _usable(photos_file: Path, embeddings_file: Path) -> tuple[pa.Table, NDArray
         # What became no photo at all: not among the number above.
         "source_left_out": {reason: entry["photos"] for reason, entry in read_left_out(photos).reasons.items()},
     }
-    return photos.append_column("digest", embeddings["digest"]).select(ROW_COLUMNS), usable, left_out
+    return photos.append_column("digest", embedded["digest"]).select(ROW_COLUMNS), usable, left_out
 
 
-def _write_projections(path: Path, table: Path, usable: NDArray[np.bool_], held: NDArray[np.bool_]) -> int:
+def _write_projections(path: Path, table: Path, usable: Mask, held: Mask) -> int:
     """The usable rows of a projections table as one array (rows, dim) float16, those held out last -> dim."""
     import pyarrow.parquet as pq
 
@@ -247,51 +221,16 @@ def _write_projections(path: Path, table: Path, usable: NDArray[np.bool_], held:
     return dim
 
 
-def _sample(path: Path, first: int, count: int) -> Vectors:
-    rows = np.sort(np.random.default_rng(1).choice(first, min(count, first), replace=False))
-    return unit(_rows(path, rows))
-
-
-def _blocks(path: Path, first: int, last: int) -> Iterator[Vectors]:
+def _blocks(path: Path, first: int, last: int) -> Iterator[tuple[NDArray[np.int64], Vectors]]:
+    """Numbers (B,) and image parts (B, dim) of the rows from ``first`` up to ``last``."""
     for start in range(first, last, BLOCK):
-        yield unit(_rows(path, slice(start, min(start + BLOCK, last))))
+        stop = min(start + BLOCK, last)
+        yield np.arange(start, stop), unit(_rows(path, slice(start, stop)))
 
 
 def _rows(path: Path, rows: slice | NDArray[np.int64]) -> NDArray[np.float16]:
     """Projections of some rows; the file is mapped anew each time, or all that was ever read would stay in memory."""
-    read: NDArray[np.float16] = np.array(np.load(path, mmap_mode="r", allow_pickle=False)[rows])
-    return read
-
-
-def _numbered(path: Path, last: int) -> Iterator[tuple[NDArray[np.int64], Vectors]]:
-    for i, block in enumerate(_blocks(path, 0, last)):
-        yield np.arange(i * BLOCK, i * BLOCK + len(block)), block
-
-
-def _thumbnails_sha256(table: Path | None) -> dict[str, str]:
-    return {} if table is None else {"thumbnails": file_sha256(table)}
-
-
-def _keep_thumbnails(folder: Path, table: Path | None, orders: list[NDArray[np.bool_]]) -> dict[str, Any]:
-    """Write the thumbnails of a stage table, if any -> what the manifest says of them."""
-    if table is None:
-        return {}
-    write_thumbnails(folder, table, orders)
-    return {"thumbnails": read_json(table.with_suffix(".json"))["recipe"]["size"]}
-
-
-def _keep_cells(folder: Path, rows: pa.Table, embed: Embed | None) -> dict[str, Any]:
-    """Write the embeddings of the cells around the gallery, if asked -> what the manifest says of them."""
-    if embed is None:
-        return {}
-    vectors = cell_vectors(np.column_stack([rows["lat"].to_numpy(), rows["lon"].to_numpy()]), embed)
-
-    def write(beside: Path) -> None:
-        with beside.open("wb") as file:
-            np.save(file, vectors, allow_pickle=False)
-
-    write_whole(folder / CELLS, write)
-    return {"cells": len(vectors)}
+    return np.array(np.load(path, mmap_mode="r", allow_pickle=False)[rows], np.float16)
 
 
 def _write_vectors(index: Any, path: Path) -> None:

@@ -19,7 +19,7 @@ from rag_geotoken.approximate import GIB, choose_factory, inverted_lists, recall
 from rag_geotoken.exact import scan
 from rag_geotoken.geo import to_unit
 from rag_geotoken.index import GeoIndex
-from rag_geotoken.indexing import Plan
+from rag_geotoken.indexing import Plan, build_index
 from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.run.build_index import make_index
 from rag_geotoken.tables import read_table, to_numpy
@@ -181,6 +181,13 @@ def test_building_again_does_nothing_and_another_plan_does(copy: Path, alignment
     assert make_index(copy, SOURCE, alignment)["format"] == "rag-geotoken-index/1"
     assert not (copy / "projections.npy").exists()
     GeoIndex.load(copy)
+
+
+def test_few_photos_left_of_many_are_searched_approximately_too(copy: Path, alignment: GeoAlignment) -> None:
+    """The plan was made for all of a source; so few are enough for an exact index, of which there are no tables."""
+    tables = copy / "stages" / "photos.parquet", copy / "stages" / "projections.parquet"
+    manifest = build_index(copy, *tables, alignment.identity, plan=Plan(), heads=alignment.heads)
+    assert manifest["factory"] == "IVF128,SQfp16" and manifest["recall@20"] >= 0.9
 
 
 @pytest.mark.parametrize("name", ["projections.npy", "cells.npy"])

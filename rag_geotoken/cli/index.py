@@ -42,9 +42,8 @@ def index_build(
     from rag_geotoken.weights import EARTH
 
     source = limited(index_source(source), limit)
-    folder = weights or EARTH
-    plan = Plan(factory, memory_gib, recall)
-    manifest = make_index(out, source, GeoAlignment.from_pretrained(folder, backbone), plan, thumbnails)
+    alignment, plan = GeoAlignment.from_pretrained(weights or EARTH, backbone), Plan(factory, memory_gib, recall)
+    manifest = make_index(out, source, alignment, plan, thumbnails)
     typer.echo(f"{manifest['rows']} photos indexed in {out}, {manifest['left_out']} left out")
 
 

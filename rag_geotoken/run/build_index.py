@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,11 @@ from rag_geotoken.errors import GeoError
 from rag_geotoken.files import check_writable, read_json
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.index_files import MANIFEST
-from rag_geotoken.indexing import Plan, build_approximate, build_index
+from rag_geotoken.indexing import Plan, build_index
 from rag_geotoken.options import Options
 from rag_geotoken.run.resumable import run_stage, stage
 from rag_geotoken.run.road import road
-from rag_geotoken.run.stages import digests as digests_of
-from rag_geotoken.run.stages import embed_pictures
+from rag_geotoken.run.stages import digests, embed_pictures
 from rag_geotoken.run.walk import write_photos
 from rag_geotoken.sources.photos import SCHEMA
 from rag_geotoken.tables import fixed_list, read_table
@@ -39,25 +39,22 @@ def make_index(
     tables, plan = folder / "stages", plan or Plan()
     photos = write_photos(tables, source)
     small = _thumbnails(tables, thumbnails) if thumbnails else None
-    if plan.choose(len(read_table(photos, ["id"])), alignment.config.dim) == "Flat":
-        return build_index(
-            folder, photos, _embeddings(tables, alignment), alignment.identity, small, alignment.embed_places
-        )
-    projections = project(tables, alignment)
-    return build_approximate(
-        folder, photos, projections, alignment.identity, alignment.heads, plan, small, alignment.embed_places
-    )
+    exact = plan.choose(len(read_table(photos, ["id"])), alignment.config.dim) == "Flat"
+    vectors = _embeddings(tables, alignment) if exact else project(tables, alignment)
+    made_from = folder, photos, vectors, alignment.identity, small, alignment.embed_places
+    return build_index(*made_from) if exact else build_index(*made_from, plan, alignment.heads)
+
+
+def _stage(folder: Path, name: str, recipe: dict[str, Any], work: Callable[[Photos], pa.Table]) -> Path:
+    """A stage that reads photos alone, a block of which its work gets; see :func:`.run_stage`."""
+    photos = Photos.from_table(read_table(folder / "photos.parquet"))
+    return run_stage(folder, name, recipe, ["photos"], photos.ids, lambda at: work(photos[at]), many=True)
 
 
 def _embeddings(folder: Path, alignment: GeoAlignment) -> Path:
     """Photos -> embeddings, as the road has them."""
-    photos = Photos.from_table(read_table(folder / "photos.parquet"))
-
-    def work(at: slice) -> pa.Table:
-        return embed_pictures(alignment, photos.images[at]).to_table(photos.ids[at])
-
     recipe = {"encoder": alignment.identity, "version": road(Options())[0].version}
-    return run_stage(folder, "embeddings", recipe, ["photos"], photos.ids, work, many=True)
+    return _stage(folder, "embeddings", recipe, lambda some: embed_pictures(alignment, some.images).to_table(some.ids))
 
 
 def project(folder: Path, alignment: GeoAlignment) -> Path:
@@ -65,41 +62,38 @@ def project(folder: Path, alignment: GeoAlignment) -> Path:
 
     Columns id, projection (dim), digest, error: a sixth of the bytes of embeddings.
     """
-    photos = Photos.from_table(read_table(folder / "photos.parquet"))
 
-    def work(at: slice) -> pa.Table:
-        pixels, errors = alignment.load(photos.images[at])
+    def work(photos: Photos) -> pa.Table:
+        pixels, errors = alignment.load(photos.images)
         vectors = alignment.project(pixels).astype(np.float16)
         vectors[[error is not None for error in errors]] = 0.0
-        more = {"digest": digests_of(pixels), "error": pa.array(errors, pa.string())}
-        return pa.table({"id": pa.array(photos.ids[at], pa.string()), "projection": fixed_list(vectors)} | more)
+        columns = {"id": pa.array(photos.ids, pa.string()), "projection": fixed_list(vectors)}
+        return pa.table(columns | {"digest": digests(pixels), "error": pa.array(errors, pa.string())})
 
-    recipe = {"encoder": alignment.encoder_identity}
-    return run_stage(folder, "projections", recipe, ["photos"], photos.ids, work, many=True)
+    return _stage(folder, "projections", {"encoder": alignment.encoder_identity}, work)
 
 
 def _thumbnails(folder: Path, size: int) -> Path:
     """Photos -> thumbnails: id and the picture as WebP, its longer side at most ``size`` px; empty where unreadable."""
-    photos = Photos.from_table(read_table(folder / "photos.parquet"))
 
-    def work(at: slice) -> pa.Table:
-        made = make_thumbnails(photos.images[at], size)
-        return pa.table({"id": pa.array(photos.ids[at], pa.string()), "picture": pa.array(made, pa.binary())})
+    def work(photos: Photos) -> pa.Table:
+        made = make_thumbnails(photos.images, size)
+        return pa.table({"id": pa.array(photos.ids, pa.string()), "picture": pa.array(made, pa.binary())})
 
-    return run_stage(folder, "thumbnails", {"size": size, "quality": QUALITY}, ["photos"], photos.ids, work, many=True)
+    return _stage(folder, "thumbnails", {"size": size, "quality": QUALITY}, work)
 
 
 def gallery_tables(folder: Path, index: GeoIndex) -> None:
     """An index's own photos as the tables photos and embeddings of a run."""
-    rows = index.rows.select(SCHEMA.names)
-    stage(folder, "photos", {"gallery": index.identity}, [], ["all"], lambda _: rows)
-    ids, digests = rows["id"].to_pylist(), index.rows["digest"].to_pylist()
+    recipe, rows = {"gallery": index.identity}, index.rows.select(SCHEMA.names)
+    stage(folder, "photos", recipe, [], ["all"], lambda _: rows)
+    ids, names = rows["id"].to_pylist(), index.rows["digest"].to_pylist()
 
     def work(at: slice) -> pa.Table:
-        vectors, names = index.vectors(np.arange(at.start, at.stop)), digests[at]
-        return Embeddings(vectors, names, [None] * len(names)).to_table(ids[at])
+        vectors = index.vectors(np.arange(at.start, at.stop))
+        return Embeddings(vectors, names[at], [None] * len(vectors)).to_table(ids[at])
 
-    run_stage(folder, "embeddings", {"gallery": index.identity}, ["photos"], ids, work, many=True)
+    run_stage(folder, "embeddings", recipe, ["photos"], ids, work, many=True)
 
 
 def index_for_training(folder: Path, source: str, alignment: GeoAlignment) -> Path:
