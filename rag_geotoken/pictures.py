@@ -32,7 +32,7 @@ Picture = str | bytes | NDArray[np.uint8] | Image.Image
 # torchvision has it; all of it, out of shape.
 Fit = Literal["crop", "crop-even", "squash"]
 Interpolation = Literal["bicubic", "bilinear"]
-NEEDLE = 16  # times as long as wide: of a longer picture only the middle is resized
+NEEDLE = 16  # times as long as wide
 THREADS = min(4, os.cpu_count() or 1)  # a picture at the cap takes 400 MB while it is decoded
 
 # EXIF orientation -> what brings the picture upright (CIPA DC-008, tag 0x0112).
@@ -116,6 +116,15 @@ def upright(image: Image.Image) -> Image.Image:
     orientation = _orientation(image)
     picture = _rgb(image)
     return picture.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else picture
+
+
+def middle(image: Image.Image) -> Image.Image:
+    """The picture, or the middle of one over 16 times as long as wide: enlarged by the short side it would be huge."""
+    cut = (max(image.size) - NEEDLE * min(image.size)) // 2
+    if cut <= 0:
+        return image
+    left, top = (cut, 0) if image.width > image.height else (0, cut)
+    return image.crop((left, top, image.width - left, image.height - top))
 
 
 def list_pictures(path: Path | str) -> list[str]:
@@ -239,12 +248,8 @@ def _check_file(path: Path | str) -> None:
 def _square(image: Image.Image, size: int, fit: Fit, resampling: Image.Resampling) -> NDArray[np.uint8]:
     """The shorter side to ``size`` pixels, the longer one to a whole number, then the middle; or both sides to it."""
     orientation = _orientation(image)
-    short, long = min(image.size), max(image.size)
-    if long > NEEDLE * short and fit != "squash":  # so that a picture of 1 x 100,000 stays small
-        cut = (long - NEEDLE * short) // 2
-        left, top = (cut, 0) if image.width == long else (0, cut)
-        image = image.crop((left, top, image.width - left, image.height - top))
-    picture = _rgb(image)
+    picture = _rgb(image if fit == "squash" else middle(image))
+    short = min(picture.size)
     width, height = (size if fit == "squash" else size * side // short for side in picture.size)
     picture = picture.resize((width, height), resampling)
     if orientation in UPRIGHT:

@@ -7,7 +7,7 @@ from io import BytesIO
 
 from PIL import Image
 
-from rag_geotoken.pictures import NEEDLE, Picture, draw, read_pictures, upright
+from rag_geotoken.pictures import Picture, draw, middle, read_pictures, upright
 
 SIZE = 512  # px of the longer side
 BYTES = 200_000
@@ -23,13 +23,8 @@ def encode_picture(picture: Image.Image, size: int = SIZE, limit: int = BYTES) -
         size: The longest that its longer side may be, in pixels.
         limit: Bytes. JPEG's quality is lowered, then the picture is halved, until it fits.
     """
-    picture = _pixels(picture)
-    longer, shorter = max(picture.size), min(picture.size)
-    if longer > NEEDLE * shorter:  # many a model's own processor enlarges by the shorter side
-        cut = (longer - NEEDLE * shorter) // 2
-        left, top = (cut, 0) if picture.width == longer else (0, cut)
-        picture = picture.crop((left, top, picture.width - left, picture.height - top))
-        longer = max(picture.size)
+    picture = middle(_pixels(picture))  # many a model's own processor enlarges by the shorter side
+    longer = max(picture.size)
     if longer > size:
         width, height = (max(1, round(side * size / longer)) for side in picture.size)
         picture = picture.resize((width, height), Image.Resampling.BICUBIC)

@@ -44,8 +44,7 @@ def read_source(source: str) -> pa.Table:
     Behind a source stands ``,limit=N`` for the first N photos and ``,limit=N,seed=S`` for N random ones. What was left
     out is in the schema's metadata: `photos.read_left_out`. Raises GeoError for another scheme or what the source says.
     """
-    table: pa.Table = _module(source).read(source.partition(":")[2])
-    return table
+    return _module(source).read(source.partition(":")[2])
 
 
 def check_use(source: str, use: str) -> None:

@@ -20,8 +20,8 @@ BLOCK_BYTES = 8 << 20
 NUMBER = r"^[+-]?(\d{1,15}\.?\d{0,20}|\.\d{1,20})([eE][+-]?\d{1,3})?$"
 
 
-def read_csv(path: Path, needed: Sequence[str], optional: Sequence[str] = ()) -> tuple[pa.Table, int]:
-    """Read some columns of a CSV file as text, null where empty or "nan" -> the table, and how many lines are broken.
+def read_csv(path: Path, left_out: LeftOut, needed: Sequence[str], optional: Sequence[str] = ()) -> pa.Table:
+    """Read some columns of a CSV file as text, null where empty or "nan". Broken lines are left out.
 
     An optional column that the file lacks is null throughout. Raises GeoError for a file that is missing, is not UTF-8
     or lacks a needed column.
@@ -32,11 +32,10 @@ def read_csv(path: Path, needed: Sequence[str], optional: Sequence[str] = ()) ->
     missing = [name for name in needed if name not in header]
     if missing:
         raise GeoError(f"{path} has no column {', '.join(missing)}: its first line must name {', '.join(needed)}")
-    columns, broken = [*needed, *(name for name in optional if name in header)], 0
+    columns = [*needed, *(name for name in optional if name in header)]
 
     def skip(row: Any) -> str:
-        nonlocal broken
-        broken += 1
+        left_out.add("in broken lines", 1)
         return "skip"
 
     try:
@@ -53,7 +52,7 @@ def read_csv(path: Path, needed: Sequence[str], optional: Sequence[str] = ()) ->
         raise GeoError(f"{path} is not a CSV file in UTF-8: {str(error).splitlines()[0]}") from None
     texts = {name: clean(table[name]) for name in columns}
     texts |= {name: pa.chunked_array([pa.nulls(len(table), pa.string())]) for name in optional if name not in texts}
-    return pa.table(texts), broken
+    return pa.table(texts)
 
 
 def _header(path: Path) -> list[str]:
@@ -88,8 +87,7 @@ def photo_rows(path: Path, left_out: LeftOut, needed: Sequence[str] = (), option
     The id is IMG_ID with ``_`` for ``/``, as the pictures are named. What is not usable is counted: broken lines, rows
     without id, without a value in a needed column, without coordinates on Earth, and ids that were there before.
     """
-    table, broken = read_csv(path, ("IMG_ID", "LAT", "LON", *needed), optional)
-    left_out.add("in broken lines", broken)
+    table = read_csv(path, left_out, ("IMG_ID", "LAT", "LON", *needed), optional)
     columns = {"id": pc.replace_substring(table["IMG_ID"], "/", "_")}
     columns |= {"lat": degrees(table["LAT"], 90.0), "lon": degrees(table["LON"], 180.0)}
     columns |= {name: table[name] for name in (*needed, *optional)}

@@ -74,11 +74,10 @@ class LeftOut:
     remarks: list[str] = field(default_factory=list)
 
     def add(self, reason: str, count: int, ids: Sequence[str | None] = ()) -> None:
-        """Count photos that were left out for a reason; none count for nothing."""
-        if count:
-            entry = self.reasons.setdefault(reason, {"photos": 0, "first": []})
-            entry["photos"] += count
-            entry["first"] += list(ids)[: SHOWN - len(entry["first"])]
+        """Count photos that were left out for a reason."""
+        entry = self.reasons.setdefault(reason, {"photos": 0, "first": []})
+        entry["photos"] += count
+        entry["first"] += list(ids)[: SHOWN - len(entry["first"])]
 
     def drop(self, table: pa.Table, bad: NDArray[np.bool_] | pa.ChunkedArray, reason: str) -> pa.Table:
         """The table (with a column ``id``) without its bad rows (N,), which are counted."""
