@@ -41,7 +41,13 @@ def folder(run_folder: Path, geolocator: Geolocator, tmp_path_factory: pytest.Te
     folder = Path(shutil.copytree(run_folder, tmp_path_factory.mktemp("every") / "run"))
     run = RunFolder(folder, geolocator)
     run.walk(EVERY)
-    made = {"pool", "verdicts-alignment", "verdicts-look", "verdicts-reward", "predictions-alignment+look+reward+visual"}
+    made = {
+        "pool",
+        "verdicts-alignment",
+        "verdicts-look",
+        "verdicts-reward",
+        "predictions-alignment+look+reward+visual",
+    }
     assert set(run.seconds) - set(run.reused) == made  # that run's pool by this name has no moved places
     return folder
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rag_geotoken.errors import GeoError
 from rag_geotoken.pictures import list_pictures
 from rag_geotoken.sources import limited, read_source, source_module
-from rag_geotoken.sources.photos import read_left_out
+from rag_geotoken.sources.photos import SCHEMA, read_left_out
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -41,9 +41,7 @@ def read_photos(photos: list[str], limit: int | None = None) -> pa.Table:
         except UnicodeEncodeError:
             raise GeoError(f"the file name {path!r} is not UTF-8: rename the file") from None
     if unique:
-        kinds = {"lat": pa.float64(), "lon": pa.float64(), "place": pa.string(), "author": pa.string()}
-        unknown = {name: pa.nulls(len(unique), kind) for name, kind in kinds.items()}
-        tables.append(pa.table({"id": unique, "image": unique} | unknown))
+        tables.append(pa.Table.from_pylist([{"id": path, "image": path} for path in unique], SCHEMA))
     return pa.concat_tables(tables).slice(0, limit)
 
 
