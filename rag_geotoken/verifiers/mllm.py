@@ -15,7 +15,7 @@ from rag_geotoken.errors import GeoError
 from rag_geotoken.mllm.pictures import encode_pictures
 from rag_geotoken.options import verified_by
 from rag_geotoken.types import Embeddings, MllmVerdict, Pool, Predictions, Tables
-from rag_geotoken.verifiers import questions
+from rag_geotoken.verifiers import Verifier, questions
 from rag_geotoken.verifiers.router import route
 from rag_geotoken.verifiers.shortlist import (
     Evidence,
@@ -34,39 +34,32 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 
 
-class Mllm:
-    """Log-probabilities of the places by what a multimodal model answers, or places of its own.
+def log_probs(models: Models, options: Options, tables: Tables, pool: Pool) -> MllmVerdict:
+    """Log-probabilities (B, C) of the places by what a multimodal model answers, or places of its own.
 
     ``mllm_mode``: pool asks which of the candidates it is; free for any place, the candidates as hints; zero-shot for
     any place; diversify adds the answers to G3's prompts to the pool, and then asks which of the candidates it is.
     """
-
-    reads, models, tuning, version, kind = (
-        ("embeddings", "neighbours"),
-        ("mllm", "encoder", "index"),
-        ("alignment_scale", "search_weights"),
-        1,
-        MllmVerdict,
-    )
-
-    def scores(self, models: Models, options: Options, tables: Tables, pool: Pool) -> MllmVerdict:
-        """(B, C) log-probabilities of a shortlist's places, spread over the entries that they stand for."""
-        pictures = _pictures(options, tables)
-        if options.mllm_mode == "zero-shot":
-            prompts = [[questions.zero_shot_request(picture)] for picture in pictures]
-            return questions.ask_place(prompts, models.session.ask, 1, pool.mask)
-        chosen = shortlist(pool)
-        shown, near = _shown(models, options, tables, pool, chosen)
-        if options.mllm_mode == "free":
-            prompts = [
-                [questions.free_request(picture, places, seen)]
-                for picture, places, seen in zip(pictures, shown, near, strict=True)
-            ]
-            return questions.ask_place(prompts, models.session.ask, 1, pool.mask)
-        return questions.ask_pool(pictures, chosen, shown, models.session.ask, near, pool.mask)
+    pictures = _pictures(options, tables)
+    if options.mllm_mode == "zero-shot":
+        prompts = [[questions.zero_shot_request(picture)] for picture in pictures]
+        return questions.ask_place(prompts, models.session.ask, 1, pool.mask)
+    chosen = shortlist(pool)
+    shown, near = _shown(models, options, tables, pool, chosen)
+    if options.mllm_mode == "free":
+        asked = zip(pictures, shown, near, strict=True)
+        prompts = [[questions.free_request(picture, places, seen)] for picture, places, seen in asked]
+        return questions.ask_place(prompts, models.session.ask, 1, pool.mask)
+    return questions.ask_pool(pictures, chosen, shown, models.session.ask, near, pool.mask)
 
 
-VERIFIER = Mllm()
+VERIFIER = Verifier(
+    log_probs,
+    MllmVerdict,
+    reads=("embeddings", "neighbours"),
+    models=("mllm", "encoder", "index"),
+    tuning=("alignment_scale", "search_weights"),
+)
 
 
 def diverse_places(models: Models, options: Options, tables: Tables) -> MllmVerdict:
