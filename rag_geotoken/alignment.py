@@ -27,7 +27,6 @@ from rag_geotoken.dense import in_blocks
 from rag_geotoken.encoders import Backbone, load_backbone
 from rag_geotoken.encoders.clip import CLIP_LARGE
 from rag_geotoken.encoders.earth import EarthEncoder
-from rag_geotoken.errors import GeoError
 from rag_geotoken.files import file_sha256
 from rag_geotoken.location import HarmonicEncoder, LocationConfig, UnitVectorEncoder, embed_places, mlp
 from rag_geotoken.location import LocationEncoder as LocationEncoder
@@ -130,11 +129,7 @@ class GeoAlignment(Pretrained):
     def backbone(self) -> Backbone:
         """The frozen backbone. Raises GeoError when it is not there or does not fit."""
         found = load_backbone(self.backbone_name or self.config.backbone)
-        if found.dim != self.config.dim:
-            raise GeoError(
-                f"the backbone {found.folder} gives {found.dim} numbers a picture, and the alignment was trained on "
-                f"the {self.config.dim} of {self.config.backbone}: name that backbone"
-            )
+        found.check_dim(self.config.dim, self.config.backbone, "the alignment")
         return found
 
     @cached_property

@@ -123,15 +123,12 @@ def read_places_csv(path: Path) -> NDArray[np.float64]:
     """A CSV with columns LAT and LON -> (N, 2) degrees. Raises GeoError for another file or a wrong place."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            if not {"LAT", "LON"} <= set(reader.fieldnames or []):
-                raise GeoError(f"{path} has no columns LAT and LON: give the gallery of the package geoclip")
-            places = np.array([(float(row["LAT"]), float(row["LON"])) for row in reader]).reshape(-1, 2)
+            places = np.array([(float(row["LAT"]), float(row["LON"])) for row in csv.DictReader(file)]).reshape(-1, 2)
     except OSError as error:
         raise GeoError(f"cannot read {path}: {(error.strerror or type(error).__name__).lower()}") from None
+    except KeyError:
+        raise GeoError(f"{path} has no columns LAT and LON: give the gallery of the package geoclip") from None
     except (csv.Error, TypeError, ValueError) as error:
-        if isinstance(error, GeoError):
-            raise
         raise GeoError(f"{path} is no list of places ({error}): give the gallery of the package geoclip") from None
     if not len(places):
         raise GeoError(f"{path} holds no place: give the gallery of the package geoclip")

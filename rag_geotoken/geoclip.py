@@ -53,11 +53,7 @@ class GeoCLIP:
 
     def __init__(self, backbone: Backbone, head: GeoCLIPHead, gallery: Gallery) -> None:
         sizes = head.config
-        if backbone.dim != sizes.features:
-            raise GeoError(
-                f"the backbone {backbone.folder} gives {backbone.dim} numbers a picture, and the head was trained on "
-                f"the {sizes.features} of {sizes.backbone}: name that backbone"
-            )
+        backbone.check_dim(sizes.features, sizes.backbone, "the head")
         if gallery.vectors.shape[1] != sizes.dim:
             raise GeoError(
                 f"a gallery of {gallery.vectors.shape[1]} numbers a place, a head of {sizes.dim}: convert again"

@@ -34,11 +34,9 @@ TOKENIZER_SETTINGS = {"clean", "strip_sep_token", "language"}
 class OpenClipEncoder(Backbone):
     """A frozen model of open_clip (Cherti et al., CVPR 2023), read when first needed, its tokenizer when texts are."""
 
-    def __init__(self, folder: Path, model: str | None = None, tag: str | None = None) -> None:
-        """A folder's own model, or open_clip's ``model`` with the weights of ``tag`` that lie in the folder."""
-        self._open_clip = _open_clip()
-        self.folder, self.name = folder, model or f"{LOCAL}{folder}"
-        self.model, preprocess = _built_in(self._open_clip, model, tag) if model and tag else _told(folder)
+    def __init__(self, folder: Path, name: str, model: dict[str, Any], preprocess: dict[str, Any]) -> None:
+        """The model that open_clip makes under a name, its weights in a folder, its settings and its pictures'."""
+        self.folder, self.name, self.model = folder, name, model
         self.weights, path = [_weights(folder)], folder / CONFIG
         self.dim, self.size = _sizes(self.model, path)
         mean, std = ([v] * 3 if isinstance(v, float | int) else v for v in map(preprocess.get, ("mean", "std")))
@@ -61,16 +59,16 @@ class OpenClipEncoder(Backbone):
         or cannot be used.
         """
         open_clip, name = _open_clip(), str(name)
-        if name.startswith(HUB):
-            return cls(_fetch(name.removeprefix(HUB)))
-        folder = Path(name.removeprefix(LOCAL))
+        folder = _fetch(name.removeprefix(HUB)) if name.startswith(HUB) else Path(name.removeprefix(LOCAL))
         if folder.is_dir():
-            return cls(folder)
+            return cls(folder, f"{LOCAL}{folder}", *_told(folder))
         model, _, tag = name.rpartition("/")
         told = open_clip.get_pretrained_cfg(model, tag)
         if told:
+            # The tag knows the activation that its weights were trained with.
+            settings = open_clip.get_model_config(model) | ({"quick_gelu": True} if told.get("quick_gelu") else {})
             # OWNER/NAME/FILE, where FILE may be empty
-            return cls(_fetch(told["hf_hub"].rpartition("/")[0]), model, tag)
+            return cls(_fetch(told["hf_hub"].rpartition("/")[0]), model, settings, told)
         if model in open_clip.list_models():
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
             raise GeoError(f"open_clip has no weights {tag!r} of {model}: it has {tags}")
@@ -107,7 +105,7 @@ class OpenClipEncoder(Backbone):
         weights = None if self.name.startswith(LOCAL) else str(self.weights[0])  # of a folder it takes WEIGHTS itself
         try:
             with _quiet():
-                model = self._open_clip.create_model(
+                model = _open_clip().create_model(
                     self.name,
                     pretrained=weights,
                     require_pretrained=True,
@@ -185,15 +183,6 @@ def _told(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise GeoError(f"{folder / CONFIG} describes no open_clip model: get the file again")
     assert isinstance(model, dict)
     return model, preprocess
-
-
-def _built_in(open_clip: Any, model: str, tag: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings of a model that open_clip knows; the tag knows the activation that its weights were trained with."""
-    told = open_clip.get_pretrained_cfg(model, tag)
-    settings: dict[str, Any] = open_clip.get_model_config(model)
-    if told.get("quick_gelu"):
-        settings["quick_gelu"] = True
-    return settings, told
 
 
 def _sizes(model: dict[str, Any], path: Path) -> tuple[int, int]:

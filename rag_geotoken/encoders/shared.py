@@ -59,6 +59,14 @@ class Backbone:
         statistics = {"mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}
         return {"weights": [file_sha256(path) for path in self.weights], "size": self.size, **statistics}
 
+    def check_dim(self, dim: int, name: str, what: str) -> None:
+        """Raises GeoError unless there are ``dim`` numbers, as of the model ``name``, which ``what`` was trained on."""
+        if self.dim != dim:
+            raise GeoError(
+                f"the backbone {self.folder} gives {self.dim} numbers a picture, and {what} was trained on "
+                f"the {dim} of {name}: name that backbone"
+            )
+
     @torch.inference_mode()
     def _in_batches(self, embed: Callable[[Any], Tensor], items: Any, batch: int) -> Tensor:
         blocks = [embed(items[i : i + batch]).float().cpu() for i in range(0, len(items), batch)]
