@@ -15,7 +15,7 @@ from typing import Any
 from rag_geotoken.errors import GeoError
 
 
-def write_whole(path: Path | str, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path | str, write: Callable[[Path], object]) -> None:
     """Calls `write` with a hidden sibling of `path`, then puts that file in the place of `path` in one step.
 
     Missing folders are made. Whatever goes wrong, `path` stays as it was and the sibling is removed.
