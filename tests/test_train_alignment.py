@@ -19,7 +19,9 @@ from rag_geotoken.geo import haversine_km
 from rag_geotoken.sources import blue_marble
 from rag_geotoken.sources.blue_marble import cut, draw_views, is_unseen
 from rag_geotoken.training import run
-from rag_geotoken.training.alignment import _Losses, nearby_places, train_alignment
+from rag_geotoken.training.alignment import nearby_places, train_alignment
+from rag_geotoken.training.contrast import Losses
+from rag_geotoken.training.processes import make_accelerator
 
 Floats = NDArray[np.float64]
 SOURCE = "blue-marble:train"
@@ -36,8 +38,9 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Floats]:
 def test_training_is_seeded_and_sees_no_cell_kept_for_unseen(drawn: list[Floats], tmp_path: Path) -> None:
     def train(seed: int) -> dict[str, Tensor]:
         out = tmp_path / str(len(drawn))
-        model = train_alignment(out, "", source=SOURCE, steps=2, batch=6, rate=1e-3, seed=seed, log=quiet)
-        assert not model.training and all(torch.isfinite(value).all() for value in model.state_dict().values())
+        train_alignment(out, "", source=SOURCE, steps=2, batch=6, rate=1e-3, seed=seed, log=quiet)
+        model = GeoAlignment.from_pretrained(out)
+        assert all(torch.isfinite(value).all() for value in model.state_dict().values())
         return model.state_dict()
 
     def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
@@ -53,24 +56,25 @@ def test_training_is_seeded_and_sees_no_cell_kept_for_unseen(drawn: list[Floats]
 
 def test_nearby_places_lie_10_to_1000_km_away_in_no_held_out_cell() -> None:
     places = draw_views("train", 3000, 0)[:, :2]
-    there = nearby_places(places, 3, np.random.default_rng(0), is_unseen)
+    there = nearby_places(places, np.random.default_rng(0), is_unseen)
     assert there.shape == (9000, 2) and not is_unseen(*there.T).any()
     km = haversine_km(*np.repeat(places, 3, axis=0).T, *there.T)
     # The few that fell into a held-out cell are other photos' places.
     inside = (km >= 9.999) & (km <= 1000.001)
     assert 0.95 < inside.mean() < 1
     assert np.log(km[inside]).mean() == pytest.approx(math.log(100.0), abs=0.05)
-    np.testing.assert_array_equal(there, nearby_places(places, 3, np.random.default_rng(0), is_unseen))
+    np.testing.assert_array_equal(there, nearby_places(places, np.random.default_rng(0), is_unseen))
 
 
 def test_the_losses_are_contrastive_both_ways() -> None:
     torch.manual_seed(0)
-    model = _Losses(GeoAlignment(ALIGNMENT)).eval()
+    model = Losses(GeoAlignment(ALIGNMENT), make_accelerator()).eval()
     views = draw_views("train", 5, 0)
     pixels, places, wrong = cut(views), views[:, :2], draw_views("train", 4, 1)[:, :2]
-    texts = ["a", "b", "a", "c", "d"]
+    texts, names = ["a", "b", "a", "c", "d"], torch.tensor([0, 1, 0, 2, 3])
     with torch.no_grad():
-        gps_loss, text_loss = model(*map(torch.from_numpy, (pixels, places, wrong)), texts)
+        both = torch.from_numpy(np.concatenate([places, wrong]))
+        gps_loss, text_loss = model(torch.from_numpy(pixels), both, texts, names)
         words = nn.functional.normalize(model.alignment.text(texts), dim=-1).double().numpy()
     _, gps, text = model.alignment.embed(pixels).astype(float).transpose(1, 0, 2)
     near = model.alignment.embed_places(np.concatenate([places, wrong])).astype(float)

@@ -154,8 +154,8 @@ def test_the_same_seed_gives_the_same_bytes(
 
     def train(seed: int, name: str) -> bytes:
         numbers = NUMBERS | {"seed": seed, "epochs": 1}
-        model = train_tokens(config, index, *both, tmp_path / name, "a", **numbers, log=quiet)
-        assert model.config == config and not model.training
+        train_tokens(config, index, *both, tmp_path / name, "a", **numbers, log=quiet)
+        assert TokenModel.from_pretrained(tmp_path / name).config == config
         torch.randn(7)  # what else was drawn in this process changes nothing
         return (tmp_path / name / "tokens.safetensors").read_bytes()
 
@@ -195,12 +195,11 @@ def test_the_weights_with_the_lowest_validation_loss_are_kept(
         return torch.full((3,), float(values[len(had) - 1]))
 
     monkeypatch.setattr(tokens, "validate", validate)
-    model = train_tokens(TOKENS, index, *both, tmp_path / "w", "a", **NUMBERS | {"epochs": 5}, log=quiet)
+    train_tokens(TOKENS, index, *both, tmp_path / "w", "a", **NUMBERS | {"epochs": 5}, log=quiet)
     best = had[int(np.argmin(values))]
     kept = load_file(tmp_path / "w" / "tokens.safetensors")
     assert len(had) == 10 and kept.keys() == best.keys() and all(torch.equal(kept[name], best[name]) for name in best)
     assert any(not torch.equal(kept[name], had[-1][name]) for name in kept)
-    assert all(torch.equal(value.half(), best[name]) for name, value in model.state_dict().items())
 
 
 def test_a_loss_that_is_no_number_is_named(

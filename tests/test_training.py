@@ -27,8 +27,8 @@ from rag_geotoken.run.build_index import make_index
 from rag_geotoken.sources import blue_marble, read_source
 from rag_geotoken.sources.blue_marble import draw, draw_views, is_unseen
 from rag_geotoken.training import run
+from rag_geotoken.training.loop import one_cycle
 from rag_geotoken.training.run import train_mllm
-from rag_geotoken.training.schedule import one_cycle
 
 Floats = NDArray[np.float64]
 KEPT = ("test", "unseen", "relief")
@@ -423,26 +423,13 @@ def test_a_mistake_of_ours_is_no_wrong_recipe(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("steps", [1, 2, 19, 20, 21, 400])
 def test_the_learning_rate_rises_and_falls(steps: int) -> None:
-    rates = _rates(steps)
-    assert all(0 <= rate <= 1.0 + 1e-9 for rate, _ in rates)
-    if steps >= 20:
-        assert max(rates)[0] == pytest.approx(1.0, abs=0.02) and rates[-1][0] < 0.01
-
-
-@pytest.mark.parametrize(("steps", "done"), [(1, 1), (20, 1), (20, 20), (400, 7), (400, 399), (400, 400)])
-def test_a_schedule_goes_on_where_it_was(steps: int, done: int) -> None:
-    assert _rates(steps, done) == _rates(steps)[done:]
-
-
-def _rates(steps: int, done: int = 0) -> list[tuple[float, float]]:
-    """Learning rate and momentum before each step that is left, and after the last."""
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=1.0)
-    schedule = one_cycle(optimizer, 1.0, steps, done)
-    rates = []
-    for step in range(done, steps + 1):
-        group = optimizer.param_groups[0]
-        rates.append((float(group["lr"]), float(group["betas"][0])))
-        if step < steps:
-            optimizer.step()
-            schedule.step()
-    return rates
+    schedule, rates = one_cycle(optimizer, 1.0, steps), []
+    for _ in range(steps):
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+        optimizer.step()
+        schedule.step()
+    rates.append(float(optimizer.param_groups[0]["lr"]))
+    assert all(0 <= rate <= 1.0 + 1e-9 for rate in rates)
+    if steps >= 20:
+        assert max(rates) == pytest.approx(1.0, abs=0.02) and rates[-1] < 0.01

@@ -6,8 +6,10 @@ import math
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
+
+from rag_geotoken.alignment import GeoAlignment
 
 LARGEST = math.log(100.0)  # of a logit scale, as in CLIP
 
@@ -45,3 +47,36 @@ def gathered(accelerator: Accelerator, values: Tensor) -> Tensor:
     everyone = list(accelerator.gather(values.detach()).chunk(accelerator.num_processes))
     everyone[accelerator.process_index] = values
     return torch.cat(everyone)
+
+
+class Losses(nn.Module):
+    """The two losses of a batch of photos, from all of it or from each process's part."""
+
+    def __init__(self, alignment: GeoAlignment, accelerator: Accelerator) -> None:
+        super().__init__()
+        self.alignment, self.accelerator = alignment, accelerator
+
+    def forward(
+        self, photos: Tensor, places: Tensor, texts: Tensor | list[str], names: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """B photos, their places (B, 2) in degrees, texts and names (B,) -> gps loss, text loss.
+
+        Photos and texts: what a frozen backbone makes of them (B, dim); or pixels (B, 64, 64, 3) and strings. One
+        process alone may add wrong places behind the photos' own.
+        """
+        model, accelerator = self.alignment, self.accelerator
+        _, gps, text = model.parts(photos) if model.frozen else model(photos)
+        place, words = normalize(model.location(places).float(), dim=-1), normalize(model.text(texts).float(), dim=-1)
+        world = accelerator.num_processes if self.training else 1
+        if world > 1:
+            gps, place, text, words, names = (gathered(accelerator, x) for x in (gps, place, text, words, names))
+        with torch.autocast(gps.device.type, enabled=False):
+            first = gps_loss(gps, place, _shared(model.gps_scale, world))
+            second = text_loss(text, words, names, _shared(model.text_scale, world))
+        # Every process has the whole loss and the gradient of its own part; the mean over all is a part too small.
+        return first * world, second * world
+
+
+def _shared(scale: Tensor, world: int) -> Tensor:
+    """The same number with a part of its gradient: every process sees all of it."""
+    return scale / world + (1 - 1 / world) * scale.detach() if world > 1 else scale

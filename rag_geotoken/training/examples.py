@@ -41,13 +41,12 @@ class Examples:
         """N."""
         return len(self.rows)
 
-    def batch(self, drawn: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def batch(self, drawn: Tensor, device: torch.device) -> tuple[Tensor, ...]:
         """The photos drawn (B,) of N -> features (B, dim), lat_lon (B, 2), texts (B, dim), text_of (B,) on a device."""
         rows = self.rows[drawn]
         names = self.text_of[rows]
         vectors = self.features[rows].float(), self.lat_lon[rows], self.texts[names.clamp(min=0)].float(), names
-        features, lat_lon, texts, names = (vector.to(device) for vector in vectors)
-        return features, lat_lon, texts, names
+        return tuple(vector.to(device) for vector in vectors)
 
 
 def write_examples(folder: Path, source: str, alignment: GeoAlignment) -> None:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 from torch.optim.lr_scheduler import LambdaLR
 
 from rag_geotoken.alignment import AlignmentConfig, GeoAlignment
 from rag_geotoken.errors import GeoError
 from rag_geotoken.location import LocationEncoder
-from rag_geotoken.training.contrast import gathered, gps_loss, text_loss
+from rag_geotoken.training.contrast import Losses
 from rag_geotoken.training.examples import Examples
-from rag_geotoken.training.loop import Kept, Log, run_steps
+from rag_geotoken.training.loop import Kept, Log, batch_of, run_steps
 from rag_geotoken.training.processes import make_accelerator
-from rag_geotoken.training.schedule import batch_of
 
 GAMMA = 0.87  # of the rate, an epoch (G3)
 
@@ -36,8 +34,8 @@ def train_heads(
     seed: int,
     log: Log,
     start: LocationEncoder | None = None,
-) -> GeoAlignment:
-    """Train, write the weights that do best on the validation photos into ``out`` and return them.
+) -> None:
+    """Train and write the weights that do best on the validation photos into ``out``.
 
     G3's losses and optimisation: AdamW, the rate times 0.87 after every epoch; ``start``: the location encoder begins
     with these weights (GeoCLIP's in G3). With several processes each embeds its part of a batch, and all are compared
@@ -64,62 +62,24 @@ def train_heads(
         return total
 
     def look() -> tuple[float, str]:
-        gps, text = validate(losses, validation, batch, accelerator.device)
+        gps, text = validate(losses, validation, batch).tolist()
         return gps + text, f"validation loss {gps + text:.4f}, of gps {gps:.4f}, of text {text:.4f}"
 
-    run_steps(
-        accelerator,
-        losses,
-        adam,
-        lambda done: LambdaLR(adam, lambda step: GAMMA ** ((done + step) // epoch)),
-        epoch * epochs,
-        {epoch * (i + 1) for i in range(epochs)},
-        loss,
-        look,
-        lambda: losses.alignment.save_pretrained(out),
-        Kept(out / "alignment.safetensors", out.with_name(f"{out.name}-alignment-checkpoint.safetensors"), identity),
-        log,
-    )
-    return GeoAlignment.from_pretrained(out)
-
-
-class Losses(nn.Module):
-    """Features, places and texts of a batch, or of a process's part of it -> the two losses of the whole batch."""
-
-    def __init__(self, alignment: GeoAlignment, accelerator: Accelerator) -> None:
-        super().__init__()
-        self.alignment, self.accelerator = alignment, accelerator
-
-    def forward(self, features: Tensor, lat_lon: Tensor, texts: Tensor, names: Tensor) -> tuple[Tensor, Tensor]:
-        """(b, dim), (b, 2) degrees, (b, dim), (b,) -> gps loss, text loss."""
-        model, accelerator = self.alignment, self.accelerator
-        _, gps, text = model.parts(features)
-        place, words = normalize(model.location(lat_lon).float(), dim=-1), normalize(model.text(texts).float(), dim=-1)
-        world = accelerator.num_processes if self.training else 1
-        if world > 1:
-            gps, place, text, words, names = (gathered(accelerator, x) for x in (gps, place, text, words, names))
-        with torch.autocast(gps.device.type, enabled=False):
-            first = gps_loss(gps, place, _shared(model.gps_scale, world))
-            second = text_loss(text, words, names, _shared(model.text_scale, world))
-        # Every process has the whole loss and the gradient of its own part; the mean over all is a part too small.
-        return first * world, second * world
-
-
-def _shared(scale: Tensor, world: int) -> Tensor:
-    """The same number with a part of its gradient: every process sees all of it."""
-    return scale / world + (1 - 1 / world) * scale.detach() if world > 1 else scale
+    schedule = LambdaLR(adam, lambda step: GAMMA ** (step // epoch))
+    save = partial(losses.alignment.save_pretrained, out)
+    kept = Kept(out / "alignment.safetensors", out.with_name(f"{out.name}-alignment-checkpoint.safetensors"), identity)
+    run_steps(accelerator, losses, schedule, epoch * epochs, epochs, loss, look, save, kept, log)
 
 
 @torch.no_grad()
-def validate(losses: Losses, photos: Examples, batch: int, device: torch.device) -> tuple[float, float]:
-    """Mean gps and text loss in batches; the last may be smaller, so that all photos count."""
+def validate(losses: Losses, photos: Examples, batch: int) -> Tensor:
+    """Mean gps and text loss (2,) float64 in batches; the last may be smaller, so that all photos count."""
     losses.eval()
     total = torch.zeros(2, dtype=torch.float64)
     for rows in torch.split(torch.arange(photos.count), batch):
-        found = losses(*photos.batch(rows, device))
+        found = losses(*photos.batch(rows, losses.accelerator.device))
         total += len(rows) * torch.stack(found).double().cpu()
-    gps, text = (total / photos.count).tolist()
-    return gps, text
+    return total / photos.count
 
 
 def _begin_with(alignment: GeoAlignment, start: LocationEncoder) -> None:

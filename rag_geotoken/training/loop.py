@@ -1,21 +1,24 @@
-"""The steps of a training, with checks at which the best weights and a checkpoint are kept."""
+"""The steps of a training: what they draw, how fast they learn, and when the best weights and a checkpoint are kept."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 from rag_geotoken.errors import GeoError
 from rag_geotoken.training.checkpoint import load_checkpoint, save_checkpoint
-from rag_geotoken.training.processes import descend
 
 Log = Callable[[str], None]
 
@@ -32,31 +35,40 @@ class Kept:
 def run_steps(
     accelerator: Accelerator,
     module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    schedule: Callable[[int], LRScheduler],
+    schedule: LRScheduler,
     steps: int,
-    checks: Collection[int],
+    checks: int,
     loss: Callable[[nn.Module, int], Tensor],
     look: Callable[[], tuple[float, str]],
     save: Callable[[], None],
     kept: Kept,
     log: Log,
 ) -> None:
-    """Descend ``loss(model, step)`` step by step; at a check keep the weights if ``look`` is less than ever before.
+    """Descend ``loss(model, step)`` step by step, its gradient (the mean of all processes') cut to length one.
 
+    At each of so many checks ``look`` gives a number and a line; the weights are kept if it is less than ever before.
     What a step draws must follow from its number, not from what came before: then a training that was stopped anywhere
     goes on from its last check and ends, with as many processes, in the same weights as one that ran through.
-    ``look`` gives a number and a line, ``schedule(done)`` the learning rates from a step on. Raises GeoError when the
-    number is not finite.
+    ``schedule``: the learning rates of the module's optimizer, from the first step on. Raises GeoError when the number
+    is not finite.
     """
-    model, prepared = accelerator.prepare(module, optimizer)
+    model, optimizer = accelerator.prepare(module, schedule.optimizer)
     facts: dict[str, Any] = {"identity": kept.identity, "step": 0, "best": None}
     if kept.weights.is_file():  # the best so far; without them it begins anew
-        facts = load_checkpoint(kept.checkpoint, module, optimizer, kept.identity) or facts
-    rates = schedule(facts["step"])
+        facts = load_checkpoint(kept.checkpoint, module, schedule.optimizer, kept.identity) or facts
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch expects a step of the optimizer before each of these
+        for _ in range(facts["step"]):
+            schedule.step()
+    looks = {round(steps * (i + 1) / checks) for i in range(checks)}
     for step in range(facts["step"], steps):
-        descend(accelerator, loss(model.train(), step), model, prepared, rates)
-        if step + 1 not in checks:
+        found = loss(model.train(), step)
+        optimizer.zero_grad()
+        accelerator.backward(found)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step + 1 not in looks:
             continue
         value, line = look()
         if not math.isfinite(value):
@@ -66,6 +78,23 @@ def run_steps(
         if accelerator.is_main_process:
             if better:
                 save()
-            save_checkpoint(kept.checkpoint, module, optimizer, facts)
+            save_checkpoint(kept.checkpoint, module, schedule.optimizer, facts)
             log(f"step {step + 1} of {steps}: {line}")
     accelerator.wait_for_everyone()
+
+
+def one_cycle(optimizer: Optimizer, rate: float, steps: int) -> OneCycleLR:
+    """Up to ``rate`` in the first twentieth of the steps, then down to nothing along a cosine."""
+    # OneCycleLR divides by the length of the rise less one step, so a rise of exactly one step must be longer.
+    return OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1 if steps == 20 else 0.05)
+
+
+def batch_of(step: int, photos: int, batch: int, seed: int) -> NDArray[np.int64]:
+    """The photos (batch,) of a step; every epoch goes through them in an order that follows from the seed and it."""
+    epoch, at = divmod(step, photos // batch)
+    return _order(photos, seed, epoch)[at * batch : (at + 1) * batch]
+
+
+@lru_cache(maxsize=1)
+def _order(photos: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    return np.random.default_rng([seed, epoch]).permutation(photos)

@@ -43,9 +43,8 @@ def tune_mllm(folder: Path, source: str, models: Models, log: Log) -> Tuning:
         stage = f"verdicts-mllm-{options.mllm_mode}"
         tables = run.tables(options, run.walk(options, SHARED, until=stage))
         whole, pool = tables.pool, chosen_pool(options, tables.pool)
-        verdict: MllmVerdict = cast(MllmVerdict, tables.verdicts["mllm"])
-        plain = [name for name in options.verify if name != "mllm"]
-        scores = {name: tables.verdicts[name].over(whole.mask) for name in plain}
+        verdict = cast(MllmVerdict, tables.verdicts["mllm"])
+        scores = {name: tables.verdicts[name].over(whole.mask) for name in options.verify if name != "mllm"}
         pools.append(pool)
         given.append(scores | {"mllm": verdict.over(pool.mask)})
         answered = int(verdict.answered.sum())

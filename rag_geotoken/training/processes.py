@@ -8,9 +8,6 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from rag_geotoken.errors import GeoError
 
@@ -32,14 +29,3 @@ def make_accelerator(cpu: bool = False) -> Accelerator:
     cpu = cpu or (world_size() > 1 and not torch.cuda.is_available())
     patience = InitProcessGroupKwargs(timeout=timedelta(days=1))  # while the first process encodes the photos
     return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[patience])
-
-
-def descend(
-    accelerator: Accelerator, loss: Tensor, model: nn.Module, optimizer: Optimizer, schedule: LRScheduler
-) -> None:
-    """One step down a loss, the gradient (the mean of all processes') cut to length one."""
-    optimizer.zero_grad()
-    accelerator.backward(loss)
-    accelerator.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    schedule.step()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -16,16 +14,14 @@ from rag_geotoken.options import Options
 from rag_geotoken.reward import RewardConfig, RewardHead
 from rag_geotoken.run.models import Models
 from rag_geotoken.run.walk import answered
+from rag_geotoken.training.loop import Log, one_cycle
 from rag_geotoken.training.processes import make_accelerator
-from rag_geotoken.training.schedule import one_cycle
 from rag_geotoken.types import RADII_KM, Embeddings, Photos, Pool, Tables
 
 BLOCK = 256
 
 
-def train_reward(
-    models: Models, photos: int, epochs: int, batch: int, rate: float, seed: int, log: Callable[[str], None]
-) -> RewardHead:
+def train_reward(models: Models, photos: int, epochs: int, batch: int, rate: float, seed: int, log: Log) -> RewardHead:
     """Train on the pools of ``photos`` gallery photos, the token model as it is; a tenth is kept to look at.
 
     No photo finds itself among its neighbours. Cross-entropy over the bins of error, every entry alike. Raises GeoError
@@ -52,8 +48,8 @@ def train_reward(
 
     for epoch in range(epochs):
         order = held + torch.randperm(photos - held, generator=torch.Generator().manual_seed(seed + epoch))
-        for step in range(steps):
-            loss = loss_of(order[step * batch : (step + 1) * batch])
+        for drawn in torch.split(order[: steps * batch], batch):
+            loss = loss_of(drawn)
             optimizer.zero_grad()
             accelerator.backward(loss)
             optimizer.step()
@@ -64,7 +60,7 @@ def train_reward(
     return head.cpu().eval()
 
 
-def pools_of(models: Models, rows: NDArray[np.int64], log: Callable[[str], None]) -> tuple[Tensor, ...]:
+def pools_of(models: Models, rows: NDArray[np.int64], log: Log) -> tuple[Tensor, ...]:
     """Gallery photos (N,) -> their pools: the entries' last states (N, C, d) half, bins (N, C), and mask (N, C)."""
     index, parts = models.index, []
     options = Options(gps_places=0, verify=())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,8 @@ from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.errors import GeoError
 from rag_geotoken.index import GeoIndex
 from rag_geotoken.token_model import TokenConfig, TokenModel
-from rag_geotoken.training.loop import Kept, Log, run_steps
+from rag_geotoken.training.loop import Kept, Log, batch_of, one_cycle, run_steps
 from rag_geotoken.training.processes import make_accelerator
-from rag_geotoken.training.schedule import batch_of, one_cycle
 from rag_geotoken.types import Tables
 
 CHECKS = 10  # looks at the validation photos in a training, each with a checkpoint
@@ -50,8 +50,8 @@ def train_tokens(
     rate: float,
     seed: int,
     log: Log,
-) -> TokenModel:
-    """Train, write the weights that do best on the validation photos into ``out`` and return them.
+) -> None:
+    """Train and write the weights that do best on the validation photos into ``out``.
 
     Cross-entropy a position, its weight falling linearly from 2 (face) to 1 (last), as in GeoToken; AdamW, one cosine
     cycle, bf16. With several processes each takes its part of every batch. ``OUT-checkpoint.safetensors`` lets a
@@ -80,20 +80,9 @@ def train_tokens(
         value = float(weighted(found))
         return value, f"validation loss {value:.4f}, a position {' '.join(f'{x:.4f}' for x in found.tolist())}"
 
-    run_steps(
-        accelerator,
-        losses,
-        adam,
-        lambda done: one_cycle(adam, rate, steps, done),
-        steps,
-        {round(steps * (i + 1) / CHECKS) for i in range(CHECKS)},
-        loss,
-        look,
-        lambda: losses.tokens.save_pretrained(out, half=True),
-        Kept(out / "tokens.safetensors", out.with_name(f"{out.name}-checkpoint.safetensors"), identity),
-        log,
-    )
-    return TokenModel.from_pretrained(out)
+    save = partial(losses.tokens.save_pretrained, out, half=True)
+    kept = Kept(out / "tokens.safetensors", out.with_name(f"{out.name}-checkpoint.safetensors"), identity)
+    run_steps(accelerator, losses, one_cycle(adam, rate, steps), steps, CHECKS, loss, look, save, kept, log)
 
 
 def weighted(losses: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,11 @@ from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.errors import GeoError
 from rag_geotoken.pictures import load_pictures
 from rag_geotoken.sources import view_source
-from rag_geotoken.training.loop import Kept, Log, run_steps
+from rag_geotoken.training.loop import Kept, Log, one_cycle, run_steps
 from rag_geotoken.training.processes import make_accelerator
-from rag_geotoken.training.schedule import one_cycle
 from rag_geotoken.training.verifier_examples import Examples, Prompt
 from rag_geotoken.training.verifier_model import make_model, save_folder, save_weights
-from rag_geotoken.training.verifier_words import PIXELS, make_processor, make_tokenizer
+from rag_geotoken.training.verifier_words import MEAN, PIXELS, STD, make_processor, make_tokenizer
 
 CHECKS = 12  # looks at the held-out photos in a training, each with a checkpoint
 TOGETHER = 8  # batches drawn at once and sorted by length, so that little is filled up
@@ -60,54 +59,62 @@ def train_verifier(
     photos = len(examples.images) - held_out
     if photos < batch:
         raise GeoError(f"{len(examples.images)} photos, {held_out} of them held out, do not fill a batch of {batch}")
-    accelerator = make_accelerator()
+    accelerator = make_accelerator(cpu=True)
     torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    corpus = [examples.prompt(i, rng) for i in rng.integers(photos, size=min(CORPUS, 8 * photos))]
-    processor = make_processor(make_tokenizer((said for p in corpus for said in (p.text, p.answer)), vocabulary))
-    model = make_model(processor.tokenizer)
-    model.set_attn_implementation("eager")  # the fast one of torch is slow for heads so narrow, on a CPU
+    model, processor = _begin(examples, photos, vocabulary, seed)
     save_folder(model, processor, out)
     losses = Losses(model, alignment.config.dim)
-    decayed = [p for p in losses.parameters() if p.requires_grad and p.ndim > 1]
-    others = [p for p in losses.parameters() if p.requires_grad and p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
-    adam = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
+    trained = [p for p in losses.parameters() if p.requires_grad]
+    decayed = {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.05}
+    others = {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}
+    adam = torch.optim.AdamW([decayed, others], lr=rate, betas=(0.9, 0.98))
     views_of, split = view_source(source)
-    seen = views_of.draw_views(split, steps * views, seed)
-    batches = Batches(processor, examples, photos, batch, seed)
+    seen = views_of.draw_views(split, steps * views, seed).reshape(steps, views, -1)
+    prompts = lru_cache(maxsize=1)(partial(draw_prompts, examples, photos, batch, seed))
     parts = np.array_split(np.arange(photos, photos + held_out), math.ceil(held_out / batch))
-    looked = [batches.pack([examples.plain(i, np.random.default_rng(i)) for i in part]) for part in parts]
+    looked = [Batch([examples.plain(i, np.random.default_rng(i)) for i in part], processor.tokenizer) for part in parts]
 
     def loss(model: nn.Module, step: int) -> Tensor:
-        drawn = seen[step * views : (step + 1) * views]
-        pixels = np.concatenate([batches.of(step).pixels, views_of.cut(drawn)])
-        places = alignment.embed_places(drawn[:, :2])
-        asked, lines, sight = model(batches.of(step), batches.pictures(pixels), torch.from_numpy(places))
-        total: Tensor = asked + LINE_WEIGHT * lines + SIGHT_WEIGHT * sight
+        group, at = divmod(step, TOGETHER)
+        asked = Batch(prompts(group)[at], processor.tokenizer)
+        places = alignment.embed_places(seen[step, :, :2])
+        answers, lines, sight = model(asked, views_of.cut(seen[step]), torch.from_numpy(places))
+        total: Tensor = answers + LINE_WEIGHT * lines + SIGHT_WEIGHT * sight
         return total
 
     @torch.no_grad()
     def look() -> tuple[float, str]:
         losses.eval()
-        found = [losses.answers(part, batches.pictures(part.pixels)) for part in looked]
+        found = [losses.answers(part) for part in looked]
         value = float(torch.cat([each for each, _ in found]).mean())
         right = float(torch.cat([each for _, each in found]).float().mean())
         return value, f"held-out loss {value:.4f}, {100 * right:.1f} % right"
 
-    run_steps(
-        accelerator,
-        losses,
-        adam,
-        lambda done: one_cycle(adam, rate, steps, done),
-        steps,
-        {round(steps * (i + 1) / CHECKS) for i in range(CHECKS)},
-        loss,
-        look,
-        lambda: save_weights(model, out / "model.safetensors"),
-        Kept(out / "model.safetensors", out.with_name(f"{out.name}-checkpoint.safetensors"), identity),
-        log,
-    )
+    kept = Kept(out / "model.safetensors", out.with_name(f"{out.name}-checkpoint.safetensors"), identity)
+    save = partial(save_weights, model, kept.weights)
+    run_steps(accelerator, losses, one_cycle(adam, rate, steps), steps, CHECKS, loss, look, save, kept, log)
+
+
+def _begin(examples: Examples, photos: int, vocabulary: int, seed: int) -> tuple[LlavaForConditionalGeneration, Any]:
+    """A model with random weights and its processor, whose tokenizer is made from prompts on the first ``photos``."""
+    rng = np.random.default_rng(seed)
+    corpus = [examples.prompt(i, rng) for i in rng.integers(photos, size=min(CORPUS, 8 * photos))]
+    processor = make_processor(make_tokenizer((said for p in corpus for said in (p.text, p.answer)), vocabulary))
+    model = make_model(processor.tokenizer)
+    model.set_attn_implementation("eager")  # the fast one of torch is slow for heads so narrow, on a CPU
+    return model, processor
+
+
+def draw_prompts(examples: Examples, photos: int, batch: int, seed: int, group: int) -> list[list[Prompt]]:
+    """The prompts of ``TOGETHER`` steps, ``batch`` each, on the first ``photos``: they follow from the group's number.
+
+    Those of a step are about equally long.
+    """
+    rng = np.random.default_rng([seed, group])
+    drawn = rng.integers(photos, size=TOGETHER * batch)
+    prompts = sorted((examples.prompt(i, rng) for i in drawn), key=lambda prompt: len(prompt.text))
+    parts = [prompts[i * batch : (i + 1) * batch] for i in range(TOGETHER)]
+    return [parts[i] for i in rng.permutation(TOGETHER)]
 
 
 class Batch:
@@ -119,8 +126,7 @@ class Batch:
     (P, 64, 64, 3) uint8, in order.
     """
 
-    def __init__(self, prompts: list[Prompt], processor: Any) -> None:
-        words = processor.tokenizer
+    def __init__(self, prompts: list[Prompt], words: Any) -> None:
         before = words([prompt.text for prompt in prompts])["input_ids"]
         after = words([prompt.answer for prompt in prompts])["input_ids"]
         whole = [torch.tensor(said + answer[:-1]) for said, answer in zip(before, after, strict=True)]
@@ -145,36 +151,6 @@ class Batch:
             raise GeoError(f"training needs pictures that can be read: {next(filter(None, errors))}")
 
 
-class Batches:
-    """The prompts of every step: they follow from its number."""
-
-    def __init__(self, processor: Any, examples: Examples, photos: int, batch: int, seed: int) -> None:
-        self.processor, self.examples, self.photos, self.batch, self.seed = processor, examples, photos, batch, seed
-        self.of = lru_cache(maxsize=1)(self._of)
-        self._group = lru_cache(maxsize=1)(self._together)
-
-    def _of(self, step: int) -> Batch:
-        group, at = divmod(step, TOGETHER)
-        return self.pack(self._group(group)[at])
-
-    def _together(self, group: int) -> list[list[Prompt]]:
-        rng = np.random.default_rng([self.seed, group])
-        drawn = rng.integers(self.photos, size=TOGETHER * self.batch)
-        prompts = sorted((self.examples.prompt(i, rng) for i in drawn), key=lambda prompt: len(prompt.text))
-        parts = [prompts[i * self.batch : (i + 1) * self.batch] for i in range(TOGETHER)]
-        return [parts[i] for i in rng.permutation(TOGETHER)]
-
-    def pack(self, prompts: list[Prompt]) -> Batch:
-        """Prompts -> tensors."""
-        return Batch(prompts, self.processor)
-
-    def pictures(self, pixels: NDArray[np.uint8]) -> Tensor:
-        """Pixels (P, 64, 64, 3) -> (P, 3, 64, 64) float32 as the processor makes them."""
-        how = self.processor.image_processor
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (how.image_mean, how.image_std))
-        return (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255.0 - mean) / std
-
-
 class Losses(nn.Module):
     """The loss of the answers, and two that a small model learns from faster: of its lines and of its sight."""
 
@@ -185,30 +161,30 @@ class Losses(nn.Module):
         self.place, self.near = nn.Linear(hidden, dim), nn.Linear(hidden, len(LINE_KM))
         self.sharpness = nn.Parameter(torch.tensor(math.log(15.0)))
 
-    def forward(self, batch: Batch, pixels: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A batch, pixels (P + V, 3, 64, 64) of its pictures and of views, places (V, dim) -> three losses.
+    def forward(self, batch: Batch, views: NDArray[np.uint8], places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A batch, views (V, 64, 64, 3), embeddings of their places (V, dim) -> three losses.
 
         Of the answers; of how near each candidate is, as told where its line ends; and of telling the views' places
         apart by their picture tokens.
         """
-        tokens = self._see(pixels)
-        shown, views = tokens[: len(tokens) - len(places)], tokens[len(tokens) - len(places) :]
-        logits, lines = self._read(batch, shown)
+        tokens, shown = self._see(np.concatenate([batch.pixels, views])), len(batch.pixels)
+        logits, lines = self._read(batch, tokens[:shown])
         asked = (cross_entropy(logits, batch.targets, reduction="none") * batch.weights).sum() / len(batch.tokens)
         near = binary_cross_entropy_with_logits(self.near(lines).float(), batch.near)
-        seen = self.place(views.mean(dim=1))
-        with torch.autocast(pixels.device.type, enabled=False):
+        seen = self.place(tokens[shown:].mean(dim=1))
+        with torch.autocast("cpu", enabled=False):
             alike = self.sharpness.exp() * normalize(seen.float(), dim=1) @ places.T
-            own = torch.arange(len(places), device=alike.device)
+            own = torch.arange(len(places))
             return asked, near, (cross_entropy(alike, own) + cross_entropy(alike.T, own)) / 2
 
-    def answers(self, batch: Batch, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def answers(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """One-token answers -> their losses (B,), and whether each is the likeliest token (B,)."""
-        logits, _ = self._read(batch, self._see(pixels))
+        logits, _ = self._read(batch, self._see(batch.pixels))
         return cross_entropy(logits, batch.targets, reduction="none"), logits.argmax(dim=1) == batch.targets
 
-    def _see(self, pixels: Tensor) -> Tensor:
-        """(P, 3, 64, 64) -> (P, 16, hidden), what the language model reads of each picture."""
+    def _see(self, pictures: NDArray[np.uint8]) -> Tensor:
+        """(P, 64, 64, 3), made as the processor does -> (P, 16, hidden), what the language model reads of each."""
+        pixels = (torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255.0 - MEAN) / STD
         return torch.stack(list(self.llava.get_image_features(pixels).pooler_output))
 
     def _read(self, batch: Batch, tokens: Tensor) -> tuple[Tensor, Tensor]:

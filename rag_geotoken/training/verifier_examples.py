@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,51 +70,42 @@ class Examples:
         if self.seen and rng.random() < SEEN:
             return self.seen.prompt(i, rng)
         if rng.random() < ZERO_SHOT:
-            return self._say("diversify", i, [], self._json(i, []), [], similar=[])
+            return self._say("diversify", i, [], [])
         free, unproven, absent, unplaced, pictures = rng.random(5) < (FREE, UNPROVEN, ABSENT, UNPLACED, PICTURES)
         known = candidates(self.chosen, i, None if unplaced else self.places[i], None if unproven else self.found)
         if pictures:
             for place, near in zip(known, self.near[i], strict=False):
                 if near is not None:
                     place["picture"] = near
-        away = haversine_km(*self.truth[i], *self.chosen.lat_lon[i, : len(known)].T)
         order = np.arange(len(known))
         if absent:
-            order = order[away > RIGHT_KM]
+            order = order[self._away(i)[order] > RIGHT_KM]
         listed_at_most = rng.integers(2, MOST + 1) if rng.random() < FEWER else COUNT
-        order = rng.permutation(order[:listed_at_most])
-        listed = [known[at] | {"letter": letter} for at, letter in zip(order, LETTERS, strict=False)]
-        there = away[order].tolist()
-        if free:
-            return self._say("free", i, listed, self._json(i, there), there)
-        return self._say("pool", i, listed, _letter(there), there)
+        return self._say("free" if free else "pool", i, known, rng.permutation(order[:listed_at_most]).tolist())
 
-    def plain(self, i: int, rng: np.random.Generator, proven: bool = True) -> Prompt:
+    def plain(self, i: int, rng: np.random.Generator) -> Prompt:
         """The usual question about photo ``i``, its candidates in an order drawn from ``rng``."""
-        known = candidates(self.chosen, i, self.places[i], self.found if proven else None)[:COUNT]
-        order = rng.permutation(len(known))
-        away = haversine_km(*self.truth[i], *self.chosen.lat_lon[i, order].T).tolist()
+        known = candidates(self.chosen, i, self.places[i], self.found)[:COUNT]
+        return self._say("pool", i, known, rng.permutation(len(known)).tolist())
+
+    def _away(self, i: int) -> NDArray[np.float64]:
+        return haversine_km(*self.truth[i], *self.chosen.lat_lon[i].T)
+
+    def _say(self, name: str, i: int, known: list[dict[str, Any]], order: list[int]) -> Prompt:
+        """The question of a prompt file with the candidates at ``order``, and the right answer."""
         listed = [known[at] | {"letter": letter} for at, letter in zip(order, LETTERS, strict=False)]
-        return self._say("pool", i, listed, _letter(away), away)
-
-    def _json(self, i: int, away: list[float]) -> str:
-        lat, lon = (round(float(value), 1) for value in self.truth[i])
-        sure = 95 if away and min(away) <= RIGHT_KM else 20
-        return json.dumps({"latitude": lat, "longitude": lon, "confidence": sure}) + END
-
-    def _say(
-        self, name: str, i: int, listed: list[dict[str, object]], answer: str, away: list[float], **more: object
-    ) -> Prompt:
+        away = self._away(i)[order].tolist()
+        right = min(away, default=np.inf) <= RIGHT_KM
+        if name == "pool":
+            answer = LETTERS[int(np.argmin(away))] if right else LETTERS[-1]
+        else:
+            lat, lon = (round(float(value), 1) for value in self.truth[i])
+            answer = json.dumps({"latitude": lat, "longitude": lon, "confidence": 95 if right else 20}) + END
         pictures = {"photo": PHOTO} | {str(p["picture"]): str(p["picture"]).encode() for p in listed if "picture" in p}
-        parts = render(name, pictures, candidates=listed, **more)
+        parts = render(name, pictures, candidates=listed, similar=[])
         said = "".join(part if isinstance(part, str) else IMAGE * (PIXELS // PATCH) ** 2 for part in parts)
         shown = [self.images[i] if part == PHOTO else part.decode() for part in parts if isinstance(part, bytes)]
         return Prompt(BEGIN + said, tuple(shown), answer, tuple(away))
-
-
-def _letter(away: list[float]) -> str:
-    """The letter of the nearest candidate, or of none where that is too far."""
-    return LETTERS[int(np.argmin(away))] if away and min(away) <= RIGHT_KM else LETTERS[-1]
 
 
 def read_examples(tables: Tables, index: GeoIndex, tuning: Tuning) -> Examples:

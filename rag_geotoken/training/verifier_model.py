@@ -8,15 +8,14 @@ import os
 import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from safetensors.torch import save
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from rag_geotoken.files import write_text, write_whole
 from rag_geotoken.training.verifier_words import IMAGE, PATCH, PIXELS
-
-if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration
 
 POSITIONS = 1024
 # transformers' names in memory -> those of LLaVA checkpoints on the hub, which both transformers and vLLM read.
@@ -28,33 +27,28 @@ NAMES = {
 STEPS = tuple(range(5, 180, 10))
 
 
-def make_model(
-    tokenizer: Any, hidden: int = 128, layers: int = 4, sight: int = 192, sight_layers: int = 3
-) -> LlavaForConditionalGeneration:
+def make_model(tokenizer: Any) -> LlavaForConditionalGeneration:
     """Random weights from torch's seed: a CLIP tower of 64 x 64 pixels, 16 tokens a picture, and a Llama with it.
 
-    hidden, sight: the widths of the two, multiples of 32, which is the width of a head. Numbers begin with embeddings
-    that say how large they are.
+    Numbers begin with embeddings that say how large they are.
     """
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     vision = CLIPVisionConfig(
-        hidden_size=sight,
-        intermediate_size=3 * sight,
-        num_hidden_layers=sight_layers,
-        num_attention_heads=sight // 32,
+        hidden_size=192,
+        intermediate_size=576,
+        num_hidden_layers=3,
+        num_attention_heads=6,
         image_size=PIXELS,
         patch_size=PATCH,
-        projection_dim=sight,
+        projection_dim=192,
     )
     text = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=round(2.75 * hidden / 32) * 32,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 32,
-        num_key_value_heads=hidden // 32,
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
         head_dim=32,
         max_position_embeddings=POSITIONS,
         initializer_range=0.05,
@@ -74,8 +68,7 @@ def make_model(
         )
     )
     _write_magnitudes(model, tokenizer)
-    unused = model.model.vision_tower.post_layernorm  # LLaVA reads the last layer before it
-    unused.requires_grad_(False)
+    model.model.vision_tower.post_layernorm.requires_grad_(False)  # unused: LLaVA reads the last layer before it
     return model
 
 
@@ -103,8 +96,6 @@ def _write_magnitudes(model: LlavaForConditionalGeneration, tokenizer: Any) -> N
 
 def save_weights(model: LlavaForConditionalGeneration, path: Path) -> None:
     """The parameters in half precision, under the names that checkpoints on the hub have."""
-    from safetensors.torch import save
-
     tensors = {}
     for name, value in model.state_dict().items():
         if name == "lm_head.weight":  # the embeddings once more
@@ -112,11 +103,7 @@ def save_weights(model: LlavaForConditionalGeneration, path: Path) -> None:
         before = next(prefix for prefix in NAMES if name.startswith(prefix))
         tensors[NAMES[before] + name.removeprefix(before)] = value.detach().cpu().half().contiguous()
     packed = save(tensors, {"format": "pt"})
-    write_whole(path, lambda beside: _fill(beside, packed))
-
-
-def _fill(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
+    write_whole(path, lambda beside: beside.write_bytes(packed))
 
 
 def save_folder(model: LlavaForConditionalGeneration, processor: Any, folder: Path) -> None:

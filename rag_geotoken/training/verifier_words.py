@@ -7,10 +7,15 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlavaProcessor, PreTrainedTokenizerFast
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
 LETTERS = "ABCDEFGHZ"
 SPACE = "Ġ"  # as byte-level tokenizers write it
 BEGIN, END, PAD, IMAGE = "<s>", "</s>", "<pad>", "<image>"
 PIXELS, PATCH = 64, 16
+MEAN, STD = 0.4, 0.25  # of a picture's channels, each from 0 to 1
 NUMBERS = range(181)  # whole numbers that are one token each; a sign stands in the token before
 # In this order: the letter before its colon; one decimal; up to three digits; punctuation and space before a number,
 # with its sign; a name or phrase with what stands before it, and with the space and sign before a number.
@@ -38,10 +43,6 @@ def make_tokenizer(corpus: Iterable[str], size: int) -> Any:
     One token each: the letter of an option, a whole number to 180, a decimal, and the kinds of evidence that the texts
     have, with a number to 100. Characters, numbers and special tokens, 450, it has in any case.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    fast: Any = PreTrainedTokenizerFast  # which says nothing of its types
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = _pieces(PIECES)  # numbers by themselves, until all words are there
     tokenizer.decoder = decoders.ByteLevel()
@@ -57,7 +58,7 @@ def make_tokenizer(corpus: Iterable[str], size: int) -> Any:
     tokenizer.train_from_iterator((re.sub(r"\d+", "0", text) for text in texts), trainer)
     tokenizer.pre_tokenizer = _pieces(f"{EVIDENCE}|{PIECES}")
     tokenizer = Tokenizer.from_str(_with_numbers(tokenizer.to_str(), evidence))
-    return fast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         bos_token=BEGIN,
         eos_token=END,
@@ -70,8 +71,6 @@ def make_tokenizer(corpus: Iterable[str], size: int) -> Any:
 
 
 def _pieces(pattern: str) -> Any:
-    from tokenizers import Regex, pre_tokenizers
-
     split = pre_tokenizers.Split(Regex(pattern), "isolated")
     return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
@@ -101,17 +100,13 @@ def _with_numbers(tokenizer: str, evidence: list[tuple[str, bool]]) -> str:
 
 def make_processor(tokenizer: Any) -> Any:
     """A tokenizer -> the processor of texts and pictures, as it is saved beside the weights."""
-    from transformers import LlavaProcessor
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    processor: Any = LlavaProcessor
     pictures = CLIPImageProcessorPil(
         size={"shortest_edge": PIXELS},
         crop_size={"height": PIXELS, "width": PIXELS},
-        image_mean=[0.4, 0.4, 0.4],
-        image_std=[0.25, 0.25, 0.25],
+        image_mean=[MEAN] * 3,
+        image_std=[STD] * 3,
     )
-    return processor(
+    return LlavaProcessor(  # type: ignore[no-untyped-call]
         image_processor=pictures,
         tokenizer=tokenizer,
         patch_size=PATCH,
