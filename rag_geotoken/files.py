@@ -15,7 +15,7 @@ from typing import Any
 from rag_geotoken.errors import GeoError
 
 
-def write_whole(path: Path | str, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path | str, write: Callable[[Path], object]) -> None:
     """Calls `write` with a hidden sibling of `path`, then puts that file in the place of `path` in one step.
 
     Missing folders are made. Whatever goes wrong, `path` stays as it was and the sibling is removed.
@@ -83,11 +83,7 @@ def _reason(error: OSError) -> str:
 
 def write_text(path: Path | str, text: str) -> None:
     """Writes `text` as UTF-8, whole or not at all."""
-
-    def write(beside: Path) -> None:
-        beside.write_bytes(text.encode())
-
-    write_whole(path, write)
+    write_whole(path, lambda beside: beside.write_bytes(text.encode()))
 
 
 def write_json(path: Path | str, obj: object) -> None:

@@ -21,11 +21,7 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
     packed = save({name: value.contiguous() for name, value in tensors.items()}, {"facts": json.dumps(facts)})
-    write_whole(path, lambda beside: _fill(beside, packed))
-
-
-def _fill(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
+    write_whole(path, lambda beside: beside.write_bytes(packed))
 
 
 def load_checkpoint(

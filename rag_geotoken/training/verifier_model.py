@@ -112,11 +112,7 @@ def save_weights(model: LlavaForConditionalGeneration, path: Path) -> None:
         before = next(prefix for prefix in NAMES if name.startswith(prefix))
         tensors[NAMES[before] + name.removeprefix(before)] = value.detach().cpu().half().contiguous()
     packed = save(tensors, {"format": "pt"})
-    write_whole(path, lambda beside: _fill(beside, packed))
-
-
-def _fill(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
+    write_whole(path, lambda beside: beside.write_bytes(packed))
 
 
 def save_folder(model: LlavaForConditionalGeneration, processor: Any, folder: Path) -> None:

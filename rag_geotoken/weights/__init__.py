@@ -23,12 +23,8 @@ def save_weights(model: nn.Module, config: dict[str, Any], folder: Path, name: s
     parameters = {key for key, _ in model.named_parameters()} if half else set()
     tensors = {key: value.half() if key in parameters else value for key, value in model.state_dict().items()}
     packed = save({key: value.contiguous() for key, value in tensors.items()})
-    write_whole(folder / f"{name}.safetensors", lambda path: _fill(path, packed))
+    write_whole(folder / f"{name}.safetensors", lambda beside: beside.write_bytes(packed))
     write_json(folder / f"{name}.json", config)
-
-
-def _fill(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
 
 
 def fingerprint(*models: nn.Module) -> str:
