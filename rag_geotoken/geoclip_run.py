@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 from rag_geotoken.errors import GeoError
 from rag_geotoken.gallery import Found
 from rag_geotoken.geoclip import GeoCLIP
-from rag_geotoken.progress import progress_bar
 from rag_geotoken.run.export import check_output, write_predictions
 from rag_geotoken.run.locate import read_photos
-from rag_geotoken.run.resumable import stage
+from rag_geotoken.run.resumable import run_stage
 from rag_geotoken.tables import fixed_list, read_table, to_numpy, write_table
 from rag_geotoken.types import RADII_KM
 from rag_geotoken.weights import fingerprint
@@ -65,9 +64,7 @@ def encode(folder: Path, geoclip: GeoCLIP) -> Path:
         return pa.table(columns | {"error": pa.array(errors, pa.string())})
 
     recipe = {"backbone": geoclip.backbone.identity(), "head": fingerprint(geoclip.head)}
-    with progress_bar(len(ids), f"{folder.name}: embeddings-geoclip") as advance:
-        files = [folder / "photos.parquet"]
-        return stage(folder, "embeddings-geoclip", recipe, files, ids, work, block=BLOCK, progress=advance)
+    return run_stage(folder, "embeddings-geoclip", recipe, ["photos"], ids, work, block=BLOCK)
 
 
 def predict(folder: Path, geoclip: GeoCLIP, k: int) -> Path:
@@ -103,9 +100,8 @@ def predict(folder: Path, geoclip: GeoCLIP, k: int) -> Path:
         return pa.table(columns | {"places": _places(found, known)})
 
     recipe = {"k": k, "head": fingerprint(geoclip.head), "gallery": geoclip.gallery.made_from}
-    files = [folder / "photos.parquet", folder / "embeddings-geoclip.parquet"]
-    with progress_bar(len(ids), f"{folder.name}: predictions-geoclip") as advance:
-        return stage(folder, "predictions-geoclip", recipe, files, ids, work, progress=advance)
+    inputs = ["photos", "embeddings-geoclip"]
+    return run_stage(folder, "predictions-geoclip", recipe, inputs, ids, work, block=512)
 
 
 def _places(found: Found, known: NDArray[np.bool_]) -> pa.Array:
