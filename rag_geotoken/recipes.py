@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import tomllib
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from rag_geotoken.errors import GeoError
+from rag_geotoken.files import shipped
 
 
 def index_source(text: str) -> str:
@@ -22,9 +22,7 @@ def index_source(text: str) -> str:
 
 def training_recipe(path: Path | None, name: str = "earth") -> dict[str, Any]:
     """The settings of a training recipe: a file, or else what ships, ``earth`` or ``g3``. Raises GeoError."""
-    if path is not None:
-        return read_recipe(path)
-    return tomllib.loads(resources.files("rag_geotoken.training").joinpath(f"{name}.toml").read_text(encoding="utf-8"))
+    return read_recipe(path or shipped(f"training/{name}.toml"))
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import platform
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,22 +31,17 @@ def write_tables(path: Path | str, tables: Iterable[pa.Table]) -> int:
     """Writes tables of one schema below each other, no row group across two; returns the number of rows."""
     import pyarrow.parquet as pq
 
-    rows = 0
+    rows, rest = 0, iter(tables)
+    first = next(rest)
+    # A dictionary pays for words; for vectors it only costs time.
+    words = [field.name for field in first.schema if str(field.type) in ("string", "large_string")]
 
     def write(beside: Path) -> None:
         nonlocal rows
-        writer = None
-        try:
-            for table in tables:
-                if writer is None:
-                    # A dictionary pays for words; for vectors it only costs time.
-                    words = [field.name for field in table.schema if str(field.type) in ("string", "large_string")]
-                    writer = pq.ParquetWriter(beside, table.schema, compression="zstd", use_dictionary=words)
+        with pq.ParquetWriter(beside, first.schema, compression="zstd", use_dictionary=words) as writer:
+            for table in chain([first], rest):
                 writer.write_table(table.combine_chunks(), row_group_size=ROW_GROUP)
                 rows += table.num_rows
-        finally:
-            if writer is not None:
-                writer.close()
 
     write_whole(path, write)
     return rows
@@ -118,15 +114,22 @@ def to_numpy(column: pa.ChunkedArray | pa.Array) -> NDArray[Any]:
     return array.reshape(shape)
 
 
-def pad_lists(lists: pa.ChunkedArray) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """A column of N lists of numbers -> (N, M), NaN behind each, and where there is a number (N, M); M at least 1."""
+def spread(values: NDArray[Any], mask: NDArray[np.bool_], fill: float | None = None) -> NDArray[Any]:
+    """Values (L, ...) at the L true places of a mask (N, M) -> (N, M, ...); elsewhere ``fill`` or the first value."""
+    if mask.all():
+        return values.reshape(*mask.shape, *values.shape[1:])
+    whole = np.full((*mask.shape, *values.shape[1:]), values[0] if fill is None else fill, values.dtype)
+    whole[mask] = values
+    return whole
+
+
+def pad_lists(lists: pa.ChunkedArray, fill: float = np.nan) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """A column of N lists of numbers -> (N, M), ``fill`` behind each, and where one is (N, M); M at least 1."""
     import pyarrow.compute as pc
 
     lengths = pc.list_value_length(lists).to_numpy()
     mask = np.arange(max(1, lengths.max(initial=0))) < lengths[:, None]
-    values = np.full(mask.shape, np.nan)
-    values[mask] = pc.list_flatten(lists).to_numpy()
-    return values, mask
+    return spread(pc.list_flatten(lists).to_numpy(), mask, fill), mask
 
 
 def versions(*more: str) -> dict[str, str]:

@@ -1,12 +1,12 @@
 """What passes between the stages of the road: arrays in memory, a table's columns on disk.
 
 B photos, K neighbours, N candidates, C entries of a pool, M places of a multimodal model, R radii. Every type of a
-stage's result has ``to_table(ids)`` and ``from_table(table)`` beside its fields.
+stage's result has ``to_table(ids)`` and ``from_table(table)``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from rag_geotoken.errors import GeoError
 from rag_geotoken.geo import Floats
-from rag_geotoken.tables import fixed_list, pad_lists, to_numpy
+from rag_geotoken.tables import fixed_list, pad_lists, spread, to_numpy
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -27,9 +27,18 @@ SOURCES = ("neighbour", "greedy", "beam", "sample", "frontier", "gps", "visual",
 NEIGHBOUR, GREEDY, BEAM, SAMPLE, FRONTIER, GPS, VISUAL, MLLM, GALLERY = range(9)
 At = slice | NDArray[np.bool_] | NDArray[np.int64]
 
+# The columns that a field makes in a table, where they are not one of the field's name.
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "lat_lon": ("lat", "lon"),
+    "true_lat_lon": ("true_lat", "true_lon"),
+    "vectors": ("image", "gps", "text"),
+    "confidence": tuple(f"confidence_{r}" for r in RADII_KM),
+}
+COLUMNS |= {name: (name[:-1],) for name in ("ids", "images", "authors", "digests", "errors", "rows", "scores", "cells")}
+
 
 class Rows:
-    """Fields that all have a line a photo: sliced, chosen and joined together."""
+    """Fields that all have a line a photo: sliced, chosen, joined together and read from a table."""
 
     def __getitem__(self, at: At) -> Self:
         """The same of some of the photos."""
@@ -39,6 +48,39 @@ class Rows:
     def join(cls, parts: Sequence[Self]) -> Self:
         """The parts' photos one after the other."""
         return cls(*(_joined([getattr(part, f.name) for part in parts]) for f in fields(cls)))  # type: ignore[arg-type]
+
+    @classmethod
+    def from_table(cls, table: pa.Table) -> Self:
+        """Read back what ``to_table`` made."""
+        return cls(*(_read(table, f.name) for f in fields(cls)))  # type: ignore[arg-type]
+
+
+class Lines(Rows):
+    """Several places a photo, fields (B, N, ...): in a table a line each, the photo's id and then ``columns``.
+
+    fill: what fields hold where a photo has fewer places than others; any place where it is not said.
+    """
+
+    columns: ClassVar[tuple[str, ...]]
+    fill: ClassVar[dict[str, float]] = {}
+
+    def there(self) -> NDArray[np.bool_]:
+        """(B, N) true where there is a place."""
+        return np.ones(getattr(self, self.columns[-1]).shape, bool)  # the last column is a number
+
+    def to_table(self, ids: Sequence[str]) -> pa.Table:
+        """A line a place that is there, the photos in order, ``rank`` from 1."""
+        there = self.there()
+        values = vars(self) | {"rank": np.cumsum(there, axis=1, dtype=np.int32)}
+        lines = {name: values[name][there] for name in self.columns}
+        return _table({"ids": np.repeat(ids, there.sum(axis=1))} | lines)
+
+    @classmethod
+    def from_table(cls, table: pa.Table) -> Self:
+        """Read back what :meth:`to_table` made."""
+        mask = _runs(table["id"])
+        found = {name: spread(_read(table, name), mask, cls.fill.get(name)) for name in cls.columns} | {"mask": mask}
+        return cls(**{f.name: found[f.name] for f in fields(cls)})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -59,12 +101,6 @@ class Photos(Rows):
         """Pictures of unknown places."""
         unknown = list(authors) or [None] * len(pictures)
         return cls(list(ids), list(pictures), unknown, np.full((len(pictures), 2), np.nan))
-
-    @classmethod
-    def from_table(cls, table: pa.Table) -> Photos:
-        """Read a photos table, which :mod:`rag_geotoken.sources` makes."""
-        names, images, authors = (table[name].to_pylist() for name in ("id", "image", "author"))
-        return cls(names, images, authors, _columns(table, "lat", "lon"))
 
 
 @dataclass(frozen=True)
@@ -100,21 +136,11 @@ class Embeddings(Rows):
 
     def to_table(self, ids: Sequence[str]) -> pa.Table:
         """Columns id, image, gps, text, digest, error."""
-        import pyarrow as pa
-
-        parts = {name: fixed_list(self.vectors[:, i]) for i, name in enumerate(("image", "gps", "text"))}
-        names = {"id": pa.array(ids, pa.string())}
-        return pa.table(names | parts | {"digest": self.digests, "error": pa.array(self.errors, pa.string())})
-
-    @classmethod
-    def from_table(cls, table: pa.Table) -> Embeddings:
-        """Read back what :meth:`to_table` made."""
-        vectors = np.stack([to_numpy(table[name]) for name in ("image", "gps", "text")], axis=1)
-        return cls(vectors, table["digest"].to_pylist(), table["error"].to_pylist())
+        return _table({"ids": ids} | vars(self))
 
 
 @dataclass(frozen=True)
-class Places(Rows):
+class Places(Lines):
     """Scored places of each photo: lat_lon (B, N, 2) degrees, scores (B, N) float32.
 
     As ``places``, those most like the photo's GPS embedding, best first, with their cosines. As ``matches``, where each
@@ -124,19 +150,11 @@ class Places(Rows):
     lat_lon: Floats
     scores: NDArray[np.float32]
 
-    def to_table(self, ids: Sequence[str]) -> pa.Table:
-        """Columns id, rank, lat, lon, score."""
-        return _ranked(ids, self.lat_lon, {"score": self.scores})
-
-    @classmethod
-    def from_table(cls, table: pa.Table) -> Places:
-        """Read back what :meth:`to_table` made."""
-        k = int(table["rank"].to_numpy().max())
-        return cls(_columns(table, "lat", "lon").reshape(-1, k, 2), table["score"].to_numpy().reshape(-1, k))
+    columns: ClassVar = ("rank", "lat_lon", "scores")
 
 
 @dataclass(frozen=True)
-class Neighbors(Rows):
+class Neighbors(Lines):
     """Gallery photos near each query, best first.
 
     rows (B, K) int64 into the index, lat_lon (B, K, 2) degrees, scores (B, K) float32 weighted inner products.
@@ -146,19 +164,11 @@ class Neighbors(Rows):
     lat_lon: Floats
     scores: NDArray[np.float32]
 
-    def to_table(self, ids: Sequence[str]) -> pa.Table:
-        """Columns id, rank, row, lat, lon, score."""
-        return _ranked(ids, self.lat_lon, {"score": self.scores}, {"row": self.rows})
-
-    @classmethod
-    def from_table(cls, table: pa.Table) -> Neighbors:
-        """Read back what :meth:`to_table` made."""
-        near = Places.from_table(table)
-        return cls(table["row"].to_numpy().reshape(near.scores.shape), near.lat_lon, near.scores)
+    columns: ClassVar = ("rank", "rows", "lat_lon", "scores")
 
 
 @dataclass(frozen=True)
-class Candidates(Rows):
+class Candidates(Lines):
     """Generated cells of each photo, best first.
 
     tokens (B, N, T) int64, log_prob (B, N) float32 untempered, source (B, N) int8 into ``SOURCES``, lat_lon (B, N, 2)
@@ -170,30 +180,11 @@ class Candidates(Rows):
     source: NDArray[np.int8]
     lat_lon: Floats
 
-    def to_table(self, ids: Sequence[str]) -> pa.Table:
-        """Columns id, lat, lon, tokens, log_prob, source."""
-        import pyarrow as pa
-
-        tokens = self.tokens.reshape(-1, self.tokens.shape[-1]).astype(np.int16)
-        columns = {"id": pa.array(np.repeat(ids, self.log_prob.shape[1]), pa.string())}
-        columns |= {"lat": self.lat_lon[..., 0].ravel(), "lon": self.lat_lon[..., 1].ravel()}
-        columns |= {"tokens": fixed_list(tokens), "log_prob": self.log_prob.ravel(), "source": _names(self.source)}
-        return pa.table(columns)
-
-    @classmethod
-    def from_table(cls, table: pa.Table) -> Candidates:
-        """Read back what :meth:`to_table` made."""
-        photos, tokens = len(table["id"].unique()), to_numpy(table["tokens"]).astype(np.int64)
-        return cls(
-            tokens.reshape(photos, -1, tokens.shape[-1]),
-            table["log_prob"].to_numpy().reshape(photos, -1),
-            _numbers(table["source"]).reshape(photos, -1),
-            _columns(table, "lat", "lon").reshape(photos, -1, 2),
-        )
+    columns: ClassVar = ("lat_lon", "tokens", "log_prob", "source")
 
 
 @dataclass(frozen=True)
-class Posterior(Rows):
+class Posterior(Lines):
     """Disjoint S2 cells of each photo: cells (B, M) uint64 ids, mass (B, M) adding up to 1, largest first.
 
     Photos with fewer cells are filled up with any at a mass of zero.
@@ -202,27 +193,16 @@ class Posterior(Rows):
     cells: NDArray[np.uint64]
     mass: NDArray[np.float32]
 
-    def to_table(self, ids: Sequence[str]) -> pa.Table:
-        """Columns id, cell (S2 id of any level), mass, the heaviest first."""
-        import pyarrow as pa
+    columns: ClassVar = ("cells", "mass")
+    fill: ClassVar = {"mass": 0.0}
 
-        kept = self.mass > 0
-        names = pa.array(np.repeat(ids, kept.sum(axis=1)), pa.string())
-        return pa.table({"id": names, "cell": self.cells[kept], "mass": self.mass[kept]})
-
-    @classmethod
-    def from_table(cls, table: pa.Table) -> Posterior:
-        """Read back what :meth:`to_table` made."""
-        kept = _runs(table["id"])
-        mass = np.zeros(kept.shape, np.float32)
-        mass[kept] = table["mass"].to_numpy()
-        cells = np.full(kept.shape, table["cell"][0].as_py(), np.uint64)
-        cells[kept] = table["cell"].to_numpy()
-        return cls(cells, mass)
+    def there(self) -> NDArray[np.bool_]:
+        """(B, M) true where there is a cell."""
+        return self.mass > 0
 
 
 @dataclass(frozen=True)
-class Pool(Rows):
+class Pool(Lines):
     """Places one of which will be the answer, generated and retrieved together, one entry a cell.
 
     lat_lon (B, C, 2) degrees, log_weight (B, C) float32 normalised over a photo's entries, source (B, C) int8 into
@@ -234,29 +214,17 @@ class Pool(Rows):
     source: NDArray[np.int8]
     mask: NDArray[np.bool_]
 
+    columns: ClassVar = ("lat_lon", "log_weight", "source")
+    fill: ClassVar = {"log_weight": -np.inf}
+
     @property
     def weight(self) -> Floats:
         """(B, C), zero where there is no entry."""
         return np.exp(self.log_weight.astype(np.float64))
 
-    def to_table(self, ids: Sequence[str]) -> pa.Table:
-        """Columns id, lat, lon, log_weight, source, a line an entry."""
-        import pyarrow as pa
-
-        lat, lon = self.lat_lon[self.mask].T
-        names = pa.array(np.repeat(ids, self.mask.sum(axis=1)), pa.string())
-        columns = {"lat": lat, "lon": lon, "log_weight": self.log_weight[self.mask]}
-        return pa.table({"id": names} | columns | {"source": _names(self.source[self.mask])})
-
-    @classmethod
-    def from_table(cls, table: pa.Table) -> Pool:
-        """Read back what :meth:`to_table` made."""
-        mask = _runs(table["id"])
-        lat_lon, weight = np.zeros((*mask.shape, 2)), np.full(mask.shape, -np.inf, np.float32)
-        lat_lon[mask], weight[mask] = _columns(table, "lat", "lon"), table["log_weight"].to_numpy()
-        source = np.zeros(mask.shape, np.int8)
-        source[mask] = _numbers(table["source"])
-        return cls(lat_lon, weight, source, mask)
+    def there(self) -> NDArray[np.bool_]:
+        """``mask``."""
+        return self.mask
 
 
 @dataclass(frozen=True)
@@ -268,22 +236,18 @@ class Verdict(Rows):
 
     def over(self, mask: NDArray[np.bool_]) -> NDArray[np.float32]:
         """The scores (B, C) laid out over a mask (B, C) of as many entries a photo, zero elsewhere."""
-        scores = np.zeros(mask.shape, np.float32)
-        scores[mask] = self.scores[self.mask]
-        return scores
+        return spread(self.scores[self.mask], mask, 0.0)
 
     def to_table(self, ids: Sequence[str]) -> pa.Table:
         """Columns id, status (ok), scores, a list over the photo's pool entries in their order."""
         import pyarrow as pa
 
-        lists = pa.array([row[kept] for row, kept in zip(self.scores, self.mask, strict=True)], pa.list_(pa.float32()))
-        return pa.table({"id": pa.array(ids, pa.string()), "status": ["ok"] * len(ids), "scores": lists})
+        return pa.table({"id": ids, "status": ["ok"] * len(ids), "scores": _lists(self.scores, self.mask)})
 
     @classmethod
-    def from_table(cls, table: pa.Table) -> Verdict:
+    def from_table(cls, table: pa.Table) -> Self:
         """Read back what :meth:`to_table` made."""
-        scores, mask = pad_lists(table["scores"])
-        return cls(scores.astype(np.float32), mask)
+        return cls(*pad_lists(table["scores"], 0.0))
 
 
 @dataclass(frozen=True)
@@ -314,27 +278,19 @@ class MllmVerdict(Verdict):
         """Columns id, status, scores, lat, lon, confidence (lists), raw, requests, prompt_tokens, output_tokens."""
         import pyarrow as pa
 
-        table, doubles = super().to_table(ids), pa.list_(pa.float64())
-        named = [np.isfinite(places[:, 0]) for places in self.lat_lon]
-        columns = {"lat": self.lat_lon[..., 0], "lon": self.lat_lon[..., 1], "confidence": self.confidence}
-        table = table.set_column(1, "status", pa.array(self.status, pa.string()))
-        for name, values in columns.items():
-            lists = [row[known] for row, known in zip(values, named, strict=True)]
-            table = table.append_column(name, pa.array(lists, doubles))
-        table = table.append_column("raw", pa.array(self.raw, pa.list_(pa.string())))
-        for name in self.COSTS:
-            table = table.append_column(name, pa.array(getattr(self, name), pa.int64()))
-        return table
+        lat, lon = np.moveaxis(self.lat_lon, 2, 0)
+        columns = {"id": ids, "status": self.status, "scores": _lists(self.scores, self.mask)}
+        for name, values in (("lat", lat), ("lon", lon), ("confidence", self.confidence)):
+            columns[name] = _lists(values, np.isfinite(lat))
+        columns["raw"] = pa.array(self.raw, pa.list_(pa.string()))
+        return pa.table(columns | {name: getattr(self, name) for name in self.COSTS})
 
     @classmethod
-    def from_table(cls, table: pa.Table) -> MllmVerdict:
+    def from_table(cls, table: pa.Table) -> Self:
         """Read back what :meth:`to_table` made."""
-        scores, lat, lon, confidence = (pad_lists(table[name]) for name in ("scores", "lat", "lon", "confidence"))
-        costs = (table[name].to_numpy() for name in cls.COSTS)
-        places = np.stack([lat[0], lon[0]], axis=-1)
-        status, raw = table["status"].to_pylist(), table["raw"].to_pylist()
-        values = np.nan_to_num(scores[0]).astype(np.float32)
-        return cls(values, scores[1], status, places, confidence[0], raw, *costs)
+        lat, lon, confidence = (pad_lists(table[name])[0] for name in ("lat", "lon", "confidence"))
+        status, *others = (_read(table, name) for name in ("status", "raw", *cls.COSTS))
+        return cls(*pad_lists(table["scores"], 0.0), status, np.stack([lat, lon], axis=-1), confidence, *others)
 
 
 @dataclass(frozen=True)
@@ -369,29 +325,14 @@ class Answers(Predictions):
 
         Null where a number is not known or there is no answer.
         """
-        import pyarrow as pa
-
         silent = np.array([error is not None for error in self.errors], bool)
-
-        def column(values: NDArray[Any], unknown: NDArray[np.bool_] | None = None) -> pa.Array:
-            return pa.array(values, pa.float64(), mask=np.isnan(values) if unknown is None else unknown)
-
-        columns = {"id": pa.array(self.ids, pa.string())}
-        columns |= {f"true_{axis}": column(self.true_lat_lon[:, i]) for i, axis in enumerate(("lat", "lon"))}
-        columns |= {axis: column(self.lat_lon[:, i], silent) for i, axis in enumerate(("lat", "lon"))}
-        columns["source"] = pa.array(_names(self.source), pa.string(), mask=silent)
-        sure = {f"confidence_{r}": column(self.confidence[:, i], silent) for i, r in enumerate(RADII_KM)}
-        columns |= sure | {"area_km2": column(self.area_km2), "verified": pa.array(self.verified & ~silent)}
-        return pa.table(columns | {"error": pa.array(self.errors, pa.string())})
-
-    @classmethod
-    def from_table(cls, table: pa.Table) -> Answers:
-        """Read back what :meth:`to_table` made."""
-        decided = _columns(table, "lat", "lon"), _columns(table, *(f"confidence_{r}" for r in RADII_KM))
-        area, verified = _columns(table, "area_km2")[:, 0], table["verified"].to_numpy(zero_copy_only=False)
-        errors, names = table["error"].to_pylist(), table["id"].to_pylist()
-        source, truth = _numbers(table["source"].fill_null(SOURCES[0])), _columns(table, "true_lat", "true_lon")
-        return cls(*decided, source, area, verified, errors, names, truth)
+        answered = {
+            "lat_lon": np.where(silent[:, None], np.nan, self.lat_lon),
+            "source": np.where(silent, -1, self.source),
+            "confidence": np.where(silent[:, None], np.nan, self.confidence),
+        }
+        checked = {"area_km2": self.area_km2, "verified": self.verified & ~silent, "errors": self.errors}
+        return _table({"ids": self.ids, "true_lat_lon": self.true_lat_lon, **answered, **checked})
 
     @classmethod
     def of(cls, photos: Photos, errors: Sequence[str | None]) -> Answers:
@@ -404,14 +345,9 @@ class Answers(Predictions):
     def rows(self) -> list[Prediction]:
         """One :class:`Prediction` a photo."""
         answers = []
-        for i, error in enumerate(self.errors):
-            area = None if np.isnan(self.area_km2[i]) else float(self.area_km2[i])
-            if error is not None:
-                answers.append(Prediction(self.ids[i], area_km2=area, error=error))
-                continue
-            lat, lon = self.lat_lon[i].tolist()
-            sure, source = tuple(self.confidence[i].tolist()), SOURCES[self.source[i]]
-            answers.append(Prediction(self.ids[i], lat, lon, sure, source, area, bool(self.verified[i])))
+        for row in self.to_table().drop_columns(COLUMNS["true_lat_lon"]).to_pylist():
+            sure = tuple(row.pop(name) for name in COLUMNS["confidence"])
+            answers.append(Prediction(**row, confidence=sure if row["error"] is None else None))
         return answers
 
 
@@ -460,11 +396,9 @@ class Tables:
 
     def __getitem__(self, at: At) -> Tables:
         """The same of some of the photos."""
-        some = Tables(self.photos[at])
-        for name, value in vars(self).items():
-            if name != "photos":
-                cut = {key: verdict[at] for key, verdict in value.items()} if name == "verdicts" else value[at]
-                setattr(some, name, cut)
+        some = Tables(self.photos[at], {name: verdict[at] for name, verdict in self.verdicts.items()})
+        for name in vars(self).keys() - {"photos", "verdicts"}:
+            setattr(some, name, getattr(self, name)[at])
         return some
 
 
@@ -480,44 +414,59 @@ def _joined(parts: list[Any]) -> Any:
     return [value for part in parts for value in part]
 
 
-def _ranked(
-    ids: Sequence[str], lat_lon: Floats, last: dict[str, NDArray[Any]], first: dict[str, NDArray[Any]] | None = None
-) -> pa.Table:
-    """Places (B, N, 2) a line each: id, rank from 1, ``first``, lat, lon, ``last``; those are (B, N)."""
+def _table(values: Mapping[str, Any]) -> pa.Table:
+    """Fields with as many lines each -> their columns, by the names in :data:`COLUMNS`."""
     import pyarrow as pa
 
-    count, n = lat_lon.shape[:2]
-    columns = {
-        "id": pa.array(np.repeat(ids, n), pa.string()),
-        "rank": np.tile(np.arange(1, n + 1, dtype=np.int32), count),
-    }
-    columns |= (first and {name: values.ravel() for name, values in first.items()}) or {}
-    columns |= {"lat": lat_lon[..., 0].ravel(), "lon": lat_lon[..., 1].ravel()}
-    return pa.table(columns | {name: values.ravel() for name, values in last.items()})
+    columns = dict[str, pa.Array]()
+    for name, lines in values.items():
+        names = COLUMNS.get(name, (name,))
+        parts = [lines] if len(names) == 1 else np.moveaxis(lines, 1, 0)
+        columns |= {column: _column(column, part) for column, part in zip(names, parts, strict=True)}
+    return pa.table(columns)
 
 
-def _columns(table: pa.Table, *names: str) -> Floats:
-    """Columns of numbers as one array (N, columns), NaN for null."""
-    return np.column_stack([table[name].to_numpy(zero_copy_only=False).astype(np.float64) for name in names])
+def _column(name: str, values: Any) -> pa.Array:
+    """Numbers (null for NaN), vectors as lists of fixed size, texts (null for None), sources by their names."""
+    import pyarrow as pa
+
+    if name == "source":
+        return pa.DictionaryArray.from_arrays(pa.array(values, mask=values < 0), pa.array(SOURCES)).cast(pa.string())
+    if not isinstance(values, np.ndarray):
+        return pa.array(values, pa.string())
+    if name == "tokens":
+        values = values.astype(np.int16)
+    return fixed_list(values) if values.ndim > 1 else pa.array(values, from_pandas=True)
+
+
+def _read(table: pa.Table, name: str) -> Any:
+    """The field whose columns :func:`_table` made."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    columns = [table[column] for column in COLUMNS.get(name, (name,))]
+    if name == "source":
+        return pc.index_in(columns[0], pa.array(SOURCES)).fill_null(0).to_numpy().astype(np.int8)
+    if pa.types.is_string(columns[0].type) or pa.types.is_list(columns[0].type):
+        return columns[0].to_pylist()
+    arrays = [to_numpy(column) for column in columns]
+    values = arrays[0] if len(arrays) == 1 else np.stack(arrays, axis=1)
+    return values.astype(np.int64) if name == "tokens" else values
+
+
+def _lists(values: NDArray[Any], kept: NDArray[np.bool_]) -> pa.Array:
+    """What is kept of the numbers (B, N), a list a photo."""
+    import pyarrow as pa
+
+    lists = [row[there] for row, there in zip(values, kept, strict=True)]
+    return pa.array(lists, pa.list_(pa.from_numpy_dtype(values.dtype)))
 
 
 def _runs(ids: pa.ChunkedArray) -> NDArray[np.bool_]:
-    """Ids in runs -> (N, longest run) true for as many places a row as the run is long."""
+    """Ids in runs -> (B, longest run) true for as many places a row as the run is long."""
     codes = ids.combine_chunks().dictionary_encode().indices.to_numpy()
     counts = np.bincount(codes)
     if (np.diff(codes) < 0).any():
         raise GeoError("a table's photos are out of order: delete it and run its stage again")
     mask: NDArray[np.bool_] = np.arange(counts.max()) < counts[:, None]
     return mask
-
-
-def _names(numbers: NDArray[np.int8]) -> NDArray[np.str_]:
-    return np.array(SOURCES)[numbers.ravel()]
-
-
-def _numbers(names: pa.ChunkedArray) -> NDArray[np.int8]:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    numbers: NDArray[np.int8] = pc.index_in(names, pa.array(SOURCES)).to_numpy().astype(np.int8)
-    return numbers

@@ -17,7 +17,7 @@ from test_cli import call
 
 from rag_geotoken import Geolocator, Options
 from rag_geotoken.mllm.session import MllmSession
-from rag_geotoken.options import MODES, parse_option
+from rag_geotoken.options import CHOICES, parse_option
 from rag_geotoken.run import resumable
 from rag_geotoken.run.road import road
 from rag_geotoken.run.walk import RunFolder, answered, embedded
@@ -131,7 +131,7 @@ def same_answers(one: list[Prediction], other: list[Prediction]) -> None:
             assert a.area_km2 == pytest.approx(b.area_km2, rel=1e-3)
 
 
-LONG = [pytest.param(mode, marks=pytest.mark.slow) for mode in MODES if mode != "pool"]
+LONG = [pytest.param(mode, marks=pytest.mark.slow) for mode in CHOICES["mllm_mode"] if mode != "pool"]
 
 
 @pytest.mark.parametrize("mode", ["pool", *LONG])

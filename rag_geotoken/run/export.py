@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape
 
 from rag_geotoken.errors import GeoError
@@ -18,44 +18,38 @@ from rag_geotoken.tables import write_table
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Row = dict[str, Any]
 NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # XML 1.0, production 2
 
 
-def check_format(path: Path) -> None:
-    """Raises GeoError, naming the endings, when predictions cannot be written to a file of this name."""
+def check_output(path: Path) -> None:
+    """Raises GeoError, before any work, when predictions cannot be written to this file: its ending or its folder."""
     if path.suffix.lower() not in (".parquet", *_FORMATS):
         raise GeoError(f"cannot write {path.name}: choose an ending among .parquet, {', '.join(_FORMATS)}")
-
-
-def check_output(path: Path) -> None:
-    """Raises GeoError, before any work, when predictions cannot be written to this file."""
-    check_format(path)
     check_writable(path.parent)
 
 
 def write_predictions(path: Path, predictions: pa.Table) -> None:
     """Write a predictions table whole. A photo without an answer keeps its line, with its error and no place."""
-    check_format(path)
     if path.suffix.lower() == ".parquet":
         write_table(path, predictions)
     else:
-        write_text(path, _FORMATS[path.suffix.lower()](predictions.column_names, predictions.to_pylist()))
+        write_text(path, _FORMATS[path.suffix.lower()](predictions))
 
 
-def _csv(names: list[str], rows: list[Row]) -> str:
+def _csv(table: pa.Table) -> str:
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, names)
+    writer = csv.DictWriter(text, table.column_names)
     writer.writeheader()
-    writer.writerows({k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows)
+    for row in table.to_pylist():
+        writer.writerow({name: json.dumps(value) if isinstance(value, list) else value for name, value in row.items()})
     return text.getvalue()
 
 
-def _json_lines(_: list[str], rows: list[Row]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+def _json_lines(table: pa.Table) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in table.to_pylist())
 
 
-def _geojson(_: list[str], rows: list[Row]) -> str:
+def _geojson(table: pa.Table) -> str:
     features = [
         {
             "type": "Feature",
@@ -64,26 +58,22 @@ def _geojson(_: list[str], rows: list[Row]) -> str:
             "geometry": {"type": "Point", "coordinates": [row["lon"], row["lat"]]} if row["lat"] is not None else None,
             "properties": {name: value for name, value in row.items() if name not in ("id", "lat", "lon")},
         }
-        for row in rows
+        for row in table.to_pylist()
     ]
     return json.dumps({"type": "FeatureCollection", "features": features}, ensure_ascii=False) + "\n"
 
 
-def _kml(_: list[str], rows: list[Row]) -> str:
+def _kml(table: pa.Table) -> str:
     marks = [
         f"<Placemark><name>{escape(str(row['id']))}</name>"
         + (f"<Point><coordinates>{row['lon']},{row['lat']}</coordinates></Point>" if row["lat"] is not None else "")
         + (f"<description>{escape(row['error'])}</description>" if row["error"] else "")
         + "</Placemark>"
-        for row in rows
+        for row in table.to_pylist()
     ]
     head = '<?xml version="1.0" encoding="UTF-8"?>\n<kml xmlns="http://www.opengis.net/kml/2.2"><Document>\n'
     return head + NO_XML.sub("\ufffd", "\n".join(marks)) + "\n</Document></kml>\n"
 
 
-_FORMATS: dict[str, Callable[[list[str], list[Row]], str]] = {
-    ".csv": _csv,
-    ".jsonl": _json_lines,
-    ".geojson": _geojson,
-    ".kml": _kml,
-}
+_FORMATS: dict[str, Callable[[pa.Table], str]]
+_FORMATS = {".csv": _csv, ".jsonl": _json_lines, ".geojson": _geojson, ".kml": _kml}

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.errors import GeoError
-from rag_geotoken.progress import progress_bar
 from rag_geotoken.run.build_index import project
-from rag_geotoken.run.resumable import stage
+from rag_geotoken.run.resumable import run_stage
 from rag_geotoken.run.walk import write_photos
 from rag_geotoken.tables import fixed_list, read_table, to_numpy
 
@@ -60,8 +59,7 @@ def write_examples(folder: Path, source: str, alignment: GeoAlignment) -> None:
         return pa.table({"place": names[at], "text": fixed_list(vectors.numpy().astype(np.float16))})
 
     recipe = {"encoder": alignment.encoder_identity, "words": STREET_VIEW}
-    with progress_bar(len(names), f"{folder.name}: texts") as advance:
-        stage(folder, "texts", recipe, [photos], names, work, block=BLOCK, progress=advance)
+    run_stage(folder, "texts", recipe, ["photos"], names, work, block=BLOCK)
 
 
 def read_examples(folder: Path, held_out: int, seed: int) -> tuple[Examples, Examples]:
