@@ -58,15 +58,10 @@ def make_thumbnails(references: Sequence[Picture], size: int) -> list[bytes]:
     """
     from PIL import Image
 
-    made = [b""] * len(references)
-    drawn = draw(references, size, at_most=True)
-    for i, pixels in drawn.items():
-        made[i] = _encode(Image.fromarray(pixels), size)
-    files = [i for i in range(len(references)) if i not in drawn]
-    encoded = read_pictures([references[i] for i in files], lambda image: _encode(upright(image), size))
-    for i, picture in zip(files, encoded, strict=True):
-        made[i] = b"" if isinstance(picture, str) else picture
-    return made
+    small = draw(references, size, at_most=True)
+    drawn = {i: _encode(Image.fromarray(pixels), size) for i, pixels in small.items()}
+    made = read_pictures(references, lambda image: _encode(upright(image), size), drawn)
+    return [picture if isinstance(picture, bytes) else b"" for picture in made]
 
 
 def write_thumbnails(folder: Path, table: Path, orders: Sequence[NDArray[np.bool_]]) -> None:

@@ -5,25 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from io import BytesIO
 
+import numpy as np
 from PIL import Image
 
 from rag_geotoken.pictures import NEEDLE, Picture, draw, read_pictures, upright
 
-SIZE = 512  # px of the longer side
 BYTES = 200_000
 TINY = 128  # px: up to here PNG is small enough, and loses nothing
 QUALITIES = (90, 75, 60, 40)
 
 
-def encode_picture(picture: Image.Image, size: int = SIZE, limit: int = BYTES) -> bytes:
-    """A picture's pixels as PNG where it is tiny, else as JPEG: at most `size` px and `limit` bytes, no metadata.
+def encode_picture(picture: Image.Image, size: int) -> bytes:
+    """A picture's pixels as PNG where it is tiny, else as JPEG: at most `size` px and ``BYTES`` bytes, no metadata.
+
+    JPEG's quality is lowered, then the picture is halved, until it fits.
 
     Args:
         picture: In any mode. It is never enlarged; of one more than 16 times as long as wide the middle is taken.
         size: The longest that its longer side may be, in pixels.
-        limit: Bytes. JPEG's quality is lowered, then the picture is halved, until it fits.
     """
-    picture = _pixels(picture)
+    picture = Image.fromarray(np.asarray(picture.convert("RGB")))  # what a file brings along besides stays behind
     longer, shorter = max(picture.size), min(picture.size)
     if longer > NEEDLE * shorter:  # many a model's own processor enlarges by the shorter side
         cut = (longer - NEEDLE * shorter) // 2
@@ -34,10 +35,10 @@ def encode_picture(picture: Image.Image, size: int = SIZE, limit: int = BYTES) -
         width, height = (max(1, round(side * size / longer)) for side in picture.size)
         picture = picture.resize((width, height), Image.Resampling.BICUBIC)
     while True:
-        if max(picture.size) <= TINY and len(encoded := _encode(picture, "PNG")) <= limit:
+        if max(picture.size) <= TINY and len(encoded := _encode(picture, "PNG")) <= BYTES:
             return encoded
         for quality in QUALITIES:
-            if len(encoded := _encode(picture, "JPEG", quality=quality)) <= limit:
+            if len(encoded := _encode(picture, "JPEG", quality=quality)) <= BYTES:
                 return encoded
         if max(picture.size) == 1:
             return encoded  # nothing smaller exists
@@ -45,15 +46,12 @@ def encode_picture(picture: Image.Image, size: int = SIZE, limit: int = BYTES) -
         picture = picture.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def encode_pictures(
-    references: Sequence[Picture], size: int = SIZE, limit: int = BYTES
-) -> tuple[list[bytes | None], list[str | None]]:
+def encode_pictures(references: Sequence[Picture], size: int) -> tuple[list[bytes | None], list[str | None]]:
     """Pictures behind references, whole (not cut to a square), as ``encode_picture`` makes them.
 
     Args:
         references: N pictures, as ``load_pictures`` takes them.
         size: The longest that a longer side may be, in pixels; what a source draws has its own.
-        limit: Bytes a picture.
 
     Returns:
         For each the bytes, or None; and None, or one line that says why it could not be loaded.
@@ -61,19 +59,10 @@ def encode_pictures(
     Raises:
         GeoError: what a source draws from is not there. A bad picture file raises nothing.
     """
-    encoded: list[bytes | None] = [None] * len(references)
-    errors: list[str | None] = [None] * len(references)
-    drawn = draw(references)
-    for i, pixels in drawn.items():
-        encoded[i] = encode_picture(Image.fromarray(pixels), size, limit)
-    files = [i for i in range(len(references)) if i not in drawn]
-    made = read_pictures([references[i] for i in files], lambda image: encode_picture(upright(image), size, limit))
-    for i, picture in zip(files, made, strict=True):
-        if isinstance(picture, str):
-            errors[i] = picture
-        else:
-            encoded[i] = picture
-    return encoded, errors
+    drawn = {i: encode_picture(Image.fromarray(pixels), size) for i, pixels in draw(references).items()}
+    made = list(read_pictures(references, lambda image: encode_picture(upright(image), size), drawn))
+    encoded = [picture if isinstance(picture, bytes) else None for picture in made]
+    return encoded, [error if isinstance(error, str) else None for error in made]
 
 
 def decode_picture(encoded: bytes) -> Image.Image:
@@ -87,16 +76,7 @@ def media_type(encoded: bytes) -> str:
     return "image/png" if encoded.startswith(b"\x89PNG") else "image/jpeg"
 
 
-def _pixels(picture: Image.Image) -> Image.Image:
-    """A new picture of the same pixels: what a file brings along besides stays behind."""
-    rgb = picture.convert("RGB")
-    return Image.frombytes("RGB", rgb.size, rgb.tobytes())
-
-
-def _encode(picture: Image.Image, kind: str, quality: int = 0) -> bytes:
+def _encode(picture: Image.Image, kind: str, **options: int) -> bytes:
     file = BytesIO()
-    if kind == "JPEG":
-        picture.save(file, kind, quality=quality)
-    else:
-        picture.save(file, kind)
+    picture.save(file, kind, **options)
     return file.getvalue()
