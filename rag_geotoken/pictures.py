@@ -8,7 +8,7 @@ import re
 import stat
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BytesIO
@@ -72,12 +72,10 @@ def load_pictures(
     """
     pixels = np.zeros((len(references), size, size, 3), np.uint8)
     errors: list[str | None] = [None] * len(references)
-    drawn = draw(references, size)
     resampling = Image.Resampling[interpolation.upper()]
-    files = [reference for i, reference in enumerate(references) if i not in drawn]
-    squares = read_pictures(files, lambda image: _square(image, size, fit, resampling))
-    for i in range(len(references)):
-        square = drawn[i] if i in drawn else next(squares)
+    drawn = draw(references, size)
+    squares = read_pictures(references, lambda image: _square(image, size, fit, resampling), drawn)
+    for i, square in enumerate(squares):
         if isinstance(square, str):
             errors[i] = square
         else:
@@ -102,13 +100,19 @@ def draw(references: Sequence[Picture], size: int | None = None, at_most: bool =
     return drawn
 
 
-def read_pictures(references: Sequence[Picture], use: Callable[[Image.Image], Used]) -> Iterator[Used | str]:
+def read_pictures(
+    references: Sequence[Picture], use: Callable[[Image.Image], Used], drawn: Mapping[int, Used]
+) -> Iterator[Used | str]:
     """Opens picture files and files in tars, several at a time, and yields in turn what `use` makes of each.
 
-    In the place of one that could not be read stands one line that says why. `use` runs while others are decoded.
+    In the place of one that could not be read stands one line that says why; what ``drawn`` has for a position is
+    taken as it is. `use` runs while others are decoded.
     """
+    files = [reference for i, reference in enumerate(references) if i not in drawn]
     with _strict_pillow(), ThreadPoolExecutor(THREADS) as pool:
-        yield from pool.map(lambda reference: _load(reference, use), references)
+        made = pool.map(lambda reference: _load(reference, use), files)
+        for i in range(len(references)):
+            yield drawn[i] if i in drawn else next(made)
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -55,10 +55,12 @@ def make_thumbnails(references: Sequence[Picture], size: int) -> list[bytes]:
 
     Empty for one that cannot be read. Raises GeoError when what a source draws from is not there.
     """
-    drawn = draw(references, size, at_most=True)
-    pictures = [drawn.get(i, reference) for i, reference in enumerate(references)]
-    encoded = read_pictures(pictures, lambda image: _encode(upright(image), size))
-    return [b"" if isinstance(picture, str) else picture for picture in encoded]
+    from PIL import Image
+
+    small = draw(references, size, at_most=True)
+    drawn = {i: _encode(Image.fromarray(pixels), size) for i, pixels in small.items()}
+    made = read_pictures(references, lambda image: _encode(upright(image), size), drawn)
+    return [picture if isinstance(picture, bytes) else b"" for picture in made]
 
 
 def write_thumbnails(folder: Path, table: Path, orders: Sequence[NDArray[np.bool_]]) -> None:

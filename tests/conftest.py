@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +27,7 @@ from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.errors import GeoError
 from rag_geotoken.files import shipped, write_json
 from rag_geotoken.index import GeoIndex
-from rag_geotoken.mllm.start import VllmServer, vllm_server
+from rag_geotoken.mllm.start import VllmServer
 from rag_geotoken.options import Options
 from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.recipes import read_recipe
@@ -201,6 +204,15 @@ def one_line() -> OneLine:
     return expect
 
 
+def kept(journal: Path) -> list[dict[str, Any]]:
+    """The replies in a journal; none where it is not made yet."""
+    if not journal.is_file():
+        return []
+    with closing(sqlite3.connect(journal)) as database, suppress(sqlite3.OperationalError):
+        return [json.loads(reply) for (reply,) in database.execute("SELECT reply FROM replies")]
+    return []
+
+
 def pool_of(places: list[tuple[float, float]], weights: list[float], masked: int = 0) -> Pool:
     """One photo's pool, with entries that do not count at its end."""
     lat_lon = np.array([[*places, *[(0.0, 0.0)] * masked]])
@@ -248,5 +260,5 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
     """A real server of that model, for tests/served alone. Starting takes half a minute."""
     assert VLLM_PYTHON is not None
-    with vllm_server(llava, VLLM_PYTHON, tmp_path_factory.mktemp("server") / "server.log") as running:
+    with VllmServer(llava, VLLM_PYTHON, tmp_path_factory.mktemp("server") / "server.log") as running:
         yield running

@@ -63,9 +63,9 @@ def test_options_are_judged_by_the_logits_after_the_prompt(client: TransformersC
 
 def test_a_model_of_another_family(tmp_path: Path) -> None:
     """Qwen-VL: pictures keep their shapes, positions have three axes, the processor takes videos too."""
-    client = TransformersClient.from_pretrained(save_qwen(tmp_path / "qwen"))
+    client = TransformersClient(save_qwen(tmp_path / "qwen"))
     rng, sizes = np.random.default_rng(0), [(64, 64), (96, 40), (40, 96), (200, 200)]
-    pictures = [encode_picture(Image.fromarray(rng.integers(0, 255, (*size, 3), np.uint8))) for size in sizes]
+    pictures = [encode_picture(Image.fromarray(rng.integers(0, 255, (*size, 3), np.uint8)), 512) for size in sizes]
     requests = [sample_request(number, pictures[number % 4]) for number in range(BATCH + 4)]
     replies = ask(client, requests)
     assert answers(ask(client, requests[::-1]))[::-1] == answers(replies)
@@ -91,7 +91,7 @@ def test_a_processor_of_videos_without_torchvision(
 
     monkeypatch.setattr("transformers.AutoVideoProcessor.from_pretrained", missing)
     with one_line("qwen takes videos too, and its processor needs torchvision: install the one that fits your torch"):
-        TransformersClient.from_pretrained(folder)
+        TransformersClient(folder)
 
 
 def test_an_answer_does_not_depend_on_its_company(client: TransformersClient) -> None:
@@ -127,8 +127,10 @@ def test_samples_follow_from_their_seed(client: TransformersClient) -> None:
 def test_the_end_of_an_answer(client: TransformersClient) -> None:
     ends = client.processor.tokenizer.eos_token_id
     new = torch.tensor([[[40, 41, ends, 0], [40, 41, 42, 43]]])
-    texts, spent = client._texts(new, [2])
-    assert spent == [[3, 4]] and texts == [(client.processor.tokenizer.decode([40, 41]), texts[0][1])]
+    prompt = client._prompt(0, sample_request(0, max_tokens=4, n=2))
+    assert not isinstance(prompt, str)
+    (reply,) = client._texts([prompt], new)
+    assert reply.output_tokens == 3 + 4 and reply.texts[0] == client.processor.tokenizer.decode([40, 41])
 
 
 def test_a_bad_request_costs_itself_alone(client: TransformersClient) -> None:

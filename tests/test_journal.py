@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
+import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import OneLine
+from conftest import OneLine, kept
 
 from rag_geotoken.mllm import Reply, Request
-from rag_geotoken.mllm.journal import ask_journaled, read_journal
+from rag_geotoken.mllm.journal import ask_journaled
 
 REQUESTS = [Request((f"question {i}", bytes([i])), max_tokens=5) for i in range(10)]
 
@@ -40,53 +39,37 @@ class Echo:
 
 
 def test_finished_answers_are_not_asked_again(tmp_path: Path) -> None:
-    journal = tmp_path / "new" / "journal.jsonl"
-    whole = ask_journaled(Echo(), REQUESTS, tmp_path / "whole.jsonl")
+    journal = tmp_path / "journal.sqlite"
+    whole = ask_journaled(Echo(), REQUESTS, tmp_path / "whole.sqlite")
     assert [reply.texts for reply in whole] == [(f"answer to question {i}",) for i in range(10)]
     with pytest.raises(KeyboardInterrupt):
         ask_journaled(Echo(stop_after=4), REQUESTS, journal)
-    assert len(read_journal(journal)) == 4
-    second, done = Echo(), []
-    assert ask_journaled(second, REQUESTS, journal, advance=done.append) == whole
-    assert second.asked == [f"question {i}" for i in reversed(range(6))] and done == [4] + [1] * 6
+    assert len(kept(journal)) == 4
+    second = Echo()
+    assert ask_journaled(second, REQUESTS, journal) == whole
+    assert second.asked == [f"question {i}" for i in reversed(range(6))]
     third = Echo()
     assert ask_journaled(third, REQUESTS, journal) == whole and third.asked == []
 
 
-def test_what_is_known_is_kept_in_step_without_reading_the_journal_again(tmp_path: Path) -> None:
-    journal, client = tmp_path / "journal.jsonl", Echo()
-    known = read_journal(journal)
-    for at in (slice(0, 6), slice(4, 10)):
-        ask_journaled(client, REQUESTS[at], journal, known=known)
-    assert len(client.asked) == 10 and known == read_journal(journal)
-    journal.unlink()
-    assert ask_journaled(client, REQUESTS, journal, known=known) and len(client.asked) == 10
-
-
 @pytest.mark.parametrize("cut", [1, 2, 30, 150])
-def test_a_torn_last_line_is_cut_off(tmp_path: Path, cut: int) -> None:
-    journal = tmp_path / "journal.jsonl"
-    whole = ask_journaled(Echo(), REQUESTS, journal)
-    written = journal.read_bytes()
-    os.truncate(journal, len(written) - cut)
-    again = Echo()
-    assert ask_journaled(again, REQUESTS, journal) == whole and len(again.asked) == 1
-    assert sorted(journal.read_bytes().splitlines()) == sorted(written.splitlines())
+def test_a_torn_last_write_costs_the_last_answer_alone(tmp_path: Path, cut: int) -> None:
+    killed = tmp_path / "killed"
 
+    class Killed(Echo):
+        def ask(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
+            yield from super().ask(requests)
+            shutil.copytree(tmp_path, killed)  # as it stands there if the process ends here
 
-def test_broken_lines_are_passed_over(tmp_path: Path) -> None:
-    journal = tmp_path / "journal.jsonl"
-    whole = ask_journaled(Echo(), REQUESTS, journal)
-    lines = journal.read_bytes().splitlines()
-    lines[2], lines[5] = b"\x00" * 40, lines[5].replace(b'"texts"', b'"words"')
-    lines[7:7] = [b"", b"null", b"[]", b"{}", b"[" * 100_000, b'{"image": 1}', lines[6]]
-    journal.write_bytes(b"\n".join(lines) + b"\n")
+    whole = ask_journaled(Killed(), REQUESTS, tmp_path / "journal.sqlite")
+    log = killed / "journal.sqlite-wal"
+    os.truncate(log, log.stat().st_size - cut)
     again = Echo()
-    assert ask_journaled(again, REQUESTS, journal) == whole and len(again.asked) == 2
+    assert ask_journaled(again, REQUESTS, killed / "journal.sqlite") == whole and again.asked == ["question 0"]
 
 
 def test_failures_stand_until_asked_again(tmp_path: Path) -> None:
-    journal = tmp_path / "journal.jsonl"
+    journal = tmp_path / "journal.sqlite"
     failing = ["question 3", "question 7"]
     first = ask_journaled(Echo(failing=failing), REQUESTS, journal)
     assert [i for i, reply in enumerate(first) if reply.error] == [3, 7]
@@ -98,19 +81,23 @@ def test_failures_stand_until_asked_again(tmp_path: Path) -> None:
     assert ask_journaled(Echo(), REQUESTS, journal) == replies
 
 
-def test_an_answer_outlives_a_later_failure(tmp_path: Path) -> None:
-    journal = tmp_path / "journal.jsonl"
-    whole = ask_journaled(Echo(), REQUESTS, journal)
-    line = json.loads(journal.read_bytes().splitlines()[0])
-    with journal.open("a") as file:
-        file.write(json.dumps({**line, "texts": [], "error": "later"}) + "\n")
-    assert ask_journaled(Echo(), REQUESTS, journal) == whole
+def test_an_answer_outlives_the_failure_of_a_run_beside_it(tmp_path: Path) -> None:
+    journal = tmp_path / "journal.sqlite"
+
+    class Beside(Echo):
+        def ask(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
+            ask_journaled(Echo(), REQUESTS, journal)
+            yield from super().ask(requests)
+
+    failing = Beside(failing=["question 3"])
+    assert ask_journaled(failing, REQUESTS, journal)[3].error and len(failing.asked) == 10
+    assert all(reply["error"] is None for reply in kept(journal)) and len(kept(journal)) == 10
 
 
 def test_equal_requests_are_asked_once(tmp_path: Path) -> None:
-    client, done = Echo(), []
-    replies = ask_journaled(client, [REQUESTS[0], REQUESTS[1], REQUESTS[0]], tmp_path / "j.jsonl", advance=done.append)
-    assert len(client.asked) == 2 and replies[0] == replies[2] != replies[1] and sum(done) == 3
+    client = Echo()
+    replies = ask_journaled(client, [REQUESTS[0], REQUESTS[1], REQUESTS[0]], tmp_path / "journal.sqlite")
+    assert len(client.asked) == 2 and replies[0] == replies[2] != replies[1]
 
 
 def test_whatever_differs_is_another_request(tmp_path: Path) -> None:
@@ -120,8 +107,8 @@ def test_whatever_differs_is_another_request(tmp_path: Path) -> None:
         replace(one, parts=("a", "b", b"1")),
         replace(one, parts=("ab", b"1")),
         replace(one, parts=("a", b"1", "c")),
-        replace(one, options=("A", "B")),
-        replace(one, options=("B", "A")),
+        replace(one, options=("A", "B"), max_tokens=1),
+        replace(one, options=("B", "A"), max_tokens=1),
         replace(one, schema={"type": "object"}),
         replace(one, schema={}),
         replace(one, max_tokens=6),
@@ -134,7 +121,7 @@ def test_whatever_differs_is_another_request(tmp_path: Path) -> None:
     assert others[0].prompt_hash() == one.prompt_hash() and others[3].image_hash() == one.image_hash()
     assert replace(one, temperature=0).prompt_hash() == one.prompt_hash()
     client = Echo("other")
-    journal = tmp_path / "journal.jsonl"
+    journal = tmp_path / "journal.sqlite"
     ask_journaled(Echo(), REQUESTS, journal)
     ask_journaled(client, REQUESTS, journal)
     assert len(client.asked) == 10  # another model's answers are not this one's
@@ -142,6 +129,7 @@ def test_whatever_differs_is_another_request(tmp_path: Path) -> None:
 
 KILLED = """
 import sys, time
+from pathlib import Path
 from rag_geotoken.mllm import Reply, Request
 from rag_geotoken.mllm.journal import ask_journaled
 
@@ -149,34 +137,37 @@ class Slow:
     model = "echo"
     def ask(self, requests):
         for i, request in enumerate(requests):
+            print(i, flush=True)  # so many are kept
             yield i, Reply((request.parts[0] * 2000,))
             time.sleep(0.002)
 
-ask_journaled(Slow(), [Request((f"question {i}",)) for i in range(5000)], sys.argv[1])
+ask_journaled(Slow(), [Request((f"question {i}",)) for i in range(5000)], Path(sys.argv[1]))
 """
 
 
 def test_killed_outright(tmp_path: Path) -> None:
-    journal = tmp_path / "journal.jsonl"
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(journal)])
-    begun = time.monotonic()
-    while not journal.exists() or journal.stat().st_size < 1_000_000:
-        assert process.poll() is None and time.monotonic() - begun < 60
+    journal = tmp_path / "journal.sqlite"
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(journal)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    done = [next(process.stdout) for _ in range(300)]
     process.kill()
+    done += process.stdout.readlines()
     process.wait()
-    kept = read_journal(journal)
-    assert 0 < len(kept) < 5000 and all(len(reply.texts[0]) >= 2000 * len("question 0") for reply in kept.values())
+    texts = [reply["texts"][0] for reply in kept(journal)]
+    assert len(done) - 1 <= len(texts) <= len(done) < 5000
+    assert all(len(text) >= 2000 * len("question 0") for text in texts)
 
 
-def test_a_journal_that_cannot_be_written(tmp_path: Path, one_line: OneLine) -> None:
-    (tmp_path / "file").touch()
+def test_a_journal_that_cannot_be_used(tmp_path: Path, one_line: OneLine) -> None:
+    wrong = tmp_path / "journal.sqlite"
+    wrong.write_text("no database\n" * 99)
     client = Echo()
-    for path in (tmp_path, tmp_path / "file" / "journal.jsonl"):
-        with one_line("cannot read the journal .*: (Is|Not) a directory$"):
+    with one_line("cannot use the journal .*/journal.sqlite: file is not a database$"):
+        ask_journaled(client, REQUESTS, wrong)
+    for path in (tmp_path, wrong / "journal.sqlite", Path("/proc/journal.sqlite")):
+        with one_line("cannot use the journal .*: unable to open database file$"):
             ask_journaled(client, REQUESTS, path)
-    with one_line("cannot write the journal /proc/journal.jsonl: "):
-        ask_journaled(client, REQUESTS, "/proc/journal.jsonl")
-    assert client.asked == []
+    assert client.asked == [] and wrong.read_text() == "no database\n" * 99
 
 
 @pytest.mark.parametrize(

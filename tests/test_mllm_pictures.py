@@ -31,24 +31,25 @@ def test_size(shape: tuple[int, int], size: int, expected: tuple[int, int]) -> N
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "LA", "CMYK", "I;16", "YCbCr", "RGB"])
 def test_every_mode(mode: str) -> None:
-    assert decode_picture(encode_picture(Image.new(mode, (200, 100)))).mode == "RGB"
+    assert decode_picture(encode_picture(Image.new(mode, (200, 100)), 512)).mode == "RGB"
 
 
 def test_tiny_ones_lose_nothing() -> None:
     tiny = noise(TINY, TINY, 3)
-    encoded = encode_picture(tiny)
+    encoded = encode_picture(tiny, 512)
     assert media_type(encoded) == "image/png"
     np.testing.assert_array_equal(np.asarray(decode_picture(encoded)), np.asarray(tiny))
 
 
 @pytest.mark.parametrize("limit", [200_000, 20_000, 2_000, 700])
-def test_bytes(limit: int) -> None:
-    encoded = encode_picture(noise(512, 512, 3), limit=limit)
+def test_bytes(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rag_geotoken.mllm.pictures.BYTES", limit)
+    encoded = encode_picture(noise(512, 512, 3), 512)
     assert len(encoded) <= limit and max(decode_picture(encoded).size) >= 8
 
 
 def test_needles_stay_small() -> None:
-    picture = decode_picture(encode_picture(Image.new("RGB", (30_000, 2))))
+    picture = decode_picture(encode_picture(Image.new("RGB", (30_000, 2)), 512))
     assert picture.size == (32, 2)
 
 
@@ -63,7 +64,7 @@ def test_no_metadata_and_upright(tmp_path: Path, ending: str) -> None:
     options = {"pnginfo": info} if ending == "png" else {"comment": b"secretcomment"} if ending == "jpg" else {}
     path = tmp_path / f"secretname.{ending}"
     Image.fromarray(HALVES).save(path, exif=exif, dpi=(77, 77), **options)
-    encoded, errors = encode_pictures([str(path)])
+    encoded, errors = encode_pictures([str(path)], 512)
     assert errors == [None] and encoded[0] is not None
     assert b"secret" not in encoded[0] and b"Exif" not in encoded[0]
     with Image.open(BytesIO(encoded[0])) as opened:
@@ -76,7 +77,7 @@ def test_no_metadata_and_upright(tmp_path: Path, ending: str) -> None:
 def test_bad_files_and_crops_of_the_earth(tmp_path: Path) -> None:
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no picture")
     crop = read_source("blue-marble:test,n=1")["image"][0].as_py()
-    encoded, errors = encode_pictures([str(tmp_path / "broken.jpg"), crop, str(tmp_path / "none.jpg")])
+    encoded, errors = encode_pictures([str(tmp_path / "broken.jpg"), crop, str(tmp_path / "none.jpg")], 512)
     assert encoded[0] is None is encoded[2] and errors[1] is None
     assert all(error is not None and len(error.splitlines()) == 1 for error in (errors[0], errors[2]))
     assert encoded[1] is not None and decode_picture(encoded[1]).size == (64, 64)

@@ -146,7 +146,7 @@ def sample_request(number: int, picture: bytes | None = None, **free: Any) -> Re
     squares = rng.integers(0, 255, (8, 8, 3)).repeat(6, 0).repeat(6, 1).astype(np.uint8)
     parts = (
         INSTRUCTIONS,
-        picture or encode_picture(Image.fromarray(squares)),
+        picture or encode_picture(Image.fromarray(squares), 512),
         "\n".join(["", *lines, "Z: none", "Answer:"]),
     )
     return Request(parts, **free) if free else Request(parts, options=(*letters, "Z"))

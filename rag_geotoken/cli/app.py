@@ -59,11 +59,11 @@ def demo(
     from contextlib import nullcontext
 
     from rag_geotoken.mllm import EMBEDDED_FOLDER
-    from rag_geotoken.mllm.start import vllm_server
+    from rag_geotoken.mllm.start import VllmServer
     from rag_geotoken.report import table_text
     from rag_geotoken.run.demo import run_demo
 
-    serving = vllm_server(EMBEDDED_FOLDER, vllm_python, out / "vllm.log") if vllm_python else nullcontext()
+    serving = VllmServer(EMBEDDED_FOLDER, vllm_python, out / "vllm.log") if vllm_python else nullcontext()
     with serving as server:
         where = server.url if server else None if mllm == "none" else mllm
         metrics = run_demo(out, test_n=test_n, seed=seed, weights=weights, mllm=where, log=typer.echo)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from rag_geotoken.errors import GeoError
 from rag_geotoken.mllm.request import Client, Reply, Request
 from rag_geotoken.weights import EARTH
@@ -11,8 +9,7 @@ from rag_geotoken.weights import EARTH
 __all__ = ["Client", "Reply", "Request", "open_client"]
 
 IN_PROCESS = "vllm:"
-EMBEDDED = "embedded"  # the small model that ships, of the demo's satellite views
-EMBEDDED_FOLDER = EARTH.with_name("earth-verifier")
+EMBEDDED_FOLDER = EARTH.with_name("earth-verifier")  # the small model that ships, of the demo's satellite views
 
 
 def open_client(where: str, model: str | None = None, concurrent: int | None = None) -> Client:
@@ -28,7 +25,7 @@ def open_client(where: str, model: str | None = None, concurrent: int | None = N
     Raises:
         GeoError: in one line, when the server is down or has no such model, or the model cannot be had or used.
     """
-    if where == EMBEDDED:
+    if where == "embedded":
         where = str(EMBEDDED_FOLDER)
     if where.startswith(("http://", "https://")):
         from rag_geotoken.mllm.server import ServerClient
@@ -39,7 +36,7 @@ def open_client(where: str, model: str | None = None, concurrent: int | None = N
     if where.startswith(IN_PROCESS):
         from rag_geotoken.mllm.in_vllm import VllmClient
 
-        return VllmClient(Path(where.removeprefix(IN_PROCESS)))
+        return VllmClient(where.removeprefix(IN_PROCESS))
     from rag_geotoken.mllm.in_transformers import TransformersClient
 
-    return TransformersClient.from_pretrained(where)
+    return TransformersClient(where)

@@ -47,17 +47,11 @@ _ANGLE = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 # "lat/lon: 48.2, 16.4" labels a pair, not its first number.
-_LAT_LON = re.compile(
-    rf"\b(?:{_any(LAT)})\b[\s,/&|_-]{{0,4}}(?:and|und|et|y|e)?\s{{0,2}}\b(?:{_any(LON)})\b", re.IGNORECASE
-)
-_LON_LAT = re.compile(
-    rf"\b(?:{_any(LON)})\b[\s,/&|_-]{{0,4}}(?:and|und|et|y|e)?\s{{0,2}}\b(?:{_any(LAT)})\b", re.IGNORECASE
-)
+_AND = r"\b[\s,/&|_-]{0,4}(?:and|und|et|y|e)?\s{0,2}\b"
+_LAT_LON = re.compile(rf"\b(?:{_any(LAT)}){_AND}(?:{_any(LON)})\b", re.IGNORECASE)
+_LON_LAT = re.compile(rf"\b(?:{_any(LON)}){_AND}(?:{_any(LAT)})\b", re.IGNORECASE)
 # One look for many: signs that keyboards lack, and full-width forms.
-_SAME = dict(
-    zip(map(ord, "−–—‒′’‘ʹ″”“º˚：，；（）．＋－"), "-----"[:4] + "''''" + '"""' + "°°" + ":,;().+-", strict=True)
-)
-_SAME |= {ord("０") + digit: str(digit) for digit in range(10)}
+_SAME = str.maketrans("−–—‒′’‘ʹ″”“º˚：，；（）．＋－０１２３４５６７８９", "----''''\"\"\"°°:,;().+-0123456789")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ class _Prompt:
     position: int
     request: Request
     inputs: dict[str, Tensor]
-    length: int
+    tokens: int
+    length: int  # in tokens, padding included
     seconds: float
 
 
@@ -43,7 +44,12 @@ class TransformersClient:
     model answers freely, and who parses the answer decides.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, name: str | Path) -> None:
+        """Opens a folder, or a model of the hub, downloaded the first time.
+
+        Raises GeoError, in one line, when it is not there and cannot be had, or cannot be used.
+        """
+        folder = find_model(name)
         self.processor, self.network, self.ends = _load(folder)
         self.model = model_identity(folder)
         self.pad = next(i for i in (self.processor.tokenizer.pad_token_id, *self.ends, 0) if i is not None)
@@ -51,14 +57,6 @@ class TransformersClient:
         taken = inspect.signature(self.network.forward).parameters
         self.unused = {"token_type_ids"} - set(taken)
         self.longest = getattr(self.network.config.get_text_config(), "max_position_embeddings", None) or 2**31
-
-    @classmethod
-    def from_pretrained(cls, name: str | Path) -> TransformersClient:
-        """Open a folder, or a model of the hub, downloaded the first time.
-
-        Raises GeoError, in one line, when it is not there and cannot be had, or cannot be used.
-        """
-        return cls(find_model(name))
 
     def ask(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
         """Yields (position, reply) a batch at a time, batches of like length together."""
@@ -99,12 +97,12 @@ class TransformersClient:
         except (ValueError, TypeError, RuntimeError) as error:
             return f"the model's processor refuses the request: {brief(error)}"
         tokens = inputs["input_ids"].shape[1]
-        room = self.longest - (1 if request.options else request.max_tokens)
+        room = self.longest - request.max_tokens
         if tokens > room:
             return f"the prompt of {tokens} tokens and its answer exceed the {self.longest} that the model takes"
         length = min(-(-tokens // MULTIPLE) * MULTIPLE, room)
         inputs = {name: tensor for name, tensor in inputs.items() if name not in self.unused}
-        return _Prompt(position, request, inputs, length, time.perf_counter() - begun)
+        return _Prompt(position, request, inputs, tokens, length, time.perf_counter() - begun)
 
     @torch.inference_mode()
     def _answer(self, prompts: list[_Prompt], tokens: dict[str, int]) -> list[tuple[int, Reply]]:
@@ -112,24 +110,22 @@ class TransformersClient:
         sampled = not request.options and request.temperature > 0
         rows = prompts if sampled else prompts + prompts[-1:] * (BATCH - len(prompts))
         try:
+            made = self._generate(rows, sampled)
             if request.options:
-                texts, log_probs = self._options(rows[: len(prompts)], self._generate(rows, 1).logits[0], tokens)
-                spent = [[1] * prompt.request.n for prompt in prompts]
+                replies = self._options(prompts, made.logits[0], tokens)
             else:
-                new = self._generate(rows, request.max_tokens).sequences[:, prompts[0].length :]
-                each = new.view(len(rows), -1, new.shape[1])[: len(prompts)]
-                texts, spent = self._texts(each, [prompt.request.n for prompt in prompts])
-                log_probs = [()] * len(prompts)
+                new = made.sequences[:, prompts[0].length :]
+                replies = self._texts(prompts, new.view(len(rows), -1, new.shape[1]))
         except RuntimeError as error:  # out of memory among them
             return [(prompt.position, Reply(error=f"the model failed: {brief(error)}")) for prompt in prompts]
         seconds = (time.perf_counter() - begun) / len(prompts)
         return [
-            (p.position, Reply(text, chance, p.inputs["input_ids"].shape[1], sum(count), p.seconds + seconds))
-            for p, text, chance, count in zip(prompts, texts, log_probs, spent, strict=True)
+            (prompt.position, replace(reply, seconds=prompt.seconds + seconds))
+            for prompt, reply in zip(prompts, replies, strict=True)
         ]
 
-    def _generate(self, rows: list[_Prompt], max_tokens: int) -> Any:
-        """At most so many tokens after each prompt, with the logits of each step."""
+    def _generate(self, rows: list[_Prompt], sampled: bool) -> Any:
+        """The tokens that follow each prompt, with the logits of each step where there are options."""
         request = rows[0].request
         inputs: dict[str, Tensor] = {}
         for name in rows[0].inputs:
@@ -139,7 +135,7 @@ class TransformersClient:
                 tensors = [torch.nn.functional.pad(t, (rows[0].length - t.shape[1], 0), value=fill) for t in tensors]
             inputs[name] = torch.cat(tensors).to(self.network.device)
         settings: dict[str, Any] = {"do_sample": False}
-        if not request.options and request.temperature > 0:
+        if sampled:
             settings = {"do_sample": True, "temperature": request.temperature, "top_k": 0}
             settings["num_return_sequences"] = request.n
         devices = [self.network.device] if self.network.device.type == "cuda" else []
@@ -148,39 +144,32 @@ class TransformersClient:
             return self.network.generate(
                 **inputs,
                 **settings,
-                max_new_tokens=max_tokens,
+                max_new_tokens=request.max_tokens,
                 pad_token_id=self.pad,
                 return_dict_in_generate=True,
                 output_logits=bool(request.options),
             )
 
-    def _options(
-        self, prompts: list[_Prompt], logits: Tensor, tokens: dict[str, int]
-    ) -> tuple[list[tuple[str, ...]], list[tuple[float, ...]]]:
+    def _options(self, prompts: list[_Prompt], logits: Tensor, tokens: dict[str, int]) -> list[Reply]:
         """The options chosen and their log-probabilities, from the logits after each prompt (B, V)."""
-        texts, log_probs = [], []
+        replies = []
         for prompt, row in zip(prompts, logits.double().cpu(), strict=False):
             request = prompt.request
-            chances = normalized_log_probs(row[[tokens[option] for option in request.options]].tolist())
-            texts.append(_choose(request, chances))
-            log_probs.append(chances)
-        return texts, log_probs
+            log_probs = normalized_log_probs(row[[tokens[option] for option in request.options]].tolist())
+            replies.append(Reply(_choose(request, log_probs), log_probs, prompt.tokens, request.n))
+        return replies
 
-    def _texts(self, new: Tensor, counts: list[int]) -> tuple[list[tuple[str, ...]], list[list[int]]]:
-        """New tokens (B, N, T) -> the texts and how many tokens each has, its end included."""
+    def _texts(self, prompts: list[_Prompt], new: Tensor) -> list[Reply]:
+        """The texts of new tokens (B, N, T). The token that ends one is counted too."""
         ends = torch.isin(new, torch.tensor(self.ends, dtype=new.dtype, device=new.device))
         spent = (ends.cumsum(-1) - ends.long() == 0).sum(-1).tolist()
         decode = self.processor.tokenizer.decode
-        texts = [
-            [decode(answer[:length], skip_special_tokens=True) for answer, length in zip(answers, lengths, strict=True)]
-            for answers, lengths in zip(new.tolist(), spent, strict=True)
-        ]
-        # Without sampling, n answers are n times the one.
-        repeats = [n // len(answers) for n, answers in zip(counts, texts, strict=True)]
-        return (
-            [tuple(answers * k) for answers, k in zip(texts, repeats, strict=True)],
-            [lengths * k for lengths, k in zip(spent, repeats, strict=True)],
-        )
+        replies = []
+        for prompt, rows, lengths in zip(prompts, new.tolist(), spent, strict=False):
+            texts = [decode(row[:length], skip_special_tokens=True) for row, length in zip(rows, lengths, strict=True)]
+            repeats = prompt.request.n // len(texts)  # without sampling, n answers are n times the one
+            replies.append(Reply(tuple(texts * repeats), (), prompt.tokens, sum(lengths) * repeats))
+        return replies
 
     def _token(self, option: str) -> int:
         """The token of an option at the start of an answer. Raises GeoError where it is not exactly one."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from rag_geotoken.encoders.shared import brief
@@ -19,15 +18,16 @@ BATCH = 256
 
 
 class VllmClient:
-    """A model in a folder or of the hub, run by ``vllm.LLM``. ``settings`` go to it as they are."""
+    """A model in a folder or of the hub, run by ``vllm.LLM``."""
 
-    def __init__(self, name: str | Path, **settings: Any) -> None:
+    def __init__(self, name: str) -> None:
         """Loads the model. Raises GeoError where vLLM is not installed, or does not take the model."""
         folder = find_model(name)
+        settings: dict[str, Any] = {}
         if on_cpu():
             for variable, value in ENVIRONMENT.items():  # read when vLLM is imported
                 os.environ.setdefault(variable, value)
-            settings = {"dtype": "float32", "enforce_eager": True, **settings}
+            settings = {"dtype": "float32", "enforce_eager": True}
         try:
             from vllm import LLM
         except ImportError as error:
@@ -72,7 +72,7 @@ def _sampling(request: Request) -> Any:
         temperature=request.temperature,
         top_p=1.0,
         seed=request.seed,
-        max_tokens=1 if request.options else request.max_tokens,
+        max_tokens=request.max_tokens,
         logprobs=LISTED if request.options else None,
         structured_outputs=structure,
         **SAMPLING,

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,21 +90,19 @@ def _json_values(text: str) -> Iterator[Any]:
 
 def _from_json(value: Any) -> Answer | None:
     """The place in a JSON value; None where it has none."""
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return _from_object(value)
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    if isinstance(value, list):
         if len(value) == 2 and all(_is_number(each) for each in value):
             return _judge(_number(value[0]), _number(value[1]), None)
-        answers = [answer for each in value if isinstance(each, dict | list) and (answer := _from_json(each))]
+        answers = [answer for each in value if (answer := _from_json(each))]
         placed = [answer for answer in answers if answer.status == OK]
         return max(placed or answers, key=lambda answer: answer.confidence or 0.0, default=None)
     return None
 
 
-def _from_object(told: Mapping[str, Any]) -> Answer | None:
-    kinds: dict[str, Any] = {}
-    for key, value in told.items():
-        kinds[_kind(key)] = value
+def _from_object(told: dict[str, Any]) -> Answer | None:
+    kinds = {_kind(key): value for key, value in told.items()}
     sure = _confidence(kinds.get("sure"))
     if "lat" in kinds and "lon" in kinds:
         return _judge(_degrees(kinds["lat"], "lat"), _degrees(kinds["lon"], "lon"), sure)
@@ -116,8 +114,7 @@ def _from_object(told: Mapping[str, Any]) -> Answer | None:
     if isinstance(pair, str) and (answer := _from_prose(plain(pair))):
         return _judge(answer.lat, answer.lon, sure) if answer.status == OK else answer
     for value in told.values():
-        answer = _from_json(value) if isinstance(value, dict | list) else None
-        if answer is not None:
+        if answer := _from_json(value):
             if answer.status == OK and answer.confidence is None:
                 return _judge(answer.lat, answer.lon, sure)
             return answer

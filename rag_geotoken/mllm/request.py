@@ -33,8 +33,8 @@ class Request:
         """Refuses what contradicts itself: ValueError, since no user writes requests."""
         if len(set(self.options)) != len(self.options) or any(len(option) != 1 for option in self.options):
             raise ValueError(f"options are different single letters, not {self.options}")
-        if self.options and self.schema is not None:
-            raise ValueError("an answer follows options or a schema, not both")
+        if self.options and (self.schema is not None or self.max_tokens != 1):
+            raise ValueError("an answer is one option, and so one token, or follows a schema: not both")
         if not self.parts or self.max_tokens < 1 or self.n < 1 or self.temperature < 0:
             raise ValueError("a request has parts, at least one token and one answer, and no negative temperature")
 
@@ -49,15 +49,8 @@ class Request:
 
     def prompt_hash(self) -> str:
         """SHA-256 of all but the pictures' bytes: where each stands, the texts, and how to answer."""
-        told = {
-            "parts": [part if isinstance(part, str) else None for part in self.parts],
-            "options": self.options,
-            "schema": self.schema,
-            "max_tokens": self.max_tokens,
-            "temperature": float(self.temperature),
-            "n": self.n,
-            "seed": self.seed,
-        }
+        texts = [part if isinstance(part, str) else None for part in self.parts]
+        told = {**vars(self), "parts": texts, "temperature": float(self.temperature)}
         # Properties of a schema keep their order: the answer is generated in it.
         return hashlib.sha256(json.dumps(told, allow_nan=False).encode()).hexdigest()
 

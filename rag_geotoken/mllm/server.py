@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from queue import SimpleQueue
 from typing import Any
 from urllib.parse import urlsplit
 
 import openai
+from anyio.from_thread import start_blocking_portal
 
 from rag_geotoken.encoders.shared import brief
 from rag_geotoken.errors import GeoError
@@ -26,8 +25,6 @@ CONCURRENT = 16
 RETRIES = 4  # after about 0.5, 1, 2 and 4 s
 REQUEST_S = 120.0
 CHECK_S = 10.0
-
-Arrived = SimpleQueue[tuple[int, Reply] | BaseException]
 
 
 class ServerClient:
@@ -65,50 +62,27 @@ class ServerClient:
         self.model = self._served(model)
 
     def ask(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
-        """Yields (position, reply) as they come."""
-        arrived: Arrived = SimpleQueue()
-        loop = asyncio.new_event_loop()
-        task = loop.create_task(self._ask_all(requests, arrived.put))
-
-        def run() -> None:  # in a thread, so that it works within a notebook's own loop too
-            try:
-                loop.run_until_complete(task)
-            except BaseException as error:
-                arrived.put(error)
-            finally:
-                loop.close()
-
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        try:
-            for _ in requests:
-                item = arrived.get()
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            with suppress(RuntimeError):  # the loop is closed already
-                loop.call_soon_threadsafe(task.cancel)
-            thread.join()
-
-    async def _ask_all(self, requests: Sequence[Request], put: Callable[[tuple[int, Reply]], None]) -> None:
-        todo = iter(enumerate(requests))
-        deadline = None if math.isinf(self.total_s) else asyncio.get_running_loop().time() + self.total_s
-        gone = asyncio.Event()
+        """Yields (position, reply) as they come. Who stops early ends what is under way."""
+        arrived: SimpleQueue[tuple[int, Reply] | None] = SimpleQueue()
+        todo, gone, deadline = iter(enumerate(requests)), asyncio.Event(), time.monotonic() + self.total_s
 
         async def work(client: openai.AsyncOpenAI) -> None:
             for position, request in todo:
-                put((position, await self._reply(client, request, deadline, gone)))
+                arrived.put((position, await self._reply(client, request, deadline, gone)))
 
-        road = openai.DefaultAsyncHttpxClient(**self._road())
-        settings = self._settings(self.request_s, self.retries)
-        async with openai.AsyncOpenAI(http_client=road, **settings) as client, asyncio.TaskGroup() as tasks:
-            for _ in range(min(self.concurrent, len(requests))):
-                tasks.create_task(work(client))
+        async def work_all() -> None:
+            settings = self._settings(openai.DefaultAsyncHttpxClient, self.request_s, self.retries)
+            async with openai.AsyncOpenAI(**settings) as client, asyncio.TaskGroup() as tasks:
+                for _ in range(self.concurrent):
+                    tasks.create_task(work(client))
 
-    async def _reply(
-        self, client: openai.AsyncOpenAI, request: Request, deadline: float | None, gone: asyncio.Event
-    ) -> Reply:
+        with start_blocking_portal() as portal:  # in a thread, so that it works within a notebook's own loop too
+            working = portal.start_task_soon(work_all)
+            working.add_done_callback(lambda _: arrived.put(None))
+            yield from iter(arrived.get, None)
+            working.result()  # raises what went wrong
+
+    async def _reply(self, client: openai.AsyncOpenAI, request: Request, deadline: float, gone: asyncio.Event) -> Reply:
         begun = time.perf_counter()
         if gone.is_set():
             return Reply(error=f"the server at {self.url} was gone")
@@ -133,7 +107,7 @@ class ServerClient:
         body: dict[str, Any] = {
             "model": self.model,
             "messages": messages(request),
-            "max_tokens": 1 if request.options else request.max_tokens,
+            "max_tokens": request.max_tokens,
             "temperature": request.temperature,
             "top_p": 1.0,
             "n": request.n,
@@ -148,20 +122,21 @@ class ServerClient:
             body["response_format"] = {"type": "json_schema", "json_schema": told}
         return body
 
-    def _settings(self, timeout: float, retries: int) -> dict[str, Any]:
-        key = os.environ.get(KEY) or "none"
-        return {"base_url": self.url, "api_key": key, "timeout": timeout, "max_retries": retries}
-
-    def _road(self) -> dict[str, Any]:
+    def _settings(self, http_client: type[Any], timeout: float, retries: int) -> dict[str, Any]:
         """Pictures go where they are sent: no server passes them on to another, and none of our own needs a proxy."""
         here = urlsplit(self.url).hostname in ("127.0.0.1", "localhost", "::1")
-        return {"follow_redirects": False, "trust_env": not here}
+        return {
+            "http_client": http_client(follow_redirects=False, trust_env=not here),
+            "base_url": self.url,
+            "api_key": os.environ.get(KEY) or "none",
+            "timeout": timeout,
+            "max_retries": retries,
+        }
 
     def _served(self, model: str | None) -> str:
         """The model's name, once the server said that it has it."""
         try:
-            road = openai.DefaultHttpxClient(**self._road())
-            with openai.OpenAI(http_client=road, **self._settings(CHECK_S, 1)) as client:
+            with openai.OpenAI(**self._settings(openai.DefaultHttpxClient, CHECK_S, 1)) as client:
                 names = [served.id for served in client.models.list()]
         except (openai.AuthenticationError, openai.PermissionDeniedError):
             raise GeoError(f"the server at {self.url} wants a key: set {KEY}") from None

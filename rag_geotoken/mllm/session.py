@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
-from functools import cached_property
 from pathlib import Path
 
 from rag_geotoken.mllm import Client, Reply, Request, open_client
-from rag_geotoken.mllm.journal import Key, ask_journaled, read_journal
+from rag_geotoken.mllm.journal import ask_journaled
 
-JOURNAL = "mllm-journal.jsonl"
+JOURNAL = "mllm-journal.sqlite"
 
 
 class MllmSession:
@@ -31,7 +30,6 @@ class MllmSession:
     def kept_in(self, folder: Path) -> MllmSession:
         """The same with its answers kept in a folder."""
         session = copy(self)
-        vars(session).pop("_known", None)
         session.journal = folder / JOURNAL
         return session
 
@@ -40,13 +38,9 @@ class MllmSession:
         """What answers follow from."""
         return self.client.model
 
-    @cached_property
-    def _known(self) -> dict[Key, Reply]:
-        return read_journal(self.journal) if self.journal else {}
-
     def ask(self, requests: Sequence[Request]) -> list[Reply]:
         """A reply to every request, in order; a failure is a reply too."""
         if self.journal:
-            return ask_journaled(self.client, requests, self.journal, again=self.resume, known=self._known)
+            return ask_journaled(self.client, requests, self.journal, again=self.resume)
         replies = dict(self.client.ask(requests))
         return [replies[i] for i in range(len(requests))]

@@ -9,8 +9,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
@@ -32,11 +31,46 @@ STOP_S = 20.0
 
 
 class VllmServer:
-    """A server that serves a model's folder on this machine alone, under the folder's name. ``url`` is for a client."""
+    """A server that serves a model's folder on this machine alone, under the folder's name, while a block runs.
 
-    def __init__(self, command: list[str], port: int, log: Path) -> None:
-        self.command, self.port, self.log = command, port, log
-        self.url = f"http://127.0.0.1:{port}/v1"
+    ``url`` is for a client.
+    """
+
+    def __init__(self, folder: Path, python: Path | str, log: Path) -> None:
+        """Raises GeoError where the interpreter is missing.
+
+        Args:
+            folder: The model.
+            python: Of the environment that vLLM is installed in (``make .venv-vllm``).
+            log: The file that takes all the server says.
+        """
+        python, self.log = Path(python).absolute(), log.absolute()
+        if not python.is_file():
+            raise GeoError(f"there is no {python}: make .venv-vllm sets up an environment with vLLM")
+        self.port = _free_port()
+        self.url = f"http://127.0.0.1:{self.port}/v1"
+        # The package for CPUs has no `vllm serve`: that looks for a distribution of the other's name.
+        self.command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder.resolve())]
+        self.command += ["--served-model-name", folder.resolve().name]
+        self.command += ["--host", "127.0.0.1", "--port", str(self.port), "--seed", "0"]
+        self.command += ["--limit-mm-per-prompt", json.dumps({"image": IMAGES})]
+        if on_cpu():
+            self.command += ["--dtype", "float32", "--enforce-eager", "--max-num-seqs", "16"]
+
+    def __enter__(self) -> VllmServer:
+        """Raises GeoError where the server ended, or was not ready within five minutes."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.log.write_bytes(b"")
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends the server and all that it started."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(STOP_S)
+        self.kill()
 
     def start(self) -> None:
         """Starts it, again where it was killed, and waits until it is ready. Raises GeoError when it never is."""
@@ -59,23 +93,11 @@ class VllmServer:
             self.kill()
             raise
 
-    def stop(self) -> None:
-        """Ends the server and all that it started."""
-        if self.process.poll() is None:
-            self.process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(STOP_S)
-        self.kill()
-
     def kill(self) -> None:
-        """Ends it at once, as a machine that runs out of memory would."""
-        self.signal(signal.SIGKILL)
-        self.process.wait()
-
-    def signal(self, number: signal.Signals) -> None:
-        """Sends a signal to the server and all that it started."""
+        """Ends it and all that it started at once, as a machine that runs out of memory would."""
         with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number)
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
     def _wait(self) -> None:
         begun = time.monotonic()
@@ -96,49 +118,9 @@ class VllmServer:
                 return False
 
 
-@contextmanager
-def vllm_server(
-    folder: Path | str, python: Path | str, log: Path | str, port: int = 0, max_model_len: int | None = None
-) -> Iterator[VllmServer]:
-    """A running server, until the block ends.
-
-    Args:
-        folder: The model.
-        python: Of the environment that vLLM is installed in (``make .venv-vllm``).
-        log: The file that takes all the server says.
-        port: 0 takes a free one.
-        max_model_len: Tokens of prompt and answer together; the model's own limit by default.
-
-    Raises:
-        GeoError: the server ended, or was not ready within five minutes.
-    """
-    python, log = Path(python).absolute(), Path(log).absolute()
-    if not python.is_file():
-        raise GeoError(f"there is no {python}: make .venv-vllm sets up an environment with vLLM")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    log.write_bytes(b"")
-    port = port or _free_port()
-    server = VllmServer(_command(Path(folder).resolve(), python, port, max_model_len), port, log)
-    server.start()
-    try:
-        yield server
-    finally:
-        server.stop()
-
-
 def on_cpu() -> bool:
     """Whether this machine has no GPU of NVIDIA's, as far as its tools tell."""
     return shutil.which("nvidia-smi") is None
-
-
-def _command(folder: Path, python: Path, port: int, max_model_len: int | None) -> list[str]:
-    # The package for CPUs has no `vllm serve`: that looks for a distribution of the other's name.
-    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
-    command += ["--served-model-name", folder.name, "--host", "127.0.0.1", "--port", str(port), "--seed", "0"]
-    command += ["--limit-mm-per-prompt", json.dumps({"image": IMAGES})]
-    if max_model_len is not None:
-        command += ["--max-model-len", str(max_model_len)]
-    return command + (["--dtype", "float32", "--enforce-eager", "--max-num-seqs", "16"] if on_cpu() else [])
 
 
 def _free_port() -> int:

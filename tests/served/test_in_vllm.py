@@ -31,7 +31,7 @@ def test_in_process_as_through_transformers(llava: Path, tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr[-2000:]
     told = json.loads((tmp_path / "replies.json").read_text())
     replies = [Reply(tuple(reply.pop("texts")), tuple(reply.pop("log_probs")), **reply) for reply in told["replies"]]
-    local = TransformersClient.from_pretrained(llava)
+    local = TransformersClient(llava)
     expected = dict(local.ask(requests()[:12]))
     assert told["model"] == local.model
     for position in range(12):

@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import kept
 from PIL import Image, ImageDraw
 
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.cli.app import main
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.mllm import EMBEDDED_FOLDER
-from rag_geotoken.mllm.start import VllmServer, vllm_server
+from rag_geotoken.mllm.start import VllmServer
 from rag_geotoken.run.build_index import make_index
 from rag_geotoken.sources.blue_marble import cut, draw_views
 from rag_geotoken.tables import read_table, to_numpy
@@ -33,7 +34,7 @@ QUICK = ["--samples", "8", "--beam-width", "4"]
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
     folder = tmp_path_factory.mktemp("served")
-    with vllm_server(EMBEDDED_FOLDER, os.environ["VLLM_PYTHON"], folder / "server.log") as running:
+    with VllmServer(EMBEDDED_FOLDER, os.environ["VLLM_PYTHON"], folder / "server.log") as running:
         yield running
 
 
@@ -84,16 +85,16 @@ def test_killed_in_the_middle_resumed_and_the_same(index: Path, tmp_path: Path) 
     python = os.environ["VLLM_PYTHON"]
     whole, half = tmp_path / "whole.csv", tmp_path / "half.csv"
     photos = "blue-marble:validation,n=200,seed=9"
-    with vllm_server(EMBEDDED_FOLDER, python, tmp_path / "server.log") as running:
+    with VllmServer(EMBEDDED_FOLDER, python, tmp_path / "server.log") as running:
         ask = ("--verify", "mllm", "--mllm", running.url)
         locate(index, whole, *ask, photos=photos)
         shutil.copytree(whole.with_suffix(".run"), half.with_suffix(".run"))
-        for gone in (*half.with_suffix(".run").glob("verdicts-mllm*"), half.with_suffix(".run") / "mllm-journal.jsonl"):
+        journal = half.with_suffix(".run") / "mllm-journal.sqlite"
+        for gone in (*half.with_suffix(".run").glob("verdicts-mllm*"), journal):
             gone.unlink()
-        journal = half.with_suffix(".run") / "mllm-journal.jsonl"
 
         def kill() -> None:
-            while not (journal.is_file() and journal.read_bytes().count(b"\n") > 100):
+            while len(kept(journal)) <= 100:
                 time.sleep(0.005)
             running.kill()
 
@@ -101,9 +102,9 @@ def test_killed_in_the_middle_resumed_and_the_same(index: Path, tmp_path: Path) 
         killer.start()
         answers = locate(index, half, *ask, photos=photos)
         killer.join()
-        kept = [row["status"] == "ok" for row in verdicts(half, "mllm-pool")]
-        assert 20 < sum(kept) < 200
-        assert [answer["verified"] for answer in answers] == [str(ok) for ok in kept]
+        answered = [row["status"] == "ok" for row in verdicts(half, "mllm-pool")]
+        assert 20 < sum(answered) < 200
+        assert [answer["verified"] for answer in answers] == [str(ok) for ok in answered]
         assert all(answer["lat"] and not answer["error"] for answer in answers)  # the unverified answer stands
         running.start()
         locate(index, half, *ask, "--resume", photos=photos)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 import time
@@ -12,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import kept
 from PIL import Image, ImageDraw
 from tiny_llava import SCHEMA, sample_request
 
 from rag_geotoken.errors import GeoError
 from rag_geotoken.mllm import Reply, Request, open_client
 from rag_geotoken.mllm.in_transformers import TransformersClient
-from rag_geotoken.mllm.journal import ask_journaled, read_journal
+from rag_geotoken.mllm.journal import ask_journaled
 from rag_geotoken.mllm.parse import OK, OUT_OF_RANGE, REFUSED, UNPARSABLE, parse_place
 from rag_geotoken.mllm.pictures import encode_picture
 from rag_geotoken.mllm.server import ServerClient
@@ -44,7 +46,7 @@ def outcome(replies: Sequence[Reply]) -> bytes:
 
 def test_options_agree_with_transformers(client: ServerClient, llava: Path) -> None:
     assert client.model == llava.name
-    served, local = ask(client, REQUESTS), dict(TransformersClient.from_pretrained(llava).ask(REQUESTS))
+    served, local = ask(client, REQUESTS), dict(TransformersClient(llava).ask(REQUESTS))
     assert len({reply.texts for reply in served}) > 2  # the model does not always say the same
     for position, reply in enumerate(served):
         assert reply.error is None and reply.texts == local[position].texts
@@ -64,7 +66,7 @@ def test_several_pictures_agree_with_transformers(client: ServerClient, llava: P
     pictures = [request.parts[1] for request in REQUESTS[:4]]
     parts = ("Photo:", pictures[0], "A:", pictures[1], "B:", pictures[2], "C:", pictures[3], "Answer:")
     request = Request(parts, options=("A", "B", "C", "Z"))
-    (served,), ((_, local),) = ask(client, [request]), TransformersClient.from_pretrained(llava).ask([request])
+    (served,), ((_, local),) = ask(client, [request]), TransformersClient(llava).ask([request])
     np.testing.assert_allclose(served.log_probs, local.log_probs, atol=1e-3)
 
 
@@ -117,8 +119,8 @@ def test_a_request_too_long_costs_itself_alone(client: ServerClient) -> None:
 def test_a_stalled_server_is_asked_again(server: VllmServer) -> None:
     client = ServerClient(server.url, request_s=1.0, retries=5)
     whole = outcome(ask(client, REQUESTS))
-    server.signal(signal.SIGSTOP)
-    threading.Timer(2.5, server.signal, [signal.SIGCONT]).start()
+    os.killpg(server.process.pid, signal.SIGSTOP)
+    threading.Timer(2.5, os.killpg, [server.process.pid, signal.SIGCONT]).start()
     begun = time.monotonic()
     assert outcome(ask(client, REQUESTS)) == whole
     assert 2 < time.monotonic() - begun < 30
@@ -126,12 +128,12 @@ def test_a_stalled_server_is_asked_again(server: VllmServer) -> None:
 
 def test_no_more_than_the_time_for_all(server: VllmServer) -> None:
     client = ServerClient(server.url, total_s=1.5)
-    server.signal(signal.SIGSTOP)
+    os.killpg(server.process.pid, signal.SIGSTOP)
     begun = time.monotonic()
     try:
         replies = ask(client, REQUESTS)
     finally:
-        server.signal(signal.SIGCONT)
+        os.killpg(server.process.pid, signal.SIGCONT)
     assert time.monotonic() - begun < 5
     assert {reply.error for reply in replies} == {"no time was left of the 1.5 s for all requests"}
 
@@ -159,7 +161,7 @@ def test_a_wrong_name_is_told_before_any_work(server: VllmServer) -> None:
 def writing(text: str) -> bytes:
     picture = Image.new("RGB", (200, 60), "white")
     ImageDraw.Draw(picture).multiline_text((4, 4), text, fill="black")
-    return encode_picture(picture)
+    return encode_picture(picture, 512)
 
 
 ORDERS = (
@@ -194,31 +196,31 @@ def test_orders_in_the_text_stay_inside_the_options(client: ServerClient, order:
 def test_killed_in_the_middle_and_resumed(server: VllmServer, tmp_path: Path) -> None:
     requests = [sample_request(seed) for seed in range(1000, 1200)]
     client = ServerClient(server.url, retries=1)
-    whole = ask_journaled(client, requests, tmp_path / "whole.jsonl")
-    done = 0
+    whole = ask_journaled(client, requests, tmp_path / "whole.sqlite")
 
-    def kill(n: int) -> None:
-        nonlocal done
-        done += n
-        if done == 60:
-            server.kill()
+    class Killing:
+        model = client.model
 
-    journal = tmp_path / "killed.jsonl"
+        def ask(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
+            for done, reply in enumerate(client.ask(requests)):
+                if done == 60:
+                    server.kill()
+                yield reply
+
+    journal = tmp_path / "killed.sqlite"
     begun = time.monotonic()
-    killed = ask_journaled(client, requests, journal, advance=kill)
+    killed = ask_journaled(Killing(), requests, journal)
     assert time.monotonic() - begun < 30  # those that had not begun were not tried
     failed = [reply for reply in killed if reply.error]
-    assert 60 <= len(requests) - len(failed) < 120 and done == len(requests)
+    assert 60 <= len(requests) - len(failed) < 120
     assert {reply.error for reply in failed} == {f"the server at {server.url} was gone"}
     assert all(not reply.texts and not reply.log_probs for reply in failed)
-    kept = [reply for reply in read_journal(journal).values() if reply.error is None]
-    assert len(kept) == len(requests) - len(failed)
+    assert sum(reply["error"] is None for reply in kept(journal)) == len(requests) - len(failed)
     with pytest.raises(GeoError, match=r"^no server answers at \S+: start it first, or correct the address$"):
         open_client(server.url)
 
     server.start()
-    lines = len(journal.read_bytes().splitlines())
     assert outcome(ask_journaled(client, requests, journal)) == outcome(killed)  # failures stand until asked again
     resumed = ask_journaled(client, requests, journal, again=True)
-    assert len(journal.read_bytes().splitlines()) == lines + len(failed)
+    assert len(kept(journal)) == len(requests)
     assert outcome(resumed) == outcome(whole)
