@@ -83,7 +83,7 @@ class Plain:
 
     def memory(self, *inputs: Tensor) -> Tensor:
         """As :meth:`TokenModel.memory`, but (S, B, d_model)."""
-        memory: Tensor = self.encoder(self.model.memory(*inputs).transpose(0, 1).contiguous())
+        memory: Tensor = self.encoder(self.model.memory_of(*inputs).transpose(0, 1).contiguous())
         return memory
 
     def logits(self, memory: Tensor, tokens: Tensor) -> Tensor:
@@ -182,20 +182,20 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         return result
 
     def ours() -> tuple[Tensor, Decoded, Decoded]:
-        memory = run("encoder", lambda: model.memory(*inputs))
+        memory = run("encoder", lambda: model.memory_of(*inputs))
         run("memory keys", lambda: [block.memory_keys(memory) for block in model.blocks])
         run("greedy", lambda: decoding.greedy(model, memory))
         run("frontier", lambda: frontier(model, memory, OPENINGS))
         beams = run("beam", lambda: decoding.beam(model, memory, WIDTH))
         return memory, beams, run("sample", lambda: decoding.sample(model, memory, SAMPLES, TEMPERATURE, args.seed))
 
-    plain.beam(plain.memory(*inputs), 1)
+    plain.beam(plain.memory_of(*inputs), 1)
     ours()
     seconds.clear()  # all is warm now
     for n in range(args.repeats):
         for name, speed in peak(args.device, inputs[0].dtype).items():
             speeds[name].append(speed)
-        far = run("plain encoder", lambda: plain.memory(*inputs))
+        far = run("plain encoder", lambda: plain.memory_of(*inputs))
         expected = run("plain beam", partial(plain.beam, far, WIDTH))
         memory, beams, samples = ours()
         for i in range(n, drawn, args.repeats):

@@ -95,6 +95,21 @@ class TokenModel(Pretrained):
         return cast(list[Block], list(cast(nn.ModuleList, self.decoder["layers"])))
 
     def memory(
+        self,
+        image: Tensor,
+        gps: Tensor,
+        text: Tensor,
+        neighbor_image: Tensor,
+        neighbor_gps: Tensor,
+        neighbor_text: Tensor,
+        neighbor_tokens: Tensor,
+        neighbor_places: Tensor | None = None,
+    ) -> Tensor:
+        """:meth:`memory_of` embeddings part by part: (B, dim) of the photo, (B, K, dim) of its neighbours."""
+        photo, near = (image, gps, text), (neighbor_image, neighbor_gps, neighbor_text)
+        return self.memory_of(torch.stack(photo, dim=-2), torch.stack(near, dim=-2), neighbor_tokens, neighbor_places)
+
+    def memory_of(
         self, photo: Tensor, neighbors: Tensor, neighbor_tokens: Tensor, neighbor_places: Tensor | None = None
     ) -> Tensor:
         """Encode what the decoder may look at.

@@ -24,7 +24,7 @@ BATCH = 4
 @pytest.fixture(scope="module")
 def memory(token_model: TokenModel) -> Tensor:
     with torch.no_grad():
-        return token_model.memory(*inputs(BATCH))
+        return token_model.memory_of(*inputs(BATCH))
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def small() -> TokenModel:
 def small_memory(small: TokenModel) -> Tensor:
     photo, near, tokens = inputs(BATCH)
     with torch.no_grad():
-        return small.memory(photo, near, tokens[..., :2])
+        return small.memory_of(photo, near, tokens[..., :2])
 
 
 @torch.no_grad()
@@ -280,7 +280,7 @@ def test_a_random_number_depends_on_its_own_place_alone() -> None:
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_the_batch_size_changes_nothing(token_model: TokenModel, size: int) -> None:
     with torch.no_grad():
-        memory = token_model.memory(*inputs(8, seed=3))
+        memory = token_model.memory_of(*inputs(8, seed=3))
     whole = [*all_ways(token_model, memory), sample(token_model, memory, 20, 1.2, 7, None, 0.9, 0.01)]
     for start in range(0, 8, size):
         part, keys = memory[start : start + size], range(start, min(start + size, 8))

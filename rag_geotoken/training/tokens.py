@@ -117,7 +117,7 @@ class Losses(nn.Module):
         """The token model's memory of the photos at ``drawn`` (B,)."""
         rows = photos.neighbors[drawn]
         query, near = photos.vectors[drawn].float(), self.gallery[rows].float()
-        return self.tokens.memory(query, near, self.cells[rows], self.places[rows])
+        return self.tokens.memory_of(query, near, self.cells[rows], self.places[rows])
 
     def forward(self, photos: Photos, drawn: Tensor) -> Tensor:
         """Losses (T,) of the photos at ``drawn`` (B,)."""
