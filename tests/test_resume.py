@@ -91,7 +91,8 @@ def plain(name: str) -> str:
 
 def test_a_run_leaves_every_table_and_nothing_else(run_folder: Path) -> None:
     names = [*STAGES[:-1], *(f"predictions-{variant.name}" for variant in VARIANTS)]
-    names += ["verdicts-visual"]  # that of the moved places alone
+    # A second pool, with moved places, and its verdicts; the pools of one source; the verdict of moved places alone.
+    names += ["pool", "verdicts-alignment", *ALONE_POOLS, "verdicts-visual"]
     found = sorted(str(path.relative_to(run_folder)) for path in run_folder.rglob("*"))
     assert len(set(found)) == 2 * len(names) + 1 and "photos.parquet" in found
     for end in ("parquet", "json"):
@@ -129,8 +130,8 @@ def test_stopped_before_a_stage_ends_goes_on_to_the_same_bytes(
         ("find_places", 1),
         ("believe", 1),
         ("match", 1),
-        ("pool", 1),
-        ("verdict", 4),  # three verifiers of the pool, and one of the moved places alone
+        ("pool", 9),  # two of all sources, with moved places and without, and seven of one source
+        ("verdict", 5),  # three verifiers, the alignment of both pools, and pictures of the moved places alone
         ("decide", len(VARIANTS)),
     ],
 )
@@ -229,8 +230,10 @@ POOLED = {"pool", "verdicts-alignment", "verdicts-reward", "verdicts-visual"}
 DECIDED = {f"predictions-{name}" for name in NAMED}
 REWARDED = {f"predictions-{name}" for name, options in NAMED.items() if "reward" in options.verify}
 ALONE = {name: options.sources[0] for name, options in NAMED.items() if len(options.sources) == 1}
-# Of the decisions, those that follow from neighbours or compared pictures and from no cell of the token model.
-WITHOUT_CELLS = {f"predictions-{n}" for n, kind in ALONE.items() if kind in ("neighbour", "gps", "frontier", "visual")}
+ALONE_POOLS = {f"pool-{source}" for source in ALONE.values()}
+GENERATED = {"pool-greedy", "pool-beam", "pool-sample"}
+# Of the decisions, those that follow from no sample: a pool that is made again and stays the same changes nothing.
+WITHOUT_SAMPLES = {f"predictions-{name}" for name, source in ALONE.items() if source != "sample"}
 SAMPLED: dict[str, dict[str, Any]] = {
     "samples": {"samples": 7},
     "seed": {"seed": 1},
@@ -240,20 +243,24 @@ SAMPLED: dict[str, dict[str, Any]] = {
 }
 ANEW: dict[str, tuple[Callable[[Geolocator], Geolocator], dict[str, Any], set[str]]] = {
     "nothing": (lambda to: to, {}, set()),
-    "tokens": (lambda to: other(to, tokens=other_tokens()), {}, {"candidates", "posterior", *POOLED, *DECIDED}),
+    "tokens": (
+        lambda to: other(to, tokens=other_tokens()),
+        {},
+        {"candidates", "posterior", "pool-frontier", *GENERATED, *POOLED, *DECIDED},
+    ),
     "reward": (lambda to: other(to, reward=RewardHead(REWARD)), {}, {"verdicts-reward", *REWARDED}),
     "spread": (lambda to: other(to, tuning=replace(to.tuning, spread_km=99.0)), {}, DECIDED),
     # All places of a photo lie in one cell: the pool is made again and stays the same, so nothing follows it.
-    "gps_places": (lambda to: to, {"gps_places": 3}, {"places", "pool", "predictions-gps"}),
-    "openings": (lambda to: to, {"openings": 2}, {"posterior", *DECIDED}),
+    "gps_places": (lambda to: to, {"gps_places": 3}, {"places", "pool", "pool-gps"}),
+    "openings": (lambda to: to, {"openings": 2}, {"posterior", "pool-frontier", *DECIDED}),
     # All but the embeddings and the places: what is found near a photo is another.
     "within": (
         lambda to: to,
         {"within": (20.0, 20.0, 4000.0)},
-        {"neighbours", "candidates", "posterior", "matches", *POOLED, *DECIDED},
+        {"neighbours", "candidates", "posterior", "matches", *ALONE_POOLS, *POOLED, *DECIDED},
     ),
     **{
-        name: (lambda to: to, change, {"candidates", *POOLED, *DECIDED} - WITHOUT_CELLS)
+        name: (lambda to: to, change, {"candidates", *GENERATED, *POOLED, *DECIDED} - WITHOUT_SAMPLES)
         for name, change in SAMPLED.items()
     },
 }
