@@ -21,7 +21,6 @@ from typing import Any
 POLICIES: dict[str, dict[str, str]] = {
     "before": {"GOMP_SPINCOUNT": "300000"},
     "ours": {},
-    "spin 1000": {"GOMP_SPINCOUNT": "1000"},
     "passive": {"OMP_WAIT_POLICY": "passive"},
 }
 EVERYWHERE = ("before", "ours")  # the others are tried on decoding alone, to choose by

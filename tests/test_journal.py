@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -168,6 +169,16 @@ def test_a_journal_that_cannot_be_used(tmp_path: Path, one_line: OneLine) -> Non
         with one_line("cannot use the journal .*: unable to open database file$"):
             ask_journaled(client, REQUESTS, path)
     assert client.asked == [] and wrong.read_text() == "no database\n" * 99
+
+
+@pytest.mark.parametrize("broken", ["no JSON", "[]", "{}", '{"texts": 3}', '{"texts": [], "log_probs": [], "more": 1}'])
+def test_a_broken_answer_in_a_journal_is_named(broken: str, tmp_path: Path, one_line: OneLine) -> None:
+    journal = tmp_path / "journal.sqlite"
+    ask_journaled(Echo(), REQUESTS, journal)
+    with sqlite3.connect(journal) as database:
+        database.execute("UPDATE replies SET reply = ?", (broken,))
+    with one_line("an answer in the journal of a multimodal model is broken: delete the journal$"):
+        ask_journaled(Echo(), REQUESTS, journal)
 
 
 @pytest.mark.parametrize(

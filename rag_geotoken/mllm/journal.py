@@ -68,5 +68,8 @@ def _opened(journal: Path) -> Iterator[sqlite3.Connection]:
 
 
 def _reply(told: str) -> Reply:
-    fields = json.loads(told)
-    return Reply(**fields | {"texts": tuple(fields["texts"]), "log_probs": tuple(fields["log_probs"])})
+    try:
+        fields = json.loads(told)
+        return Reply(**fields | {"texts": tuple(fields["texts"]), "log_probs": tuple(fields["log_probs"])})
+    except (ValueError, TypeError, KeyError):
+        raise GeoError("an answer in the journal of a multimodal model is broken: delete the journal") from None
