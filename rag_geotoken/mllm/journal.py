@@ -45,7 +45,7 @@ def ask_journaled(client: Client, requests: Sequence[Request], journal: Path, ag
             if key not in replies or (again and replies[key].error is not None)
         }
         asked = list(missing)
-        for position, reply in client.ask(list(missing.values())):
+        for position, reply in client.ask(list(missing.values())) if missing else ():
             key = asked[position]
             told = json.dumps(asdict(reply), allow_nan=False)
             database.execute(KEEP, (*key, reply.error is not None, told))
