@@ -34,15 +34,18 @@ class Dense(nn.Linear):
         return affine(input, self.weight, self.bias)
 
 
-def in_blocks(function: Callable[[Tensor], Tensor], values: Tensor, size: int) -> Tensor:
+def in_blocks(
+    function: Callable[[Tensor], Tensor], values: Tensor, size: int, advance: Callable[[int], object] = lambda n: None
+) -> Tensor:
     """A function of rows (N, ...), run on blocks of exactly ``size`` rows, the last filled up -> the N results.
 
     Matrix products round differently for other numbers of rows. So no row's result depends on how many others there
-    are: the same photo has the same embedding alone and in any batch.
+    are: the same photo has the same embedding alone and in any batch. ``advance`` hears of every block's rows.
     """
     results = []
     for block in torch.split(values, size):
         short = size - len(block)
         full = torch.cat([block, block[-1:].expand(short, *block.shape[1:])]) if short else block
         results.append(function(full)[: len(block)])
+        advance(len(block))
     return torch.cat(results)

@@ -205,25 +205,16 @@ class _Siren(nn.Module):
 
 @torch.inference_mode()
 def embed_places(
-    encoder: nn.Module, lat_lon: ArrayLike, batch: int = 512, advance: Callable[[int], None] | None = None
+    encoder: nn.Module, lat_lon: ArrayLike, batch: int = 512, advance: Callable[[int], object] = lambda n: None
 ) -> NDArray[np.float32]:
-    """Places (N, 2) in degrees -> embeddings (N, dim) of length one; ``advance`` hears of every batch's places.
-
-    A place's embedding does not depend on the others: see :func:`.in_blocks`.
-    """
+    """Places (N, 2) in degrees -> embeddings (N, dim) of length one, in blocks of ``batch``: see :func:`.in_blocks`."""
     places = torch.from_numpy(np.asarray(lat_lon, np.float64).reshape(-1, 2))
     device = next(encoder.parameters()).device
 
-    left = len(places)
-
     def embed(block: Tensor) -> Tensor:
-        nonlocal left
-        if advance:
-            advance(min(batch, left))
-        left -= batch
         return normalize(encoder(block.to(device)).float(), dim=-1).cpu()
 
-    result: NDArray[np.float32] = in_blocks(embed, places, batch).numpy()
+    result: NDArray[np.float32] = in_blocks(embed, places, batch, advance).numpy()
     return result
 
 

@@ -24,7 +24,7 @@ SHOWN = ["mllm/pictures.py", "mllm/prompts.py", "verifiers/questions.py", "mllm/
 # Stage -> the code that its results follow from: a file, or FILE:FUNCTION.
 SOURCES = {
     "embeddings": ["run/stages.py:embed_pictures", "run/stages.py:digests", "alignment.py", "pictures.py", "dense.py",
-                   "encoders/earth.py", "encoders/clip.py", "encoders/open_clip.py"],
+                   "encoders/earth.py", "encoders/clip.py", "encoders/open_clip.py", "encoders/shared.py"],
     "neighbours": ["run/stages.py:search", "index.py", "exact.py", "exclusion.py", "approximate.py"],
     "candidates": ["run/stages.py:propose", "decoding.py", "prefix_tree.py", "lattice.py", *MEMORY],
     "places": ["run/stages.py:find_places", "gps_search.py", "location.py", "cells.py", "dense.py"],
