@@ -189,13 +189,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         beams = run("beam", lambda: decoding.beam(model, memory, WIDTH))
         return memory, beams, run("sample", lambda: decoding.sample(model, memory, SAMPLES, TEMPERATURE, args.seed))
 
-    plain.beam(plain.memory_of(*inputs), 1)
+    plain.beam(plain.memory(*inputs), 1)
     ours()
     seconds.clear()  # all is warm now
     for n in range(args.repeats):
         for name, speed in peak(args.device, inputs[0].dtype).items():
             speeds[name].append(speed)
-        far = run("plain encoder", lambda: plain.memory_of(*inputs))
+        far = run("plain encoder", lambda: plain.memory(*inputs))
         expected = run("plain beam", partial(plain.beam, far, WIDTH))
         memory, beams, samples = ours()
         for i in range(n, drawn, args.repeats):
