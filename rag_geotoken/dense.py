@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
+from rag_geotoken.side_by_side import side_by_side
+
 # With fewer rows than this, laying out the weights anew takes longer than the product gains.
 FEWEST_ROWS = 128
 
@@ -42,10 +44,14 @@ def in_blocks(
     Matrix products round differently for other numbers of rows. So no row's result depends on how many others there
     are: the same photo has the same embedding alone and in any batch. ``advance`` hears of every block's rows.
     """
-    results = []
-    for block in torch.split(values, size):
+
+    def whole(block: Tensor) -> Tensor:
         short = size - len(block)
         full = torch.cat([block, block[-1:].expand(short, *block.shape[1:])]) if short else block
-        results.append(function(full)[: len(block)])
-        advance(len(block))
+        return function(full)[: len(block)]
+
+    results = []
+    for result in side_by_side(whole, torch.split(values, size)):
+        results.append(result)
+        advance(len(result))
     return torch.cat(results)

@@ -84,13 +84,15 @@ class GeoIndex:
         They are kept for the next photos, whose neighbours are often the same, up to ``KEPT_BYTES``.
         """
         unique, back = np.unique(rows, return_inverse=True)
-        kept = self._kept.setdefault(size, {})
-        new = [row for row in unique.tolist() if row not in kept]
+        kept, wanted = self._kept.setdefault(size, {}), unique.tolist()
+        found = {row: picture for row in wanted if (picture := kept.get(row)) is not None}
+        new = [row for row in wanted if row not in found]
         if (len(kept) + len(new)) * 3 * size**2 > KEPT_BYTES:
-            kept.clear()
-            new = unique.tolist()
-        kept |= zip(new, load_pictures(self.picture_files(np.array(new, np.int64)), size)[0], strict=True)
-        return np.stack([kept[row] for row in unique.tolist()])[back.reshape(rows.shape)]
+            kept.clear()  # another thread has its own of what it needs
+        read = dict(zip(new, load_pictures(self.picture_files(np.array(new, np.int64)), size)[0], strict=True))
+        kept |= read
+        found |= read
+        return np.stack([found[row] for row in wanted])[back.reshape(rows.shape)]
 
     def picture_files(self, rows: NDArray[np.int64]) -> Sequence[str | bytes]:
         """What ``load_pictures`` reads for rows (N,): the index's own thumbnails, else references into the source."""

@@ -28,7 +28,6 @@ from rag_geotoken.sources import blue_marble, read_source
 from rag_geotoken.sources.blue_marble import draw, draw_views, is_unseen
 from rag_geotoken.training import run
 from rag_geotoken.training.loop import one_cycle
-from rag_geotoken.training.run import train_mllm
 
 Floats = NDArray[np.float64]
 KEPT = ("test", "unseen", "relief")
@@ -376,7 +375,7 @@ def test_an_index_of_another_encoder_is_refused_and_left_untouched(
     verifier = str(made[0].with_name("weights-verifier"))
     with tiny(), one_line("the index was built with encoder"):
         if what == "mllm":
-            train_mllm(RECIPE, out, verifier, None, None, own)
+            run.train("mllm", RECIPE, out, own, where=verifier)
         else:
             run.train(what, RECIPE, out, own)
     assert contents(own) == before

@@ -19,7 +19,7 @@ from torch import Tensor
 from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.recipes import training_recipe
 from rag_geotoken.token_model import TokenConfig
-from rag_geotoken.training import run
+from rag_geotoken.training import tokens
 from rag_geotoken.training.tokens import Losses, Photos
 
 GALLERY = "blue-marble:gallery,n=60"
@@ -58,7 +58,7 @@ def tiny() -> Iterator[None]:
     def config(**changes: Any) -> TokenConfig:
         return replace(TOKENS, dropout=float(os.environ.get("DROPOUT", "0.1")), **changes)
 
-    with patch.object(run, "TokenConfig", config):
+    with patch.object(tokens, "TokenConfig", config):
         yield
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -77,14 +77,11 @@ def train_mllm(
 
     Without --mllm: the verifier that was trained beside OUT.
     """
-    from rag_geotoken.recipes import training_recipe
-    from rag_geotoken.training.run import train_mllm
-
-    train_mllm(training_recipe(recipe), out, mllm, mllm_model, mllm_concurrent, index)
+    _train("mllm", recipe, out, index, where=mllm, model=mllm_model, concurrent=mllm_concurrent)
 
 
-def _train(what: str, recipe: Path | None, out: Path, index: Path | None = None) -> None:
+def _train(what: str, recipe: Path | None, out: Path, index: Path | None = None, **more: Any) -> None:
     from rag_geotoken.recipes import training_recipe
     from rag_geotoken.training.run import train
 
-    train(what, training_recipe(recipe, "g3" if what == "heads" else "earth"), out, index)
+    train(what, training_recipe(recipe, "g3" if what == "heads" else "earth"), out, index, **more)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +10,16 @@ import numpy as np
 import pyarrow as pa
 
 from rag_geotoken.alignment import GeoAlignment
-from rag_geotoken.errors import GeoError
-from rag_geotoken.files import check_writable, read_json
-from rag_geotoken.index import GeoIndex
-from rag_geotoken.index_files import MANIFEST
+from rag_geotoken.files import check_writable
 from rag_geotoken.indexing import Plan, build_index
 from rag_geotoken.options import Options
-from rag_geotoken.run.resumable import run_stage, stage
+from rag_geotoken.run.resumable import run_stage
 from rag_geotoken.run.road import road
 from rag_geotoken.run.stages import digests, embed_pictures
 from rag_geotoken.run.walk import write_photos
-from rag_geotoken.sources.photos import SCHEMA
 from rag_geotoken.tables import fixed_list, read_table
 from rag_geotoken.thumbnails import QUALITY, make_thumbnails
-from rag_geotoken.types import Embeddings, Photos
+from rag_geotoken.types import Photos
 
 
 def make_index(
@@ -81,36 +76,3 @@ def _thumbnails(folder: Path, size: int) -> Path:
         return pa.table({"id": pa.array(photos.ids, pa.string()), "picture": pa.array(made, pa.binary())})
 
     return _stage(folder, "thumbnails", {"size": size, "quality": QUALITY}, work)
-
-
-def gallery_tables(folder: Path, index: GeoIndex) -> None:
-    """An index's own photos as the tables photos and embeddings of a run."""
-    recipe, rows = {"gallery": index.identity}, index.rows.select(SCHEMA.names)
-    stage(folder, "photos", recipe, [], ["all"], lambda _: rows)
-    ids, names = rows["id"].to_pylist(), index.rows["digest"].to_pylist()
-
-    def work(at: slice) -> pa.Table:
-        vectors = index.vectors(np.arange(at.start, at.stop))
-        return Embeddings(vectors, names[at], [None] * len(vectors)).to_table(ids[at])
-
-    run_stage(folder, "embeddings", recipe, ["photos"], ids, work, many=True)
-
-
-def index_for_training(folder: Path, source: str, alignment: GeoAlignment) -> Path:
-    """The index of a source at a place where a training keeps it, made where it is missing -> its folder.
-
-    One of that source follows it and the alignment, if either has changed, with the same plan and thumbnails. Raises
-    GeoError, and leaves everything as it is, where an index of another source lies there.
-    """
-    plan, thumbnails = Plan(), None
-    if (folder / MANIFEST).is_file():
-        manifest, known = read_json(folder / MANIFEST), folder / "stages" / "photos.json"
-        if not known.is_file() or read_json(known)["recipe"]["source"] != source:
-            raise GeoError(
-                f"{folder} holds an index of other photos than {source}: add --index {folder} to train with it, or "
-                "choose another --out"
-            )
-        with suppress(AttributeError, KeyError, TypeError):  # a broken manifest: the index is made anew
-            plan, thumbnails = Plan(**manifest["made_from"].get("plan", {})), manifest.get("thumbnails")
-    make_index(folder, source, alignment, plan, thumbnails)
-    return folder

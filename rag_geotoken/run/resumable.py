@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rag_geotoken.errors import GeoError
 from rag_geotoken.files import file_sha256, read_json, remove, write_json
 from rag_geotoken.progress import progress_bar
+from rag_geotoken.side_by_side import side_by_side
 from rag_geotoken.tables import read_table, versions, write_table, write_tables
 
 if TYPE_CHECKING:
@@ -28,18 +29,21 @@ def run_stage(
     inputs: Sequence[str],
     ids: Sequence[str],
     work: Callable[[slice], pa.Table],
+    *,
     many: bool = False,
     block: int | None = None,
+    alone: bool = False,
 ) -> Path:
     """A stage of a run with a progress bar: ``inputs`` are tables of its folder, ``ids`` the photos; see :func:`stage`.
 
     many: whether its work takes little memory a photo, so that large runs have large blocks, where none is given.
+    alone: whether its blocks are made one after the other.
     """
     files = [folder / f"{file}.parquet" for file in inputs]
     if block is None:
         block = LARGE_BLOCK if many and len(ids) > MANY else BLOCK
     with progress_bar(len(ids), f"{folder.name}: {name}") as advance:
-        return stage(folder, name, recipe, files, ids, work, block=block, progress=advance)
+        return stage(folder, name, recipe, files, ids, work, block=block, progress=advance, alone=alone)
 
 
 def stage(
@@ -52,6 +56,7 @@ def stage(
     *,
     block: int = 512,
     progress: Callable[[int], object] = lambda done: None,
+    alone: bool = False,
 ) -> Path:
     """Makes `folder/name.parquet` from blocks of photos, unless it is already made from the same things -> its path.
 
@@ -68,6 +73,7 @@ def stage(
         work: Takes a slice of positions in `keys`, gives those photos' rows, any number, always of the same schema.
         block: How many photos a call of `work` gets.
         progress: Called with the number of photos done since its last call.
+        alone: Whether blocks are made one after the other, by the thread that calls, else side by side.
 
     Raises:
         GeoError: there are no keys, an input is missing, or the folder cannot be written.
@@ -87,7 +93,8 @@ def stage(
     files = [parts / f"{identity[:16]}-{number:05d}.parquet" for number in range(-(-total // block))]
     for stray in set(parts.glob("*.parquet")) - set(files):
         remove(stray)
-    seconds = _write_parts(files, [slice(i, min(i + block, total)) for i in range(0, total, block)], work, progress)
+    blocks = [slice(i, min(i + block, total)) for i in range(0, total, block)]
+    seconds = _write_parts(list(zip(files, blocks, strict=True)), work, progress, alone)
     rows = write_tables(path, (read_table(file) for file in files))
     manifest = {
         "stage": name,
@@ -108,19 +115,27 @@ def stage(
 
 
 def _write_parts(
-    files: Sequence[Path], blocks: Sequence[slice], work: Callable[[slice], pa.Table], progress: Callable[[int], object]
+    parts: Sequence[tuple[Path, slice]],
+    work: Callable[[slice], pa.Table],
+    progress: Callable[[int], object],
+    alone: bool,
 ) -> float:
     """Write the blocks that are missing -> the seconds that all of them took, those of an earlier run too."""
-    clock = files[0].with_name("seconds.json")
+    clock = parts[0][0].with_name("seconds.json")
     seconds = float(read_json(clock)) if clock.is_file() else 0.0
-    for file, at in zip(files, blocks, strict=True):
-        if not _is_readable(file):
-            begun = time.perf_counter()
-            write_table(file, work(at))
-            seconds += time.perf_counter() - begun
-            write_json(clock, round(seconds, 3))
-        progress(at.stop - at.start)
-    return round(seconds, 2)
+    missing = [(file, at) for file, at in parts if not _is_readable(file)]
+    progress(sum(at.stop - at.start for _, at in parts) - sum(at.stop - at.start for _, at in missing))
+
+    def write(part: tuple[Path, slice]) -> int:
+        file, at = part
+        write_table(file, work(at))
+        return int(at.stop - at.start)
+
+    begun = time.perf_counter()
+    for done in map(write, missing) if alone else side_by_side(write, missing):
+        write_json(clock, round(seconds + time.perf_counter() - begun, 3))
+        progress(done)
+    return round(seconds + time.perf_counter() - begun, 2)
 
 
 def _sha256(obj: object) -> str:

@@ -19,21 +19,27 @@ from rag_geotoken.options import Options
 from rag_geotoken.run.models import Models
 from rag_geotoken.run.resumable import BLOCK, run_stage, stage
 from rag_geotoken.run.road import Stage, road
+from rag_geotoken.side_by_side import cores, side_by_side
 from rag_geotoken.sources import read_source
 from rag_geotoken.sources.photos import read_left_out
 from rag_geotoken.tables import read_table, table_sha256
 from rag_geotoken.types import Answers, MllmVerdict, Photos, Tables
 
+FEWEST = 8  # photos in a part of a batch
+
 
 def in_memory(models: Models, options: Options, photos: Photos, block: int = BLOCK) -> Answers:
-    """Photos -> answers in order, so many photos at a time."""
-    parts = []
-    for start in range(0, len(photos), block):
-        part = photos[start : start + block]
+    """Photos -> answers in order, at most so many photos in a part."""
+
+    def work(part: Photos) -> Answers:
         tables = embedded(models, options, part)
         decided = answered(models, options, tables[tables.embeddings.readable])
-        parts.append(complete(part, tables.embeddings.errors, decided))
-    return Answers.join(parts) if parts else Answers.of(photos, [])
+        return complete(part, tables.embeddings.errors, decided)
+
+    size = min(block, max(FEWEST, -(-len(photos) // cores())))
+    parts = [photos[start : start + size] for start in range(0, len(photos), size)]
+    found = list(map(work, parts) if options.asks_mllm else side_by_side(work, parts))
+    return Answers.join(found) if found else Answers.of(photos, [])
 
 
 def embedded(models: Models, options: Options, photos: Photos) -> Tables:
@@ -178,8 +184,12 @@ class RunFolder:
         before = manifest.stat().st_mtime_ns if manifest.is_file() else None
         ids = self.photos.ids if step.whole else [self.photos.ids[i] for i in self.readable.tolist()]
         recipe = step.settings(self.models, options)
-        inputs, many = list(reads.values()), step.name == "embeddings"
-        run_stage(self.folder, file, recipe, inputs, ids, lambda at: self._block(step, options, reads, at), many)
+        inputs, many, alone = list(reads.values()), step.name == "embeddings", "mllm" in step.models
+
+        def work(at: slice) -> Any:
+            return self._block(step, options, reads, at)
+
+        run_stage(self.folder, file, recipe, inputs, ids, work, many=many, alone=alone)
         self.seconds[file] = read_json(manifest).get("seconds", 0.0)
         if manifest.stat().st_mtime_ns == before:
             self.reused.append(file)

@@ -19,10 +19,16 @@ from rag_geotoken.sources import view_source
 from rag_geotoken.training.contrast import Losses
 from rag_geotoken.training.loop import Kept, Log, one_cycle, run_steps
 from rag_geotoken.training.processes import make_accelerator
+from rag_geotoken.training.setup import Setup
 
 CHECKS = 36  # weights and a checkpoint are kept so often
 NEARBY = 3  # wrong places near the right one, a photo: they make the embedding sharp below the batch's spacing
 TEXT_WEIGHT = 0.2
+
+
+def train(setup: Setup) -> None:
+    """Train with a recipe's settings."""
+    train_alignment(setup.out, setup.identity(), **setup.settings, log=setup.log)
 
 
 def train_alignment(

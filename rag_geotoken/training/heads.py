@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -9,15 +10,38 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from rag_geotoken.alignment import AlignmentConfig, GeoAlignment
+from rag_geotoken.alignment import G3, AlignmentConfig, GeoAlignment
+from rag_geotoken.encoders import load_backbone
 from rag_geotoken.errors import GeoError
+from rag_geotoken.files import file_sha256
 from rag_geotoken.location import LocationEncoder
 from rag_geotoken.training.contrast import Losses
-from rag_geotoken.training.examples import Examples
+from rag_geotoken.training.examples import Examples, read_examples, write_examples
 from rag_geotoken.training.loop import Kept, Log, batch_of, run_steps
 from rag_geotoken.training.processes import make_accelerator
+from rag_geotoken.training.setup import Setup
+from rag_geotoken.weights import fingerprint
 
 GAMMA = 0.87  # of the rate, an epoch (G3)
+
+
+def train(setup: Setup) -> None:
+    """Photos and their place texts through the frozen backbone, once, then the training itself."""
+    settings, start = setup.settings, setup.settings["start"]
+    name = settings["backbone"]
+    config = replace(G3, dim=load_backbone(name).dim, backbone=name, location=settings["location"])
+    alignment = GeoAlignment(config)  # refuses what cannot be built, before the long work
+    begin = LocationEncoder.from_pretrained(start) if start else None
+    photos = setup.beside("index") / "stages"  # where the index of the same photos will look for what it needs of them
+    accelerator = make_accelerator()
+    with accelerator.main_process_first():  # the others find every table made
+        write_examples(photos, settings["source"], alignment)
+    tables = [file_sha256(photos / f"{name}.parquet") for name in ("photos", "projections", "texts")]
+    identity = setup.identity(config=asdict(config), tables=tables, start=fingerprint(begin) if begin else "")
+    train_on, validation = read_examples(photos, settings["held_out"], settings["seed"])
+    numbers = setup.numbers("epochs", "batch", "rate", "decay", "seed")
+    train_heads(config, train_on, validation, setup.out, identity, **numbers, start=begin, log=setup.log)
+    accelerator.end_training()
 
 
 def train_heads(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import cast
 
@@ -13,12 +13,16 @@ from rag_geotoken.decision import strategies
 from rag_geotoken.decision.confidence import fit_calibration
 from rag_geotoken.decision.pool import chosen_pool
 from rag_geotoken.decision.strategies import Given
-from rag_geotoken.decision.tuning import Tuning
+from rag_geotoken.decision.tuning import Tuning, load_tuning
+from rag_geotoken.files import write_json
 from rag_geotoken.geo import haversine_km
+from rag_geotoken.mllm.session import MllmSession
 from rag_geotoken.options import Options, verified_by
 from rag_geotoken.run.models import Models
 from rag_geotoken.run.walk import RunFolder, write_photos
-from rag_geotoken.training.tuning import Log, hits, inside
+from rag_geotoken.training.loop import Log
+from rag_geotoken.training.setup import Setup
+from rag_geotoken.training.tuning import hits, inside
 from rag_geotoken.types import MllmVerdict, Pool, Predictions, Tables
 from rag_geotoken.verifiers.mllm import gain_of
 from rag_geotoken.verifiers.router import features, fit_router
@@ -27,6 +31,18 @@ SCALES = [0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0]
 MODES = [Options(verify=(*others, "mllm")) for others in ((), ("alignment",), ("visual",), ("alignment", "visual"))]
 FREE = Options(verify=("mllm",), mllm_mode="free")
 SHARED = Options(verify=("alignment", "visual"))  # what all of them are decided from
+
+
+def train(setup: Setup, *, where: str | None = None, model: str | None = None, concurrent: int | None = None) -> None:
+    """Put what a multimodal model's verdicts are worth, beside the models in a recipe's folder, into tuning.json.
+
+    where, model, concurrent: as :func:`.open_client` takes them; None is the verifier trained beside them. The photos'
+    tables and the model's answers are kept in ``OUT-mllm``.
+    """
+    session = MllmSession.open(where or str(setup.beside("verifier")), model, concurrent)
+    models = setup.models(load_tuning(setup.out), mllm=session)
+    tuned = tune_mllm(setup.beside("mllm"), setup.settings["source"], models, setup.log)
+    write_json(setup.out / "tuning.json", asdict(tuned))
 
 
 def tune_mllm(folder: Path, source: str, models: Models, log: Log) -> Tuning:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.errors import GeoError
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.options import Options
@@ -16,9 +17,16 @@ from rag_geotoken.run.models import Models
 from rag_geotoken.run.walk import answered
 from rag_geotoken.training.loop import Log, one_cycle
 from rag_geotoken.training.processes import make_accelerator
+from rag_geotoken.training.setup import Setup
 from rag_geotoken.types import RADII_KM, Embeddings, Photos, Pool, Tables
 
 BLOCK = 256
+
+
+def train(setup: Setup) -> None:
+    """Train with a recipe's settings for the models in its folder."""
+    head = train_reward(setup.models(Tuning()), **setup.settings, log=setup.log)
+    head.save_pretrained(setup.out, half=True)
 
 
 def train_reward(models: Models, photos: int, epochs: int, batch: int, rate: float, seed: int, log: Log) -> RewardHead:

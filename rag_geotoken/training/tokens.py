@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -12,13 +12,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.cells import S2Tokenizer
 from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.errors import GeoError
+from rag_geotoken.files import file_sha256
 from rag_geotoken.index import GeoIndex
+from rag_geotoken.options import Options
+from rag_geotoken.run.models import Models
+from rag_geotoken.run.walk import RunFolder, write_photos
 from rag_geotoken.token_model import TokenConfig, TokenModel
 from rag_geotoken.training.loop import Kept, Log, batch_of, one_cycle, run_steps
 from rag_geotoken.training.processes import make_accelerator
+from rag_geotoken.training.setup import Setup, gallery_tables
 from rag_geotoken.types import Tables
 
 CHECKS = 10  # looks at the validation photos in a training, each with a checkpoint
@@ -35,6 +41,32 @@ class Photos:
     def to(self, device: torch.device) -> Photos:
         """The same on a device."""
         return Photos(self.vectors.to(device), self.neighbors.to(device), self.tokens.to(device))
+
+
+def train(setup: Setup) -> None:
+    """Photos through the road up to their neighbours, then the training itself."""
+    settings, alignment = setup.settings, GeoAlignment.from_pretrained(setup.out)
+    config = TokenConfig(dim=alignment.config.dim, neighbor_positions=settings["neighbor_positions"])
+    TokenModel(config)  # refuses what cannot be built, before the long work
+    # "gallery" is GeoToken's way: the index's own photos, each without itself among its neighbours.
+    own, folder = settings["source"] == "gallery", setup.beside("photos")
+    options = Options(neighbors=config.neighbors, propose=(), gps_places=0, verify=())
+    accelerator = make_accelerator()
+    with accelerator.main_process_first():  # the others find every table made
+        models = Models(alignment, None, setup.gallery(alignment), Tuning())
+        if own:
+            gallery_tables(folder, models.index)
+        else:
+            write_photos(folder, settings["source"])
+        run = RunFolder(folder, models)
+        files = run.walk(options, until="neighbours", given=("embeddings",) * own)
+    tables = [file_sha256(folder / f"{name}.parquet") for name in ("photos", "embeddings", "neighbours")]
+    identity = setup.identity(config=asdict(config), tables=tables, index=models.index.identity)
+    photos = run.tables(options, files)
+    train_on, validation = read_photos(photos, models.index, config, settings["held_out"], settings["seed"])
+    numbers = setup.numbers("epochs", "batch", "rate", "seed")
+    train_tokens(config, models.index, train_on, validation, setup.out, identity, **numbers, log=setup.log)
+    accelerator.end_training()
 
 
 def train_tokens(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
 
 import numpy as np
@@ -15,12 +15,16 @@ from rag_geotoken.decision.pool import extend, make_pool, scored_pool
 from rag_geotoken.decision.strategies import Given
 from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.errors import GeoError
+from rag_geotoken.files import write_json
 from rag_geotoken.geo import haversine_km
 from rag_geotoken.options import Options, verified_by
+from rag_geotoken.reward import RewardHead
 from rag_geotoken.run.models import Models
 from rag_geotoken.run.resumable import BLOCK
 from rag_geotoken.run.walk import answered, embedded
 from rag_geotoken.sources import read_source
+from rag_geotoken.training.loop import Log
+from rag_geotoken.training.setup import Setup
 from rag_geotoken.types import NEIGHBOUR, RADII_KM, Photos, Predictions, Tables
 from rag_geotoken.verifiers.agreement import support
 from rag_geotoken.verifiers.range_plus import likeness
@@ -37,10 +41,15 @@ MODES: tuple[tuple[str, ...], ...] = (
 )
 GROUPS = ("decision", "reward", "look", "visual", "confidence", "visual_confidence", "density")
 MIX = ("look_beta", "look_semantic", "look_spatial")
-Log = Callable[[str], None]
 Grid = Mapping[str, list[float]]
 Mix = tuple[float, float, float]  # beta, semantic, spatial
 Scores = dict[str | Mix, NDArray[np.float32]]  # of a verifier, or of the look by how it is mixed
+
+
+def train(setup: Setup) -> None:
+    """Choose the tuning with a recipe's settings, for the models in its folder."""
+    models = setup.models(Tuning(), reward=RewardHead.from_pretrained(setup.out))
+    write_json(setup.out / "tuning.json", asdict(tune(models, **setup.settings, log=setup.log)))
 
 
 def tune(models: Models, source: str, grid: Mapping[str, Grid], log: Log) -> Tuning:

@@ -16,12 +16,17 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlavaForConditionalGeneration
 
 from rag_geotoken.alignment import GeoAlignment
+from rag_geotoken.decision.tuning import load_tuning
 from rag_geotoken.errors import GeoError
+from rag_geotoken.files import check_writable, file_sha256
+from rag_geotoken.options import Options
 from rag_geotoken.pictures import load_pictures
+from rag_geotoken.run.walk import RunFolder, write_photos
 from rag_geotoken.sources import view_source
 from rag_geotoken.training.loop import Kept, Log, one_cycle, run_steps
 from rag_geotoken.training.processes import make_accelerator
-from rag_geotoken.training.verifier_examples import Examples, Prompt
+from rag_geotoken.training.setup import Setup
+from rag_geotoken.training.verifier_examples import Examples, Prompt, read_examples
 from rag_geotoken.training.verifier_model import make_model, save_folder, save_weights
 from rag_geotoken.training.verifier_words import MEAN, PIXELS, STD, make_processor, make_tokenizer
 
@@ -31,6 +36,24 @@ CORPUS = 3000  # prompts that the tokenizer is made from
 SIGHT_WEIGHT, LINE_WEIGHT = 0.3, 0.5
 LINE_KM = (50.0, 100.0, 200.0, 750.0)
 HALFWAY = 2  # layers, after which a line's end has read its line
+
+
+def train(setup: Setup) -> None:
+    """Photos through the road up to the alignment's verdicts, then the training itself, into ``OUT-verifier``."""
+    folder, photos, models = (
+        setup.beside("verifier"),
+        setup.beside("verifier-photos"),
+        setup.models(load_tuning(setup.out)),
+    )
+    check_writable(folder)
+    write_photos(photos, setup.settings["source"])
+    run, options = RunFolder(photos, models), Options(verify=("alignment", "visual"))
+    files = run.walk(options, until="verdicts-alignment")
+    if len(run.readable) < len(run.photos):
+        raise GeoError(f"{photos.name}: give pictures that can be read")
+    examples = read_examples(run.tables(options, files), models.index, models.tuning)
+    identity = setup.identity(photos=file_sha256(photos / "verdicts-alignment.parquet"))
+    train_verifier(examples, models.alignment, folder, identity, **setup.settings, log=setup.log)
 
 
 def train_verifier(
