@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -147,11 +148,12 @@ def test_stopped_inside_a_stage_goes_on_with_the_block_that_is_missing(
     begin(run_folder, tmp_path / "through")
     walk(tmp_path / "through", geolocator)
     work = getattr(stages, name)
-    calls: list[int] = []
+    calls, numbers = list[int](), count(1)
 
     def counted(*given: Any, **named: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 2:
+        number = next(numbers)  # blocks are made side by side
+        calls.append(number)
+        if number == 2:
             raise KeyboardInterrupt
         return work(*given, **named)
 

@@ -51,7 +51,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def make(folder: Path, source: Path, work: Worker, **change: object) -> Path:
-    arguments: dict[str, Any] = {"recipe": RECIPE, "inputs": [source], "keys": KEYS, "block": 3} | change
+    arguments: dict[str, Any] = {"recipe": RECIPE, "inputs": [source], "keys": KEYS, "block": 3, "alone": True} | change
     return resumable.stage(folder, "encode", work=work, **arguments)
 
 
@@ -126,10 +126,11 @@ def test_missing_and_broken_tables_give_one_line(tmp_path: Path) -> None:
 # stages
 
 
-def test_a_stage_gives_its_rows_and_a_manifest(tmp_path: Path, source: Path) -> None:
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_stage_gives_its_rows_and_a_manifest(tmp_path: Path, source: Path, alone: bool) -> None:
     work, told = Worker(), list[int]()
-    path = make(tmp_path / "run", source, work, progress=told.append)
-    assert work.seen == [(0, 3), (3, 6), (6, 9), (9, 10)] and told == [3, 3, 3, 1]
+    path = make(tmp_path / "run", source, work, progress=told.append, alone=alone)
+    assert sorted(work.seen) == [(0, 3), (3, 6), (6, 9), (9, 10)] and told == [3, 3, 3, 1]
     assert tables.read_table(path).equals(rows(slice(0, 10)))
     assert sorted(contents(path.parent)) == ["encode.json", "encode.parquet"]
     manifest = files.read_json(path.with_suffix(".json"))

@@ -124,7 +124,8 @@ def _write_parts(
     clock = parts[0][0].with_name("seconds.json")
     seconds = float(read_json(clock)) if clock.is_file() else 0.0
     missing = [(file, at) for file, at in parts if not _is_readable(file)]
-    progress(sum(at.stop - at.start for _, at in parts) - sum(at.stop - at.start for _, at in missing))
+    if kept := sum(at.stop - at.start for file, at in parts if (file, at) not in missing):
+        progress(kept)
 
     def write(part: tuple[Path, slice]) -> int:
         file, at = part
