@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from threading import local
 from typing import TypeVar
@@ -23,14 +23,16 @@ def cores() -> int:
     return 1 if busy else min(torch.get_num_threads(), MOST)
 
 
-def side_by_side(work: Callable[[Part], Result], parts: Sequence[Part]) -> Iterator[Result]:
+def side_by_side(work: Callable[[Part], Result], parts: Sequence[Part], of: int = 0) -> Iterator[Result]:
     """Yield what ``work`` makes of each part, in order; several parts are computed at a time.
 
     Threads that share one product wait for each other after every layer, and beside a busy process for the one that
     was put aside. Parts that follow from nothing but themselves need not: each has its share of PyTorch's threads.
-    What ``work`` raises is raised here, once the parts begun have ended; the others are not begun.
+    of: how many parts there were before some were done; sums round differently by another number of threads, so the
+    rest has the share that it would have had. What ``work`` raises is raised here, once the parts begun have ended;
+    the others are not begun.
     """
-    workers = min(cores(), len(parts))
+    workers = min(cores(), max(of, len(parts)))
     if workers <= 1:
         yield from map(work, parts)
         return
@@ -47,9 +49,7 @@ def side_by_side(work: Callable[[Part], Result], parts: Sequence[Part]) -> Itera
         for future in begun:
             yield future.result()
     finally:
-        for future in begun:
-            if not future.cancel():
-                future.exception()  # waits
+        wait([future for future in begun if not future.cancel()])
         _use(threads)
 
 

@@ -36,6 +36,10 @@ def test_a_part_alone_keeps_all_threads() -> None:
     assert list(side_by_side(str, [])) == []
 
 
+def test_what_is_left_of_several_parts_has_their_share_of_threads() -> None:
+    assert list(side_by_side(lambda part: torch.get_num_threads(), [0], of=3)) == [1]
+
+
 def test_inside_a_part_nothing_is_divided_again() -> None:
     def work(part: int) -> list[int]:
         return list(side_by_side(lambda _: threading.get_ident(), range(4)))

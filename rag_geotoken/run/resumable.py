@@ -133,7 +133,7 @@ def _write_parts(
         return int(at.stop - at.start)
 
     begun = time.perf_counter()
-    for done in map(write, missing) if alone else side_by_side(write, missing):
+    for done in map(write, missing) if alone else side_by_side(write, missing, of=len(parts)):
         write_json(clock, round(seconds + time.perf_counter() - begun, 3))
         progress(done)
     return round(seconds + time.perf_counter() - begun, 2)
