@@ -36,7 +36,7 @@ from rag_geotoken.run.walk import answered, embedded
 from rag_geotoken.sources import read_source
 from rag_geotoken.tables import versions
 from rag_geotoken.types import RADII_KM, VISUAL, Photos, Places, Pool, Predictions
-from rag_geotoken.verifiers.agreement import moved_places, support
+from rag_geotoken.verifiers.agreement import moved_places
 from rag_geotoken.verifiers.matching import AerialMatcher
 from rag_geotoken.verifiers.registration import (
     CHUNK,
@@ -50,6 +50,7 @@ from rag_geotoken.verifiers.registration import (
     Registration,
     register,
 )
+from rag_geotoken.verifiers.visual import support
 
 SOURCE = "blue-marble:validation,n=3000,seed=1"
 VERIFIERS: list[tuple[str, ...]] = [(), ("alignment",), ("visual",), ("alignment", "visual")]

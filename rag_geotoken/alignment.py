@@ -30,7 +30,8 @@ from rag_geotoken.encoders.earth import EarthEncoder
 from rag_geotoken.files import file_sha256
 from rag_geotoken.location import HarmonicEncoder, LocationConfig, UnitVectorEncoder, embed_places, mlp
 from rag_geotoken.location import LocationEncoder as LocationEncoder
-from rag_geotoken.pictures import Picture, load_pictures
+from rag_geotoken.pictures import load_pictures
+from rag_geotoken.types import Picture
 from rag_geotoken.weights import Pretrained, fingerprint
 
 EARTH_BACKBONE = "earth"

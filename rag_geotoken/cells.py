@@ -295,3 +295,10 @@ def _curve_tables() -> tuple[Ints, Ints]:
 
 
 TO_POSITION, TO_IJ = _curve_tables()
+
+
+def descendants(cells: NDArray[np.uint64], level: int, deeper: int) -> NDArray[np.uint64]:
+    """Cells (N,) of one level -> (N, 4**(deeper - level)), their parts at a deeper one."""
+    first = parent_ids(cells - (cells & (~cells + np.uint64(1))) + np.uint64(1), deeper)
+    steps = np.arange(4 ** (deeper - level), dtype=np.uint64) << np.uint64(61 - 2 * deeper)
+    return first[:, None] + steps

@@ -9,10 +9,9 @@ import torch
 from numpy.typing import NDArray
 
 from rag_geotoken.alignment import GeoAlignment
-from rag_geotoken.cells import cell_centers, cell_ids
+from rag_geotoken.cells import cell_centers, cell_ids, descendants
 from rag_geotoken.geo import Floats
 from rag_geotoken.index import GeoIndex
-from rag_geotoken.posterior import descendants
 from rag_geotoken.types import Places
 
 REGION, COARSE, FINE = 4, 8, 9  # S2 levels: cells of about 580, 36 and 18 km

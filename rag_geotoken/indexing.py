@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rag_geotoken import approximate
-from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.errors import GeoError
 from rag_geotoken.exact import Vectors, scan
 from rag_geotoken.files import file_sha256, read_json, remove, write_whole
@@ -25,6 +24,7 @@ from rag_geotoken.progress import progress_bar
 from rag_geotoken.sources.photos import read_left_out
 from rag_geotoken.tables import read_table, to_numpy, write_table
 from rag_geotoken.thumbnails import write_thumbnails
+from rag_geotoken.types import SEARCH_WEIGHTS
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -160,7 +160,7 @@ def _measure(index: Any, path: Path, first: int, heads: Heads, recall: float) ->
         return {"effort_name": approximate.effort_name(index), "effort": 64, "refine": 5, "queries": 0}
     image, k = unit(queries), min(K, first)
     many = scan(image, _blocks(path, 0, first), min(first, TRUTH * k))[1]
-    photo = heads(queries.astype(np.float32)) * np.asarray(Tuning().search_weights, np.float32)[:, None]
+    photo = heads(queries.astype(np.float32)) * np.asarray(SEARCH_WEIGHTS, np.float32)[:, None]
     truth = np.empty((len(queries), k), np.int64)
     for i, rows in enumerate(many):  # a few hundred photos, whose candidates would be too many at once
         scores = np.einsum("pd,mpd->m", photo[i], heads(_rows(path, rows).astype(np.float32)))

@@ -6,10 +6,28 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from rag_geotoken.decision import STRATEGIES
 from rag_geotoken.errors import GeoError
-from rag_geotoken.verifiers import VERIFIERS
 
+# What `--verify` calls a verifier -> its module in :mod:`.verifiers`.
+VERIFIERS = {
+    "alignment": "alignment",
+    "reward": "reward",
+    "visual": "visual",
+    "look": "range_plus",
+    "mllm": "mllm",
+}
+# Strategies: the function of that name in :mod:`.decision.strategies`, written with underscores.
+STRATEGIES = (
+    "bayes-risk",
+    "bayes-risk-25",
+    "bayes-risk-200",
+    "log-probability",
+    "medoid",
+    "density",
+    "mean-shift",
+    "highest",
+    "snap",
+)
 PROPOSERS = ("greedy", "beam", "sample")
 CHOICES = {
     "propose": PROPOSERS,

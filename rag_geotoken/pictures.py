@@ -21,13 +21,12 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from rag_geotoken.errors import GeoError
 from rag_geotoken.sources import source_module, tar
+from rag_geotoken.types import Picture
 
 BYTE_CAP = 50_000_000
 PIXEL_CAP = 100_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # MPO opens as the JPEG that it begins with
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".mpo")
-Picture = str | bytes | NDArray[np.uint8] | Image.Image
-"""A path or reference, the bytes of a file, pixels (H, W, 3), or a picture of Pillow."""
 # How a picture becomes a square: its middle, as CLIP has it; the same with an odd margin halved to the even pixel, as
 # torchvision has it; all of it, out of shape.
 Fit = Literal["crop", "crop-even", "squash"]

@@ -6,9 +6,9 @@ Cells of a level differ in area by up to a factor of 2.1; the mean of the level 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from rag_geotoken.cells import cell_centers, cell_level, parent_ids
+from rag_geotoken.cells import cell_centers, cell_level, descendants
 from rag_geotoken.geo import EARTH_RADIUS_KM, Floats
 from rag_geotoken.types import Posterior
 
@@ -48,10 +48,3 @@ def heat_map(posterior: Posterior, row: int, height: int = 180, detail: int = 7)
         columns = np.clip(((lon + 180.0) / 180.0 * height).astype(int), 0, 2 * height - 1)
         np.add.at(heat, (rows, columns), mass[here][:, None] / below.shape[1])
     return heat
-
-
-def descendants(cells: NDArray[np.uint64], level: int, deeper: int) -> NDArray[np.uint64]:
-    """Cells (N,) of one level -> (N, 4**(deeper - level)), their parts at a deeper one."""
-    first = parent_ids(cells - (cells & (~cells + np.uint64(1))) + np.uint64(1), deeper)
-    steps = np.arange(4 ** (deeper - level), dtype=np.uint64) << np.uint64(61 - 2 * deeper)
-    return first[:, None] + steps

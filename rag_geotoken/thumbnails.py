@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from rag_geotoken.errors import GeoError
 from rag_geotoken.files import write_whole
-from rag_geotoken.pictures import Picture, draw, read_pictures, upright
+from rag_geotoken.pictures import draw, read_pictures, upright
+from rag_geotoken.types import Picture
 
 if TYPE_CHECKING:
     from PIL import Image

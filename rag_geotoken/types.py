@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from rag_geotoken.errors import GeoError
 from rag_geotoken.geo import Floats
@@ -20,11 +21,12 @@ from rag_geotoken.tables import fixed_list, pad_lists, spread, to_numpy
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from rag_geotoken.pictures import Picture
-
 RADII_KM = (1, 25, 200, 750, 2500)  # street, city, region, country and continent, since IM2GPS
 SOURCES = ("neighbour", "greedy", "beam", "sample", "frontier", "gps", "visual", "mllm", "gallery")
 NEIGHBOUR, GREEDY, BEAM, SAMPLE, FRONTIER, GPS, VISUAL, MLLM, GALLERY = range(9)
+Picture = str | bytes | NDArray[np.uint8] | Image.Image
+"""A path or reference, the bytes of a file, pixels (H, W, 3), or a picture of Pillow."""
+SEARCH_WEIGHTS = (0.5, 1.0, 0.5)  # of the image, GPS and text part in a search, unless tuned
 At = slice | NDArray[np.bool_] | NDArray[np.int64]
 
 # The columns that a field makes in a table, where they are not one of the field's name.

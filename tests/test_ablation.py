@@ -52,7 +52,7 @@ from rag_geotoken.types import (
     Tables,
     Verdict,
 )
-from rag_geotoken.verifiers.agreement import support
+from rag_geotoken.verifiers.visual import support
 
 BROKEN = 2
 TOKENIZER = S2Tokenizer(8, 2)

@@ -12,9 +12,8 @@ import json
 from pathlib import Path
 
 import rag_geotoken
-from rag_geotoken.options import Options
+from rag_geotoken.options import VERIFIERS, Options
 from rag_geotoken.run.road import road
-from rag_geotoken.verifiers import VERIFIERS
 
 KNOWN = Path(__file__).parent / "data" / "stage_fingerprints.json"
 PACKAGE = Path(rag_geotoken.__file__).parent

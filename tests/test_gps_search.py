@@ -9,10 +9,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from rag_geotoken.alignment import GeoAlignment
-from rag_geotoken.cells import cell_centers, cell_ids, cell_level, parent_ids
+from rag_geotoken.cells import cell_centers, cell_ids, cell_level, descendants, parent_ids
 from rag_geotoken.gps_search import COARSE, FINE, REGION, GpsSearch
 from rag_geotoken.index import GeoIndex
-from rag_geotoken.posterior import descendants
 
 GALLERY = np.array([[48.2, 16.4], [48.3, 16.5], [-33.0, 18.0]])
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from rag_geotoken.cli.app import app
-from rag_geotoken.encoders.shared import quiet
+from rag_geotoken.mllm.folder import quiet
 from rag_geotoken.options import Options
 from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.run import stages

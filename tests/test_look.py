@@ -18,7 +18,7 @@ from rag_geotoken.run.road import road
 from rag_geotoken.training.tuning import _looks
 from rag_geotoken.types import Embeddings, Photos, Pool, Tables
 from rag_geotoken.verifiers import load_verifier
-from rag_geotoken.verifiers.range_plus import Look, bank_of
+from rag_geotoken.verifiers.range_plus import Look, bank, bank_of
 
 DIM = 6
 
@@ -64,7 +64,7 @@ def test_the_index_knows_how_its_places_look(geolocator: Geolocator) -> None:
     image = index.vectors(np.arange(len(index.rows)))[:, 0]
     expected = Look(index.lat_lon, embed(index.lat_lon), image).of(spots, embed(spots), 0.7)
     np.testing.assert_allclose(bank_of(index, embed).of(spots, embed(spots), 0.7), expected, atol=1e-6)
-    np.testing.assert_allclose(geolocator.range_bank.of(spots, embed(spots), 0.7), expected, atol=1e-6)
+    np.testing.assert_allclose(bank(geolocator).of(spots, embed(spots), 0.7), expected, atol=1e-6)
 
 
 def test_a_large_gallery_is_a_bank_by_a_draw(geolocator: Geolocator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +105,7 @@ def test_look_verifies_every_entry(geolocator: Geolocator, pool: Pool) -> None:
     scores, photo = looks_of(geolocator, tables), tables.embeddings.image
     assert (scores[~pool.mask] == 0).all() and (~pool.mask).any()
     spots, embed = pool.lat_lon[1][pool.mask[1]], geolocator.alignment.embed_places
-    looks = geolocator.range_bank.of(spots, embed(spots), 0.5, 12.0, 10000.0)
+    looks = bank(geolocator).of(spots, embed(spots), 0.5, 12.0, 10000.0)
     cosine = looks @ photo[1] / np.linalg.norm(looks, axis=1)
     np.testing.assert_allclose(scores[1][pool.mask[1]], cosine, atol=1e-5)
     assert follows_from(geolocator, "look") != follows_from(geolocator, "alignment")

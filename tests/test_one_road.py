@@ -17,14 +17,14 @@ from test_cli import call
 
 from rag_geotoken import Geolocator, Options
 from rag_geotoken.mllm.session import MllmSession
-from rag_geotoken.options import CHOICES, parse_option
+from rag_geotoken.options import CHOICES, VERIFIERS, parse_option
 from rag_geotoken.run import resumable
 from rag_geotoken.run.road import road
 from rag_geotoken.run.walk import RunFolder, answered, embedded
 from rag_geotoken.sources import blue_marble
 from rag_geotoken.tables import read_table, write_table
 from rag_geotoken.types import Answers, Photos, Prediction, Tables, Verdict
-from rag_geotoken.verifiers import VERIFIERS, Verifier
+from rag_geotoken.verifiers import Verifier
 
 PHOTOS = 16
 EVERY = Options(

@@ -23,10 +23,11 @@ from tiny_clip import save_pictures
 from tiny_open_clip import CLIP_CFG, SIGLIP_CFG, SIGLIP_PICTURES, save_open_clip, save_tokenizer
 
 from rag_geotoken.cli.app import main
-from rag_geotoken.encoders import Backbone, load_backbone, shared
+from rag_geotoken.encoders import Backbone, load_backbone
 from rag_geotoken.encoders.clip import ClipEncoder
 from rag_geotoken.encoders.open_clip import OpenClipEncoder
 from rag_geotoken.geoclip import GeoCLIP
+from rag_geotoken.mllm import folder as model_folder
 from rag_geotoken.pictures import load_pictures
 
 open_clip = pytest.importorskip("open_clip")
@@ -374,7 +375,7 @@ class _Silent(BaseHTTPRequestHandler):
 
 @pytest.mark.parametrize("name", ["someone/clip", f"open_clip:hf-hub:{HUB}"])
 def test_a_hub_that_says_nothing(name: str, hub: Path, monkeypatch: pytest.MonkeyPatch, one_line: OneLine) -> None:
-    monkeypatch.setattr(shared, "ANSWER_S", 0.2)
+    monkeypatch.setattr(model_folder, "ANSWER_S", 0.2)
     with serving(_Silent, monkeypatch):
         start = time.monotonic()
         with one_line("someone/[a-z]+ is not on this machine and could not be downloaded .*hf download someone/"):

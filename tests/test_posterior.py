@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from rag_geotoken.cells import cell_ids, cell_level, parent_ids
-from rag_geotoken.posterior import EARTH_KM2, area_km2, descendants, effective_area_km2, heat_map
+from rag_geotoken.cells import cell_ids, cell_level, descendants, parent_ids
+from rag_geotoken.posterior import EARTH_KM2, area_km2, effective_area_km2, heat_map
 from rag_geotoken.types import Posterior
 
 Floats = NDArray[np.float64]

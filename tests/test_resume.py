@@ -47,7 +47,7 @@ MODELS = (
     "alignment.GeoAlignment.embed_places",
     "index.GeoIndex.search",
     "run.models.Models.memory",
-    "run.stages.match_all",
+    "verifiers.matching.AerialMatcher.match",
 )
 PICTURES = ("alignment.load_pictures", "run.stages.load_pictures")
 

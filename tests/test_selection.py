@@ -12,12 +12,12 @@ import pytest
 from conftest import PHOTOS, TUNING, K, OneLine, pool_of
 from numpy.typing import NDArray
 
-from rag_geotoken.decision import STRATEGIES as NAMES
 from rag_geotoken.decision.confidence import _disk_chance, confidence
 from rag_geotoken.decision.pool import reweigh, scored_pool
 from rag_geotoken.decision.strategies import Given, Scores, bayes_risk, decide, density, mean_shift
 from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.geo import destination, haversine_km
+from rag_geotoken.options import STRATEGIES as NAMES
 from rag_geotoken.run.walk import complete
 from rag_geotoken.types import NEIGHBOUR, RADII_KM, SOURCES, Answers, Neighbors, Photos, Pool, Predictions
 

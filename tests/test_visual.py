@@ -23,8 +23,9 @@ from rag_geotoken.run.walk import RunFolder
 from rag_geotoken.sources.blue_marble import cut
 from rag_geotoken.types import VISUAL, Neighbors, Photos, Places, Pool, Tables
 from rag_geotoken.verifiers import load_verifier
-from rag_geotoken.verifiers.agreement import NO_MATCH, moved_places, support
+from rag_geotoken.verifiers.agreement import moved_places
 from rag_geotoken.verifiers.registration import Registration, register
+from rag_geotoken.verifiers.visual import NO_MATCH, support
 
 Floats = NDArray[np.float64]
 PLACES = np.array([[46.5, 10.0], [-33.0, -70.2], [36.2, 138.0], [68.0, 15.5], [9.9, -84.2], [-43.9, 170.0]])

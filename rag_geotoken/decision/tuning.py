@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rag_geotoken.errors import GeoError
 from rag_geotoken.files import read_json
-from rag_geotoken.types import RADII_KM
+from rag_geotoken.types import RADII_KM, SEARCH_WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Tuning:
     density_scale, density_km: sharpness and Gaussian kernel of the density baseline, chosen for it alone.
     """
 
-    search_weights: tuple[float, ...] = (0.5, 1.0, 0.5)
+    search_weights: tuple[float, ...] = SEARCH_WEIGHTS
     neighbor_share: float = 0.1
     gps_share: float = 0.02
     neighbor_scale: float = 10.0

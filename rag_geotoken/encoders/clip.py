@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rag_geotoken.encoders.shared import MEAN, STD, Backbone, brief, colour_statistics, find_folder, quiet
+from rag_geotoken.encoders.shared import MEAN, STD, Backbone, colour_statistics
 from rag_geotoken.errors import GeoError
 from rag_geotoken.files import read_json
+from rag_geotoken.mllm.folder import brief, find_folder, quiet
 
 CLIP_LARGE = "openai/clip-vit-large-patch14"
 WEIGHTS = "model*.safetensors"

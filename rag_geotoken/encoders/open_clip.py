@@ -15,10 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rag_geotoken.encoders.shared import MEAN, STD, Backbone, brief, colour_statistics, find_folder, holds
+from rag_geotoken.encoders.shared import MEAN, STD, Backbone, colour_statistics
 from rag_geotoken.errors import GeoError
 from rag_geotoken.files import read_json
-from rag_geotoken.pictures import Fit, Picture, load_pictures
+from rag_geotoken.mllm.folder import brief, find_folder, holds
+from rag_geotoken.pictures import Fit, load_pictures
+from rag_geotoken.types import Picture
 
 HUB, LOCAL = "hf-hub:", "local-dir:"
 CONFIG = "open_clip_config.json"

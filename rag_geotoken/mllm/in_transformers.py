@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rag_geotoken.encoders.shared import brief, quiet
 from rag_geotoken.errors import GeoError
-from rag_geotoken.mllm.folder import find_model, model_identity
+from rag_geotoken.mllm.folder import brief, find_model, model_identity, quiet
 from rag_geotoken.mllm.pictures import decode_picture
 from rag_geotoken.mllm.request import Reply, Request, normalized_log_probs
 

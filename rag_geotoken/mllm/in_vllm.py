@@ -7,10 +7,9 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rag_geotoken.encoders.shared import brief
 from rag_geotoken.errors import GeoError
 from rag_geotoken.mllm.chat import LISTED, SAMPLING, make_reply, messages
-from rag_geotoken.mllm.folder import find_model, model_identity
+from rag_geotoken.mllm.folder import brief, find_model, model_identity
 from rag_geotoken.mllm.request import Reply, Request
 from rag_geotoken.mllm.start import ENVIRONMENT, IMAGES, on_cpu
 

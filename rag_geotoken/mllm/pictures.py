@@ -8,7 +8,8 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
-from rag_geotoken.pictures import Picture, draw, middle, read_pictures, upright
+from rag_geotoken.pictures import draw, middle, read_pictures, upright
+from rag_geotoken.types import Picture
 
 BYTES = 200_000
 TINY = 128  # px: up to here PNG is small enough, and loses nothing

@@ -14,9 +14,9 @@ from urllib.parse import urlsplit
 import openai
 from anyio.from_thread import start_blocking_portal
 
-from rag_geotoken.encoders.shared import brief
 from rag_geotoken.errors import GeoError
 from rag_geotoken.mllm.chat import LISTED, SAMPLING, make_reply, messages
+from rag_geotoken.mllm.folder import brief
 from rag_geotoken.mllm.request import Reply, Request
 from rag_geotoken.pictures import UNPRINTABLE
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +28,6 @@ from rag_geotoken.weights import EARTH, fingerprint
 
 if TYPE_CHECKING:
     from rag_geotoken.mllm.session import MllmSession
-    from rag_geotoken.verifiers.range_plus import Look
 
 
 Part = TypeVar("Part")
@@ -54,6 +54,7 @@ class Models:
         self.alignment, self.index, self.tuning, self.reward, self.mllm = alignment, index, tuning, reward, mllm
         self._fingerprints: dict[str, str] = {}
         self._regions: dict[tuple[object, int], Mask | None] = {}
+        self._made: dict[str, Any] = {}
         self._tokens, self.matcher = tokens, matcher or AerialMatcher(tuning.view_km)
         self.tokenizer = S2Tokenizer(tokens.config.level, tokens.config.group) if tokens else S2Tokenizer()
 
@@ -148,12 +149,12 @@ class Models:
         """Places near the gallery, to be compared with photos' GPS embeddings."""
         return GpsSearch(self.alignment, self.index)
 
-    @cached_property
-    def range_bank(self) -> Look:
-        """The gallery as RANGE's bank of image embeddings."""
-        from rag_geotoken.verifiers.range_plus import bank_of
-
-        return bank_of(self.index, self.alignment.embed_places)
+    def kept(self, name: str, make: Callable[[], Part]) -> Part:
+        """What a verifier makes of the models once, under a name of its own."""
+        if name not in self._made:
+            self._made[name] = make()
+        made: Part = self._made[name]
+        return made
 
     @torch.inference_mode()
     def memory(self, embeddings: Embeddings, neighbors: Neighbors) -> Tensor:

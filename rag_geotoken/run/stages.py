@@ -18,7 +18,7 @@ from rag_geotoken.frontier import frontier
 from rag_geotoken.index import COPIES
 from rag_geotoken.lattice import Lattice
 from rag_geotoken.options import Options
-from rag_geotoken.pictures import Picture, load_pictures
+from rag_geotoken.pictures import load_pictures
 from rag_geotoken.posterior import effective_area_km2
 from rag_geotoken.run.models import Models
 from rag_geotoken.types import (
@@ -31,6 +31,7 @@ from rag_geotoken.types import (
     Embeddings,
     MllmVerdict,
     Neighbors,
+    Picture,
     Places,
     Pool,
     Posterior,
@@ -38,7 +39,6 @@ from rag_geotoken.types import (
     Verdict,
 )  # fmt: skip
 from rag_geotoken.verifiers import Verifier
-from rag_geotoken.verifiers.matching import match_all
 
 
 def embed(models: Models, options: Options, tables: Tables) -> Embeddings:
@@ -126,7 +126,14 @@ def match(models: Models, options: Options, tables: Tables) -> Places:
     pixels, errors = load_pictures(tables.photos.images, models.matcher.size)
     if any(errors):
         raise GeoError(f"a picture is gone since it was encoded: {next(filter(None, errors))}")
-    return match_all(models.matcher, pixels, tables.neighbours, models.index)
+    matcher, near = models.matcher, tables.neighbours
+    lat_lon, scores = near.lat_lon.copy(), np.zeros(near.scores.shape, np.float32)
+    for start in range(0, len(pixels), matcher.photos):
+        at = slice(start, start + matcher.photos)
+        pictures = models.index.pictures(near.rows[at], matcher.size)
+        found = matcher.match(pixels[at], pictures, near.lat_lon[at])
+        lat_lon[at], scores[at] = found.lat_lon, found.scores
+    return Places(lat_lon, scores)
 
 
 def diversify(models: Models, options: Options, tables: Tables) -> MllmVerdict:

@@ -26,8 +26,8 @@ from rag_geotoken.sources import read_source
 from rag_geotoken.training.loop import Log
 from rag_geotoken.training.setup import Setup
 from rag_geotoken.types import NEIGHBOUR, RADII_KM, Photos, Predictions, Tables
-from rag_geotoken.verifiers.agreement import support
-from rag_geotoken.verifiers.range_plus import likeness
+from rag_geotoken.verifiers.range_plus import bank, likeness
+from rag_geotoken.verifiers.visual import support
 
 MODES: tuple[tuple[str, ...], ...] = (
     (),
@@ -149,9 +149,9 @@ def _looks(models: Models, tables: Tables, grid: Grid) -> Scores:
     """RANGE's scores (B, C) for every mixture of the grid; the two parts of an estimate are made once."""
     pool = tables.pool
     spots, photo = pool.lat_lon[pool.mask], tables.embeddings.image[np.nonzero(pool.mask)[0]]
-    places, bank, result = models.alignment.embed_places(spots), models.range_bank, Scores()
-    semantic = {sharp: bank.of(spots, places, beta=1.0, semantic=sharp) for sharp in grid["look_semantic"]}
-    spatial = {sharp: bank.of(spots, places, beta=0.0, spatial=sharp) for sharp in grid["look_spatial"]}
+    places, gallery, result = models.alignment.embed_places(spots), bank(models), Scores()
+    semantic = {sharp: gallery.of(spots, places, beta=1.0, semantic=sharp) for sharp in grid["look_semantic"]}
+    spatial = {sharp: gallery.of(spots, places, beta=0.0, spatial=sharp) for sharp in grid["look_spatial"]}
     for beta, alike, near in product(grid["look_beta"], semantic, spatial):
         scores = np.zeros(pool.mask.shape, np.float32)
         scores[pool.mask] = likeness(photo, beta * semantic[alike] + (1 - beta) * spatial[near])

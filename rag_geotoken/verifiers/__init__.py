@@ -1,6 +1,6 @@
 """Verifiers: each gives every place of a pool a score, by one kind of evidence.
 
-A verifier is a module with an object ``VERIFIER``; a new one is its file and its line below.
+A verifier is a module with an object ``VERIFIER``; a new one is its file and its line in ``options.VERIFIERS``.
 """
 
 from __future__ import annotations
@@ -10,19 +10,12 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, cast
 
+from rag_geotoken.options import VERIFIERS
+
 if TYPE_CHECKING:
     from rag_geotoken.options import Options
     from rag_geotoken.run.models import Models
     from rag_geotoken.types import Pool, Tables, Verdict
-
-# What `--verify` calls it -> its module.
-VERIFIERS = {
-    "alignment": "alignment",
-    "reward": "reward",
-    "visual": "agreement",
-    "look": "range_plus",
-    "mllm": "mllm",
-}
 
 
 @dataclass(frozen=True)

@@ -7,21 +7,12 @@ moves the photo somewhere, and the turn and width under which most of them move 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from rag_geotoken.geo import EARTH_RADIUS_KM, Floats, from_unit, haversine_km, to_unit
-from rag_geotoken.types import Places, Pool, Tables, Verdict
-from rag_geotoken.verifiers import Verifier
+from rag_geotoken.geo import EARTH_RADIUS_KM, Floats, from_unit, to_unit
 from rag_geotoken.verifiers.registration import Registration
-
-if TYPE_CHECKING:
-    from rag_geotoken.options import Options
-    from rag_geotoken.run.models import Models
 
 # A view's turn, and the logarithm of its width over the usual one, spread so: what is believed of photo and neighbours.
 TURN_SPREAD, WIDTH_SPREAD = 0.3, 0.2
@@ -30,7 +21,6 @@ TURNS, WIDTHS = np.linspace(-0.84, 0.84, 17), np.linspace(-0.5, 0.5, 9)
 GRID_KM, FIT_KM = 30.0, (30.0, 30.0, 30.0, 10.0, 10.0, 4.0, 4.0, 4.0)
 ERROR_KM = 0.5  # of a neighbour's place, against the spreads above
 CHUNK = 64  # photos at a time
-NO_MATCH = 0.05  # support of a place by matches that are no better than chance: below it nothing is told apart
 
 
 @torch.inference_mode()
@@ -48,25 +38,6 @@ def moved_places(found: Registration, places: Floats, width_km: float) -> Floats
         _, pose = _fit(part, spots, *_vote(part, spots, width_km), width_km)
         result[at] = np.stack(from_unit(_taken_from(spots, _ways(part.middle, pose[:, None])).numpy()), axis=-1)
     return result
-
-
-def support(pool: Pool, matches: Places, within_km: float) -> NDArray[np.float32]:
-    """How well the matches of each photo support its pool's entries -> (B, C), zero where there is none.
-
-    ``log(NO_MATCH + sum over neighbours k of score_k exp(-(distance to the moved place k / within_km)^2 / 2))``.
-    """
-    here, there = pool.lat_lon[:, :, None], matches.lat_lon[:, None]
-    km = haversine_km(here[..., 0], here[..., 1], there[..., 0], there[..., 1])
-    near = (matches.scores[:, None] * np.exp(-0.5 * (km / within_km) ** 2)).sum(axis=2)
-    return np.where(pool.mask, np.log(NO_MATCH + near), 0.0).astype(np.float32)
-
-
-def supports(models: Models, options: Options, tables: Tables, pool: Pool) -> Verdict:
-    """How well the matches support each place: :func:`support` within the tuning's distance."""
-    return Verdict(support(pool, tables.matches, models.tuning.visual_km), pool.mask)
-
-
-VERIFIER = Verifier(supports, Verdict, reads=("matches",), tuning=("visual_km",))
 
 
 def _vote(found: Registration, spots: Tensor, width_km: float) -> tuple[Tensor, Tensor]:

@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from rag_geotoken.encoders.shared import brief, find_folder, quiet
 from rag_geotoken.errors import GeoError
-from rag_geotoken.mllm.folder import FILES, WEIGHTS, model_identity
+from rag_geotoken.mllm.folder import FILES, WEIGHTS, brief, find_folder, model_identity, quiet
 from rag_geotoken.types import Places
 
 SIDE = 480  # px of a square picture, a multiple of the models' strides

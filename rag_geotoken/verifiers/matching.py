@@ -7,8 +7,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from rag_geotoken.index import GeoIndex
-from rag_geotoken.types import Neighbors, Places
+from rag_geotoken.types import Places
 from rag_geotoken.verifiers.agreement import moved_places
 from rag_geotoken.verifiers.registration import PIXELS, register
 
@@ -39,14 +38,3 @@ class AerialMatcher:
         """Every neighbour moves the photo to where, by how the two overlap, it was taken."""
         found = register(pixels, near)
         return Places(moved_places(found, places, self.width_km), found.alike.numpy())
-
-
-def match_all(matcher: Matcher, pixels: Pixels, neighbors: Neighbors, index: GeoIndex) -> Places:
-    """Photos (B, S, S, 3) against the pictures of their neighbours, read from the index a few photos at a time."""
-    lat_lon, scores = neighbors.lat_lon.copy(), np.zeros(neighbors.scores.shape, np.float32)
-    for start in range(0, len(pixels), matcher.photos):
-        at = slice(start, start + matcher.photos)
-        near = index.pictures(neighbors.rows[at], matcher.size)
-        found = matcher.match(pixels[at], near, neighbors.lat_lon[at])
-        lat_lon[at], scores[at] = found.lat_lon, found.scores
-    return Places(lat_lon, scores)

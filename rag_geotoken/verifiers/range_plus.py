@@ -74,11 +74,16 @@ def bank_of(index: GeoIndex, embed: Callable[[Floats], Vectors]) -> Look:
     return Look(index.lat_lon[rows], embed(index.lat_lon[rows]), index.image_parts(rows))
 
 
+def bank(models: Models) -> Look:
+    """The gallery of the models as RANGE's bank, made once."""
+    return models.kept("range", lambda: bank_of(models.index, models.alignment.embed_places))
+
+
 def cosines(models: Models, options: Options, tables: Tables, pool: Pool) -> Verdict:
     """The cosine (B, C) of each photo's image embedding with what RANGE makes of each place."""
     scores, tuning, spots = np.zeros(pool.mask.shape, np.float32), models.tuning, pool.lat_lon[pool.mask]
     embedded = models.alignment.embed_places(spots)
-    looks = models.range_bank.of(spots, embedded, tuning.look_beta, tuning.look_semantic, tuning.look_spatial)
+    looks = bank(models).of(spots, embedded, tuning.look_beta, tuning.look_semantic, tuning.look_spatial)
     scores[pool.mask] = likeness(tables.embeddings.image[np.nonzero(pool.mask)[0]], looks)
     return Verdict(scores, pool.mask)
 
