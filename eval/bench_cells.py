@@ -22,7 +22,7 @@ import numpy as np
 import s2sphere  # type: ignore[import-untyped, unused-ignore]
 from numpy.typing import NDArray
 
-from rag_geotoken.cells import MAX_LEVEL, S2Tokenizer, cell_centers, cell_ids, parent_ids
+from rag_geotoken.geo.cells import MAX_LEVEL, S2Tokenizer, cell_centers, cell_ids, parent_ids
 
 Floats = NDArray[np.float64]
 Ids = NDArray[np.uint64]

@@ -26,12 +26,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from rag_geotoken import decoding
-from rag_geotoken.decoding import Decoded, pick
-from rag_geotoken.dense import affine
-from rag_geotoken.frontier import frontier
-from rag_geotoken.tables import versions
-from rag_geotoken.token_model import GEOTOKEN, Block, TokenModel
+from rag_geotoken.encoders.dense import affine
+from rag_geotoken.storage.parquet import versions
+from rag_geotoken.tokens import decoding
+from rag_geotoken.tokens.decoding import Decoded, pick
+from rag_geotoken.tokens.frontier import frontier
+from rag_geotoken.tokens.model import GEOTOKEN, Block, TokenModel
 
 WIDTH, SAMPLES, TEMPERATURE, OPENINGS = 4, 30, 0.7, 64
 BARS = {"beam": 8.0, "sample": 20.0}

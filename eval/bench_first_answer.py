@@ -29,7 +29,7 @@ def one_round(index: Path) -> dict[str, float]:
     opened = time.perf_counter() - begun
     from PIL import Image
 
-    from rag_geotoken.sources import blue_marble
+    from rag_geotoken.photos import blue_marble
 
     seconds = []
     with tempfile.TemporaryDirectory() as folder:
@@ -54,8 +54,8 @@ def main() -> int:
     if arguments.one:
         print(json.dumps(one_round(arguments.index)))
         return 0
-    from rag_geotoken.files import write_json
-    from rag_geotoken.tables import versions
+    from rag_geotoken.storage.files import write_json
+    from rag_geotoken.storage.parquet import versions
 
     command = [sys.executable, __file__, "--one", "--index", str(arguments.index)]
     rounds = [

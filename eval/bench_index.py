@@ -16,15 +16,15 @@ from bench_build import build, plans
 from bench_table import table
 from numpy.typing import NDArray
 
-from rag_geotoken import approximate
-from rag_geotoken.alignment import GeoAlignment
-from rag_geotoken.convert import convert_geoclip
-from rag_geotoken.files import write_json, write_text
-from rag_geotoken.gallery import Gallery, read_places_csv
-from rag_geotoken.location import LocationEncoder, embed_places
-from rag_geotoken.progress import progress_bar
-from rag_geotoken.tables import versions
-from rag_geotoken.weights import EARTH
+from rag_geotoken.encoders.alignment import GeoAlignment
+from rag_geotoken.encoders.location import LocationEncoder, embed_places
+from rag_geotoken.index import approximate
+from rag_geotoken.peers.convert import convert_geoclip
+from rag_geotoken.peers.gallery import Gallery, read_places_csv
+from rag_geotoken.storage.files import write_json, write_text
+from rag_geotoken.storage.parquet import versions
+from rag_geotoken.storage.progress import progress_bar
+from rag_geotoken.storage.weights import EARTH
 
 Vectors = NDArray[np.float32]
 K, QUERIES, SEED = 20, 1000, 0
@@ -166,8 +166,8 @@ def race(
 
 def view_embeddings(weights: Path, views: int) -> Vectors:
     """Image embeddings of gallery views (N, dim)."""
-    from rag_geotoken.pictures import load_pictures
-    from rag_geotoken.sources import read_source
+    from rag_geotoken.photos.pictures import load_pictures
+    from rag_geotoken.photos.sources import read_source
 
     alignment = GeoAlignment.from_pretrained(weights)
     images = read_source(f"blue-marble:gallery,n={views}")["image"].to_pylist()

@@ -36,7 +36,7 @@ def work_of(task: str, index: Path) -> Callable[[], object]:
     if task == "decoding":
         import bench_decoding
 
-        from rag_geotoken import decoding
+        from rag_geotoken.tokens import decoding
 
         arguments = argparse.Namespace(seed=0, batch=32, dtype="float32", device="cpu", compile=False)
         model, inputs = bench_decoding.build(arguments)
@@ -44,7 +44,7 @@ def work_of(task: str, index: Path) -> Callable[[], object]:
     import numpy as np
 
     from rag_geotoken import Geolocator, Options
-    from rag_geotoken.sources import read_source
+    from rag_geotoken.photos.sources import read_source
 
     geolocator = Geolocator.from_pretrained(index)
     rng = np.random.default_rng(0)
@@ -100,8 +100,8 @@ def main() -> int:
     if arguments.task:
         run_task(arguments.task, arguments.index)
         return 0
-    from rag_geotoken.files import write_json
-    from rag_geotoken.tables import versions
+    from rag_geotoken.storage.files import write_json
+    from rag_geotoken.storage.parquet import versions
 
     tasks: dict[str, dict[str, Any]] = {}
     for task in TASKS:

@@ -16,23 +16,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.decision.tuning import Tuning
-from rag_geotoken.files import write_json
-from rag_geotoken.geo import haversine_km
-from rag_geotoken.index import GeoIndex
-from rag_geotoken.metrics import accuracy, bootstrap
+from rag_geotoken.encoders.alignment import GeoAlignment
+from rag_geotoken.evaluation.metrics import accuracy, bootstrap
+from rag_geotoken.geo.sphere import haversine_km
+from rag_geotoken.index.geo_index import GeoIndex
+from rag_geotoken.models import Models
 from rag_geotoken.options import Options
-from rag_geotoken.recipes import training_recipe
-from rag_geotoken.run.models import Models
+from rag_geotoken.photos.sources import read_source
 from rag_geotoken.run.walk import RunFolder, in_memory
-from rag_geotoken.sources import read_source
-from rag_geotoken.tables import versions
-from rag_geotoken.token_model import TokenModel
+from rag_geotoken.storage.files import write_json
+from rag_geotoken.storage.parquet import versions
+from rag_geotoken.storage.recipes import training_recipe
+from rag_geotoken.storage.weights import EARTH
+from rag_geotoken.tokens.model import TokenModel
 from rag_geotoken.training.run import train
 from rag_geotoken.training.tokens import Losses, read_photos, validate
 from rag_geotoken.types import RADII_KM, Photos
-from rag_geotoken.weights import EARTH
 
 POSITIONS = ("sequence", "none", "spherical")
 SELECT = {"greedy": "log-probability", "beam": "log-probability", "sample": "bayes-risk"}

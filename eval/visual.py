@@ -25,20 +25,14 @@ from numpy.typing import NDArray
 from rag_geotoken.decision import strategies
 from rag_geotoken.decision.pool import scored_pool, without
 from rag_geotoken.decision.strategies import Given
-from rag_geotoken.dense import affine
-from rag_geotoken.files import write_json
-from rag_geotoken.geo import haversine_km
-from rag_geotoken.metrics import accuracy, bootstrap
+from rag_geotoken.encoders.dense import affine
+from rag_geotoken.evaluation.metrics import accuracy, bootstrap
+from rag_geotoken.geo.sphere import haversine_km
+from rag_geotoken.models import Models
 from rag_geotoken.options import Options
-from rag_geotoken.recipes import training_recipe
-from rag_geotoken.run.models import Models
-from rag_geotoken.run.walk import answered, embedded
-from rag_geotoken.sources import read_source
-from rag_geotoken.tables import versions
-from rag_geotoken.types import RADII_KM, VISUAL, Photos, Places, Pool, Predictions
-from rag_geotoken.verifiers.agreement import moved_places
-from rag_geotoken.verifiers.matching import AerialMatcher
-from rag_geotoken.verifiers.registration import (
+from rag_geotoken.photos.agreement import moved_places
+from rag_geotoken.photos.matching import AerialMatcher
+from rag_geotoken.photos.registration import (
     CHUNK,
     KEPT,
     RADIUS,
@@ -50,6 +44,12 @@ from rag_geotoken.verifiers.registration import (
     Registration,
     register,
 )
+from rag_geotoken.photos.sources import read_source
+from rag_geotoken.run.walk import answered, embedded
+from rag_geotoken.storage.files import write_json
+from rag_geotoken.storage.parquet import versions
+from rag_geotoken.storage.recipes import training_recipe
+from rag_geotoken.types import RADII_KM, VISUAL, Photos, Places, Pool, Predictions
 from rag_geotoken.verifiers.visual import support
 
 SOURCE = "blue-marble:validation,n=3000,seed=1"

@@ -7,15 +7,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rag_geotoken.alignment import GeoAlignment as GeoAlignment
-    from rag_geotoken.cells import S2Tokenizer as S2Tokenizer
+    from rag_geotoken.encoders.alignment import GeoAlignment as GeoAlignment
+    from rag_geotoken.encoders.location import LocationEncoder as LocationEncoder
     from rag_geotoken.errors import GeoError as GeoError
-    from rag_geotoken.geo import haversine_km as haversine_km
-    from rag_geotoken.index import GeoIndex as GeoIndex
-    from rag_geotoken.location import LocationEncoder as LocationEncoder
+    from rag_geotoken.geo.cells import S2Tokenizer as S2Tokenizer
+    from rag_geotoken.geo.sphere import haversine_km as haversine_km
+    from rag_geotoken.index.geo_index import GeoIndex as GeoIndex
     from rag_geotoken.options import Options as Options
     from rag_geotoken.pipeline import Geolocator as Geolocator
-    from rag_geotoken.token_model import TokenModel as TokenModel
+    from rag_geotoken.tokens.model import TokenModel as TokenModel
     from rag_geotoken.types import Prediction as Prediction
 
 # Idle OpenMP threads give their core away soon: beside a busy process, spinning ones make everything several times as
@@ -24,16 +24,16 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 _PUBLIC = {
-    "GeoAlignment": "alignment",
+    "GeoAlignment": "encoders.alignment",
     "GeoError": "errors",
-    "GeoIndex": "index",
+    "GeoIndex": "index.geo_index",
     "Geolocator": "pipeline",
-    "LocationEncoder": "location",
+    "LocationEncoder": "encoders.location",
     "Options": "options",
     "Prediction": "types",
-    "S2Tokenizer": "cells",
-    "TokenModel": "token_model",
-    "haversine_km": "geo",
+    "S2Tokenizer": "geo.cells",
+    "TokenModel": "tokens.model",
+    "haversine_km": "geo.sphere",
 }
 __all__ = sorted(_PUBLIC)
 

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from rag_geotoken.errors import GeoError
+from rag_geotoken.models import Models
 from rag_geotoken.options import Options
-from rag_geotoken.run.models import Models
 from rag_geotoken.run.walk import in_memory
 from rag_geotoken.types import Photos, Picture, Prediction
 

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rag_geotoken.errors import GeoError
-from rag_geotoken.geo import Floats
-from rag_geotoken.tables import fixed_list, pad_lists, spread, to_numpy
+from rag_geotoken.geo.sphere import Floats
+from rag_geotoken.storage.parquet import fixed_list, pad_lists, spread, to_numpy
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -58,9 +58,9 @@ def demo(
     """
     from contextlib import nullcontext
 
+    from rag_geotoken.evaluation.report import table_text
     from rag_geotoken.mllm import EMBEDDED_FOLDER
     from rag_geotoken.mllm.start import VllmServer
-    from rag_geotoken.report import table_text
     from rag_geotoken.run.demo import run_demo
 
     serving = VllmServer(EMBEDDED_FOLDER, vllm_python, out / "vllm.log") if vllm_python else nullcontext()
@@ -100,15 +100,15 @@ def locate(
     """
     folder, run = _weights_folder(context, preset, index, weights), run or out.with_suffix(".run")
     if index is None:
-        from rag_geotoken.geoclip_run import locate_by_gallery
+        from rag_geotoken.peers.locate import locate_by_gallery
 
         _say_located(out, *locate_by_gallery(photos, out, folder, backbone, top_k, run, limit))
         return
     from rag_geotoken.mllm.session import MllmSession
+    from rag_geotoken.models import Models
+    from rag_geotoken.photos.inputs import read_photos
     from rag_geotoken.run.export import check_output
     from rag_geotoken.run.locate import locate_photos
-    from rag_geotoken.run.models import Models
-    from rag_geotoken.sources.inputs import read_photos
 
     if matcher is not None and not options.visual:
         raise typer.BadParameter("--matcher compares pictures: add --verify visual")
@@ -135,7 +135,7 @@ def _weights_folder(context: typer.Context, preset: str | None, index: Path | No
                 f"--{name.replace('_', '-')} does not go with {'--preset' if preset else '--index'}"
             )
     if preset is None:
-        from rag_geotoken.weights import EARTH
+        from rag_geotoken.storage.weights import EARTH
 
         return weights or EARTH
     if weights is None:
@@ -158,7 +158,7 @@ def where(
     as_json: Json = False,
 ) -> None:
     """The places most like a text, among GeoCLIP's gallery, with their probabilities."""
-    from rag_geotoken.geoclip_run import places_of
+    from rag_geotoken.peers.locate import places_of
 
     found = places_of(texts, weights, backbone, k)
     if as_json:
@@ -195,11 +195,11 @@ def ablate(
     """
     from functools import partial
 
-    from rag_geotoken.files import shipped
+    from rag_geotoken.evaluation.report import table_text
     from rag_geotoken.mllm.session import MllmSession
-    from rag_geotoken.recipes import read_recipe
-    from rag_geotoken.report import table_text
     from rag_geotoken.run.ablate import ablate
+    from rag_geotoken.storage.files import shipped
+    from rag_geotoken.storage.recipes import read_recipe
 
     what = read_recipe(recipe or shipped("eval/verification.toml"))
     opened = partial(MllmSession.open, mllm, mllm_model, mllm_concurrent, resume) if mllm else None
@@ -233,8 +233,8 @@ def evaluate(
 
     A photo without an answer stays in the denominator and counts as wrong.
     """
-    from rag_geotoken.evaluation import evaluate_csv, format_evaluation
-    from rag_geotoken.files import write_json
+    from rag_geotoken.evaluation.predictions import evaluate_csv, format_evaluation
+    from rag_geotoken.storage.files import write_json
 
     result = evaluate_csv(predictions, geodesic, truth=truth, seed=seed)
     if as_json:

@@ -24,7 +24,7 @@ def convert_geotoken(
 
     Load the result with TokenModel.from_pretrained(OUT).
     """
-    from rag_geotoken import convert
+    from rag_geotoken.peers import convert
 
     config = convert.convert_geotoken(path, out, heads, neighbors)
     layers = f"{config.encoder_layers} + {config.decoder_layers} layers of width {config.d_model}"
@@ -41,7 +41,7 @@ def convert_geoclip(
     Then: rag-geotoken locate PHOTOS --preset geoclip --weights OUT --out answers.geojson.
     From Python: GeoCLIP.from_pretrained(OUT), LocationEncoder.from_pretrained(OUT).
     """
-    from rag_geotoken import convert
+    from rag_geotoken.peers import convert
 
     places = convert.convert_geoclip(path, out)
     typer.echo(f"GeoCLIP in {out}: {places:,} places")
@@ -56,7 +56,7 @@ def convert_g3(
 
     Then: rag-geotoken index build SOURCE --weights OUT, with the CLIP from its hub or a folder (--backbone).
     """
-    from rag_geotoken import convert
+    from rag_geotoken.peers import convert
 
     convert.convert_g3(path, out)
     typer.echo(f"G3's heads and location encoder in {out}")
@@ -71,7 +71,7 @@ def convert_open_clip(
 
     Fetch the folder with: hf download OWNER/NAME --local-dir DIR. Name the result open_clip:OUT.
     """
-    from rag_geotoken import convert
+    from rag_geotoken.peers import convert
 
     convert.convert_open_clip(path, out)
     typer.echo(f"open_clip model in {out}")

@@ -34,12 +34,12 @@ def index_build(
     yfcc4k:DIR, hub:NAME (or hub:FOLDER) and the embedded satellite views of indexes/.
     Behind a source, ,limit=N takes its first photos, ,limit=N,seed=S a random subset.
     """
-    from rag_geotoken.alignment import GeoAlignment
-    from rag_geotoken.indexing import Plan
-    from rag_geotoken.recipes import index_source
+    from rag_geotoken.encoders.alignment import GeoAlignment
+    from rag_geotoken.index.build import Plan
+    from rag_geotoken.photos.sources import limited
     from rag_geotoken.run.build_index import make_index
-    from rag_geotoken.sources import limited
-    from rag_geotoken.weights import EARTH
+    from rag_geotoken.storage.recipes import index_source
+    from rag_geotoken.storage.weights import EARTH
 
     source = limited(index_source(source), limit)
     alignment, plan = GeoAlignment.from_pretrained(weights or EARTH, backbone), Plan(factory, memory_gib, recall)
@@ -50,8 +50,8 @@ def index_build(
 @index_app.command("info")
 def index_info(folder: Annotated[Path, typer.Argument(help="Folder of an index.")], as_json: Json = False) -> None:
     """Check an index's files against its manifest and say what it holds."""
-    from rag_geotoken.index import GeoIndex
-    from rag_geotoken.index_info import describe
+    from rag_geotoken.index.describe import describe
+    from rag_geotoken.index.geo_index import GeoIndex
 
     manifest = GeoIndex.load(folder).manifest
     typer.echo(json.dumps(manifest, indent=2) if as_json else describe(manifest))
@@ -73,7 +73,7 @@ def index_search(
     """The k gallery photos most like a picture, with their places and scores; a photo never finds itself."""
     from rag_geotoken.options import Options, parse_option
     from rag_geotoken.run.locate import neighbors_of
-    from rag_geotoken.weights import EARTH
+    from rag_geotoken.storage.weights import EARTH
 
     only = Options(within=parse_option("within", within)).within
     rows = neighbors_of(folder, photo, k, weights or EARTH, only, not_author, dissimilar, backbone)

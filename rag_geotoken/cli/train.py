@@ -81,7 +81,7 @@ def train_mllm(
 
 
 def _train(what: str, recipe: Path | None, out: Path, index: Path | None = None, **more: Any) -> None:
-    from rag_geotoken.recipes import training_recipe
+    from rag_geotoken.storage.recipes import training_recipe
     from rag_geotoken.training.run import train
 
     train(what, training_recipe(recipe, "g3" if what == "heads" else "earth"), out, index, **more)

@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from rag_geotoken.geo import Floats, haversine_km
+from rag_geotoken.geo.sphere import Floats, haversine_km
 from rag_geotoken.types import RADII_KM, Pool
 
 FARTHEST_KM = 20_040.0  # more than half the way around the Earth

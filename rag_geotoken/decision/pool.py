@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from rag_geotoken.cells import S2Tokenizer, cell_centers
 from rag_geotoken.decision.tuning import Tuning
-from rag_geotoken.geo import Floats, haversine_km
+from rag_geotoken.geo.cells import S2Tokenizer, cell_centers
+from rag_geotoken.geo.sphere import Floats, haversine_km
 from rag_geotoken.types import (
     FRONTIER,
     GPS,

@@ -9,12 +9,12 @@ from functools import partial
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rag_geotoken.cells import S2Tokenizer
 from rag_geotoken.decision.confidence import calibrated, confidence, disk_chance
 from rag_geotoken.decision.pool import reweigh, temper
 from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.errors import GeoError
-from rag_geotoken.geo import Floats, from_unit, haversine_km, pairwise_km, to_unit
+from rag_geotoken.geo.cells import S2Tokenizer
+from rag_geotoken.geo.sphere import Floats, from_unit, haversine_km, pairwise_km, to_unit
 from rag_geotoken.options import verified_by
 from rag_geotoken.types import Neighbors, Pool, Predictions
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rag_geotoken.errors import GeoError
-from rag_geotoken.files import read_json
+from rag_geotoken.storage.files import read_json
 from rag_geotoken.types import RADII_KM, SEARCH_WEIGHTS
 
 

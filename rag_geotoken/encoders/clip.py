@@ -11,8 +11,8 @@ from torch import Tensor
 
 from rag_geotoken.encoders.shared import MEAN, STD, Backbone, colour_statistics
 from rag_geotoken.errors import GeoError
-from rag_geotoken.files import read_json
-from rag_geotoken.mllm.folder import brief, find_folder, quiet
+from rag_geotoken.storage.files import read_json
+from rag_geotoken.storage.model_folder import brief, find_folder, quiet
 
 CLIP_LARGE = "openai/clip-vit-large-patch14"
 WEIGHTS = "model*.safetensors"

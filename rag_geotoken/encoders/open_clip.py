@@ -17,9 +17,9 @@ from torch import Tensor
 
 from rag_geotoken.encoders.shared import MEAN, STD, Backbone, colour_statistics
 from rag_geotoken.errors import GeoError
-from rag_geotoken.files import read_json
-from rag_geotoken.mllm.folder import brief, find_folder, holds
-from rag_geotoken.pictures import Fit, load_pictures
+from rag_geotoken.photos.pictures import Fit, load_pictures
+from rag_geotoken.storage.files import read_json
+from rag_geotoken.storage.model_folder import brief, find_folder, holds
 from rag_geotoken.types import Picture
 
 HUB, LOCAL = "hf-hub:", "local-dir:"

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rag_geotoken.errors import GeoError
-from rag_geotoken.files import file_sha256
-from rag_geotoken.pictures import load_pictures
+from rag_geotoken.photos.pictures import load_pictures
+from rag_geotoken.storage.files import file_sha256
 from rag_geotoken.types import Picture
 
 # Mean and standard deviation of CLIP's training pictures, where a model does not tell its own.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rag_geotoken.errors import GeoError
 from rag_geotoken.mllm.request import Client, Reply, Request
-from rag_geotoken.weights import EARTH
+from rag_geotoken.storage.weights import EARTH
 
 __all__ = ["Client", "Reply", "Request", "open_client"]
 

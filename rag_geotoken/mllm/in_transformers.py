@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from rag_geotoken.errors import GeoError
-from rag_geotoken.mllm.folder import brief, find_model, model_identity, quiet
 from rag_geotoken.mllm.pictures import decode_picture
 from rag_geotoken.mllm.request import Reply, Request, normalized_log_probs
+from rag_geotoken.storage.model_folder import brief, find_model, model_identity, quiet
 
 # A batch has always as many rows, and prompts are padded to the next multiple: sums of floats depend on the shapes,
 # so only thus does an answer not depend on what else was asked, and a resumed run repeats it to the last bit.

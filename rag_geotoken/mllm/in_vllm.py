@@ -9,9 +9,9 @@ from typing import Any
 
 from rag_geotoken.errors import GeoError
 from rag_geotoken.mllm.chat import LISTED, SAMPLING, make_reply, messages
-from rag_geotoken.mllm.folder import brief, find_model, model_identity
 from rag_geotoken.mllm.request import Reply, Request
 from rag_geotoken.mllm.start import ENVIRONMENT, IMAGES, on_cpu
+from rag_geotoken.storage.model_folder import brief, find_model, model_identity
 
 BATCH = 256
 

@@ -8,7 +8,7 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
-from rag_geotoken.pictures import draw, middle, read_pictures, upright
+from rag_geotoken.photos.pictures import draw, middle, read_pictures, upright
 from rag_geotoken.types import Picture
 
 BYTES = 200_000

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from rag_geotoken.errors import GeoError
-from rag_geotoken.files import shipped
+from rag_geotoken.storage.files import shipped
 
 if TYPE_CHECKING:
     from jinja2 import Environment

@@ -16,9 +16,9 @@ from anyio.from_thread import start_blocking_portal
 
 from rag_geotoken.errors import GeoError
 from rag_geotoken.mllm.chat import LISTED, SAMPLING, make_reply, messages
-from rag_geotoken.mllm.folder import brief
 from rag_geotoken.mllm.request import Reply, Request
-from rag_geotoken.pictures import UNPRINTABLE
+from rag_geotoken.photos.pictures import UNPRINTABLE
+from rag_geotoken.storage.model_folder import brief
 
 KEY = "RAG_GEOTOKEN_MLLM_KEY"  # not OpenAI's own variable: that key is not for just any server
 CONCURRENT = 16

@@ -14,7 +14,7 @@ from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
 from rag_geotoken.errors import GeoError
-from rag_geotoken.pictures import UNPRINTABLE
+from rag_geotoken.photos.pictures import UNPRINTABLE
 
 # Nothing is fetched or reported; a gigabyte for the cache of keys and values on a CPU, where compiling costs more than
 # it saves a small model.

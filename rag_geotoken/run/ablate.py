@@ -12,22 +12,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.decision.pool import chosen_pool
+from rag_geotoken.encoders.alignment import GeoAlignment
 from rag_geotoken.errors import GeoError
-from rag_geotoken.files import check_writable, read_json, write_json
-from rag_geotoken.geo import Floats, haversine_km
-from rag_geotoken.metrics import abstention, bootstrap, calibration, summary
+from rag_geotoken.evaluation.metrics import abstention, bootstrap, calibration, summary
+from rag_geotoken.geo.sphere import Floats, haversine_km
 from rag_geotoken.mllm.session import MllmSession
+from rag_geotoken.models import Models
 from rag_geotoken.options import Options
 from rag_geotoken.run.build_index import make_index
-from rag_geotoken.run.models import Models
 from rag_geotoken.run.road import ASKING, DECIDING
 from rag_geotoken.run.variants import Recipe, Variant, read_variants
 from rag_geotoken.run.walk import RunFolder, write_photos
-from rag_geotoken.tables import read_table, versions, write_table
+from rag_geotoken.storage.files import check_writable, read_json, write_json
+from rag_geotoken.storage.parquet import read_table, versions, write_table
+from rag_geotoken.storage.weights import EARTH
 from rag_geotoken.types import RADII_KM, Answers, MllmVerdict
-from rag_geotoken.weights import EARTH
 
 Log = Callable[[str], object]
 VERSION = 1  # of what metrics.json says
@@ -266,7 +266,7 @@ def _report(
     models: Models,
 ) -> None:
     """The page: every variant, and photos across the range of errors, or those that verification mended and broke."""
-    from rag_geotoken.report import example_of, write_report
+    from rag_geotoken.evaluation.report import example_of, write_report
 
     answered = np.flatnonzero(np.isfinite(shown.km))
     if plan.examples == "mended":

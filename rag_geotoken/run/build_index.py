@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rag_geotoken.alignment import GeoAlignment
-from rag_geotoken.files import check_writable
-from rag_geotoken.indexing import Plan, build_index
+from rag_geotoken.encoders.alignment import GeoAlignment
+from rag_geotoken.index.build import Plan, build_index
 from rag_geotoken.options import Options
+from rag_geotoken.photos.thumbnails import QUALITY, make_thumbnails
 from rag_geotoken.run.resumable import run_stage
 from rag_geotoken.run.road import road
 from rag_geotoken.run.stages import digests, embed_pictures
 from rag_geotoken.run.walk import write_photos
-from rag_geotoken.tables import fixed_list, read_table
-from rag_geotoken.thumbnails import QUALITY, make_thumbnails
+from rag_geotoken.storage.files import check_writable
+from rag_geotoken.storage.parquet import fixed_list, read_table
 from rag_geotoken.types import Photos
 
 

@@ -6,10 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rag_geotoken.files import shipped
 from rag_geotoken.mllm.session import MllmSession
-from rag_geotoken.recipes import read_recipe
 from rag_geotoken.run.ablate import Log, ablate
+from rag_geotoken.storage.files import shipped
+from rag_geotoken.storage.recipes import read_recipe
 
 RECIPE = "eval/demo.toml"
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape
 
 from rag_geotoken.errors import GeoError
-from rag_geotoken.files import check_writable, write_text
-from rag_geotoken.tables import write_table
+from rag_geotoken.storage.files import check_writable, write_text
+from rag_geotoken.storage.parquet import write_table
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rag_geotoken.errors import GeoError
-from rag_geotoken.exclusion import copies
+from rag_geotoken.index.exclusion import copies
+from rag_geotoken.models import Models
 from rag_geotoken.options import Options
 from rag_geotoken.run.export import write_predictions
-from rag_geotoken.run.models import Models
 from rag_geotoken.run.walk import RunFolder, embedded
-from rag_geotoken.tables import read_table, write_table
+from rag_geotoken.storage.parquet import read_table, write_table
 from rag_geotoken.types import Photos
 
 if TYPE_CHECKING:

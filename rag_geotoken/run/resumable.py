@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rag_geotoken.errors import GeoError
-from rag_geotoken.files import file_sha256, read_json, remove, write_json
-from rag_geotoken.progress import progress_bar
-from rag_geotoken.side_by_side import side_by_side
-from rag_geotoken.tables import read_table, versions, write_table, write_tables
+from rag_geotoken.storage.files import file_sha256, read_json, remove, write_json
+from rag_geotoken.storage.parquet import read_table, versions, write_table, write_tables
+from rag_geotoken.storage.progress import progress_bar
+from rag_geotoken.storage.side_by_side import side_by_side
 
 if TYPE_CHECKING:
     import pyarrow as pa

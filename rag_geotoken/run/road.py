@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+from rag_geotoken.models import Models
 from rag_geotoken.options import Options
 from rag_geotoken.run import stages as do
-from rag_geotoken.run.models import Models
 from rag_geotoken.types import (
     Answers,
     Candidates,

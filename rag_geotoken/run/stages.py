@@ -9,18 +9,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rag_geotoken import decoding
-from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.decision import strategies
 from rag_geotoken.decision.pool import chosen_pool, pool_of
+from rag_geotoken.encoders.alignment import GeoAlignment
 from rag_geotoken.errors import GeoError
-from rag_geotoken.frontier import frontier
-from rag_geotoken.index import COPIES
-from rag_geotoken.lattice import Lattice
+from rag_geotoken.index.geo_index import COPIES
+from rag_geotoken.models import Models
 from rag_geotoken.options import Options
-from rag_geotoken.pictures import load_pictures
-from rag_geotoken.posterior import effective_area_km2
-from rag_geotoken.run.models import Models
+from rag_geotoken.photos.pictures import load_pictures
+from rag_geotoken.tokens import decoding
+from rag_geotoken.tokens.frontier import frontier
+from rag_geotoken.tokens.posterior import effective_area_km2
+from rag_geotoken.tokens.region import Lattice
 from rag_geotoken.types import (
     BEAM,
     GREEDY,

@@ -14,15 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rag_geotoken.errors import GeoError
-from rag_geotoken.files import read_json, remove, write_json
+from rag_geotoken.models import Models
 from rag_geotoken.options import Options
-from rag_geotoken.run.models import Models
+from rag_geotoken.photos.sources import read_source
+from rag_geotoken.photos.table import read_left_out
 from rag_geotoken.run.resumable import BLOCK, run_stage, stage
 from rag_geotoken.run.road import Stage, road
-from rag_geotoken.side_by_side import cores, side_by_side
-from rag_geotoken.sources import read_source
-from rag_geotoken.sources.photos import read_left_out
-from rag_geotoken.tables import read_table, table_sha256
+from rag_geotoken.storage.files import read_json, remove, write_json
+from rag_geotoken.storage.parquet import read_table, table_sha256
+from rag_geotoken.storage.side_by_side import cores, side_by_side
 from rag_geotoken.types import Answers, MllmVerdict, Photos, Tables
 
 FEWEST = 8  # photos in a part of a batch

@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rag_geotoken.alignment import GeoAlignment
-from rag_geotoken.geo import Floats, destination
-from rag_geotoken.places import place_text
-from rag_geotoken.sources import view_source
+from rag_geotoken.encoders.alignment import GeoAlignment
+from rag_geotoken.geo.gazetteer import place_text
+from rag_geotoken.geo.sphere import Floats, destination
+from rag_geotoken.photos.sources import view_source
 from rag_geotoken.training.contrast import Losses
 from rag_geotoken.training.loop import Kept, Log, one_cycle, run_steps
 from rag_geotoken.training.processes import make_accelerator

@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from rag_geotoken.errors import GeoError
-from rag_geotoken.files import write_whole
+from rag_geotoken.storage.files import write_whole
 
 KINDS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of a parameter
 

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from rag_geotoken.alignment import GeoAlignment
+from rag_geotoken.encoders.alignment import GeoAlignment
 
 LARGEST = math.log(100.0)  # of a logit scale, as in CLIP
 

@@ -10,12 +10,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from rag_geotoken.alignment import GeoAlignment
+from rag_geotoken.encoders.alignment import GeoAlignment
 from rag_geotoken.errors import GeoError
 from rag_geotoken.run.build_index import project
 from rag_geotoken.run.resumable import run_stage
 from rag_geotoken.run.walk import write_photos
-from rag_geotoken.tables import fixed_list, read_table, to_numpy
+from rag_geotoken.storage.parquet import fixed_list, read_table, to_numpy
 
 STREET_VIEW = "A street view photo taken in {}"  # G3's text of a place
 BLOCK = 4096

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from rag_geotoken.alignment import G3, AlignmentConfig, GeoAlignment
 from rag_geotoken.encoders import load_backbone
+from rag_geotoken.encoders.alignment import G3, AlignmentConfig, GeoAlignment
+from rag_geotoken.encoders.location import LocationEncoder
 from rag_geotoken.errors import GeoError
-from rag_geotoken.files import file_sha256
-from rag_geotoken.location import LocationEncoder
+from rag_geotoken.storage.files import file_sha256
+from rag_geotoken.storage.weights import fingerprint
 from rag_geotoken.training.contrast import Losses
 from rag_geotoken.training.examples import Examples, read_examples, write_examples
 from rag_geotoken.training.loop import Kept, Log, batch_of, run_steps
 from rag_geotoken.training.processes import make_accelerator
 from rag_geotoken.training.setup import Setup
-from rag_geotoken.weights import fingerprint
 
 GAMMA = 0.87  # of the rate, an epoch (G3)
 

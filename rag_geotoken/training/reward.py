@@ -10,11 +10,11 @@ from torch.nn.functional import cross_entropy
 
 from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.errors import GeoError
-from rag_geotoken.geo import haversine_km
+from rag_geotoken.geo.sphere import haversine_km
+from rag_geotoken.models import Models
 from rag_geotoken.options import Options
-from rag_geotoken.reward import RewardConfig, RewardHead
-from rag_geotoken.run.models import Models
 from rag_geotoken.run.walk import answered
+from rag_geotoken.tokens.reward import RewardConfig, RewardHead
 from rag_geotoken.training.loop import Log, one_cycle
 from rag_geotoken.training.processes import make_accelerator
 from rag_geotoken.training.setup import Setup

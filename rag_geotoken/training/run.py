@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from rag_geotoken.errors import GeoError
-from rag_geotoken.files import check_writable
-from rag_geotoken.recipes import training_recipe
-from rag_geotoken.sources import check_use
+from rag_geotoken.photos.sources import check_use
+from rag_geotoken.storage.files import check_writable
+from rag_geotoken.storage.recipes import training_recipe
 from rag_geotoken.training.loop import Log
 from rag_geotoken.training.processes import world_size
 from rag_geotoken.training.setup import Setup
 
+MODULES = {"verifier": "mllm.train", "mllm": "mllm.tuning"}  # of the others, the one of its name
 LEAST = {"seed": 0, "rate": 1e-9, "decay": 0.0}  # every other number at least 1
 
 
@@ -44,7 +45,7 @@ def train(what: str, recipe: dict[str, Any], out: Path, index: Path | None = Non
         )
     check_writable(out)
     setup = Setup(settings, out, recipe.get("gallery"), index, _log())
-    import_module(f"rag_geotoken.training.{what}").train(setup, **more)
+    import_module(f"rag_geotoken.training.{MODULES.get(what, what)}").train(setup, **more)
 
 
 def _log() -> Log:

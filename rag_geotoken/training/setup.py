@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.decision.tuning import Tuning
+from rag_geotoken.encoders.alignment import GeoAlignment
 from rag_geotoken.errors import GeoError
-from rag_geotoken.files import read_json
-from rag_geotoken.index import GeoIndex
-from rag_geotoken.index_files import MANIFEST
-from rag_geotoken.indexing import Plan
+from rag_geotoken.index.build import Plan
+from rag_geotoken.index.files import MANIFEST
+from rag_geotoken.index.geo_index import GeoIndex
+from rag_geotoken.models import Models
+from rag_geotoken.photos.table import SCHEMA
 from rag_geotoken.run.build_index import make_index
-from rag_geotoken.run.models import Models
 from rag_geotoken.run.resumable import run_stage, stage
-from rag_geotoken.sources.photos import SCHEMA
-from rag_geotoken.token_model import TokenModel
+from rag_geotoken.storage.files import read_json
+from rag_geotoken.tokens.model import TokenModel
 from rag_geotoken.training.loop import Log
 from rag_geotoken.types import Embeddings
 

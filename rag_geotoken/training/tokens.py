@@ -12,16 +12,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from rag_geotoken.alignment import GeoAlignment
-from rag_geotoken.cells import S2Tokenizer
 from rag_geotoken.decision.tuning import Tuning
+from rag_geotoken.encoders.alignment import GeoAlignment
 from rag_geotoken.errors import GeoError
-from rag_geotoken.files import file_sha256
-from rag_geotoken.index import GeoIndex
+from rag_geotoken.geo.cells import S2Tokenizer
+from rag_geotoken.index.geo_index import GeoIndex
+from rag_geotoken.models import Models
 from rag_geotoken.options import Options
-from rag_geotoken.run.models import Models
 from rag_geotoken.run.walk import RunFolder, write_photos
-from rag_geotoken.token_model import TokenConfig, TokenModel
+from rag_geotoken.storage.files import file_sha256
+from rag_geotoken.tokens.model import TokenConfig, TokenModel
 from rag_geotoken.training.loop import Kept, Log, batch_of, one_cycle, run_steps
 from rag_geotoken.training.processes import make_accelerator
 from rag_geotoken.training.setup import Setup, gallery_tables

@@ -15,14 +15,14 @@ from rag_geotoken.decision.pool import extend, make_pool, scored_pool
 from rag_geotoken.decision.strategies import Given
 from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.errors import GeoError
-from rag_geotoken.files import write_json
-from rag_geotoken.geo import haversine_km
+from rag_geotoken.geo.sphere import haversine_km
+from rag_geotoken.models import Models
 from rag_geotoken.options import Options, verified_by
-from rag_geotoken.reward import RewardHead
-from rag_geotoken.run.models import Models
+from rag_geotoken.photos.sources import read_source
 from rag_geotoken.run.resumable import BLOCK
 from rag_geotoken.run.walk import answered, embedded
-from rag_geotoken.sources import read_source
+from rag_geotoken.storage.files import write_json
+from rag_geotoken.tokens.reward import RewardHead
 from rag_geotoken.training.loop import Log
 from rag_geotoken.training.setup import Setup
 from rag_geotoken.types import NEIGHBOUR, RADII_KM, Photos, Predictions, Tables

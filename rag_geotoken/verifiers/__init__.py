@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, cast
 from rag_geotoken.options import VERIFIERS
 
 if TYPE_CHECKING:
+    from rag_geotoken.models import Models
     from rag_geotoken.options import Options
-    from rag_geotoken.run.models import Models
     from rag_geotoken.types import Pool, Tables, Verdict
 
 

@@ -10,8 +10,8 @@ from rag_geotoken.types import Pool, Tables, Verdict
 from rag_geotoken.verifiers import Verifier
 
 if TYPE_CHECKING:
+    from rag_geotoken.models import Models
     from rag_geotoken.options import Options
-    from rag_geotoken.run.models import Models
 
 
 def cosines(models: Models, options: Options, tables: Tables, pool: Pool) -> Verdict:

@@ -28,8 +28,8 @@ from rag_geotoken.verifiers.shortlist import (
 )
 
 if TYPE_CHECKING:
+    from rag_geotoken.models import Models
     from rag_geotoken.options import Options
-    from rag_geotoken.run.models import Models
 
 Floats = NDArray[np.float64]
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rag_geotoken.geo import Floats
+from rag_geotoken.geo.sphere import Floats
 from rag_geotoken.mllm.parse import parse_place
 from rag_geotoken.mllm.prompts import render
 from rag_geotoken.mllm.request import Reply, Request

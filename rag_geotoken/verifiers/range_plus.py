@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rag_geotoken.dense import affine
-from rag_geotoken.geo import to_unit
-from rag_geotoken.index import GeoIndex
+from rag_geotoken.encoders.dense import affine
+from rag_geotoken.geo.sphere import to_unit
+from rag_geotoken.index.geo_index import GeoIndex
 from rag_geotoken.types import Pool, Tables, Verdict
 from rag_geotoken.verifiers import Verifier
 
 if TYPE_CHECKING:
+    from rag_geotoken.models import Models
     from rag_geotoken.options import Options
-    from rag_geotoken.run.models import Models
 
 Floats = NDArray[np.float64]
 Vectors = NDArray[np.float32]

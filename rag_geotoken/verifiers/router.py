@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from rag_geotoken.decision.confidence import calibrated, confidence
 from rag_geotoken.decision.tuning import Tuning
-from rag_geotoken.geo import Floats, haversine_km
+from rag_geotoken.geo.sphere import Floats, haversine_km
 from rag_geotoken.types import MLLM, RADII_KM, Pool, Predictions
 
 GATE_KM, GATE_SCORE = 500.0, 0.05  # from a pool's entry; less similar to the photo than the pool's answer

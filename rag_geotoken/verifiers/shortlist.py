@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from rag_geotoken.decision.pool import log_softmax
 from rag_geotoken.decision.tuning import Tuning
-from rag_geotoken.geo import Floats, haversine_km, pairwise_km
-from rag_geotoken.places import place_text
+from rag_geotoken.geo.gazetteer import place_text
+from rag_geotoken.geo.sphere import Floats, haversine_km, pairwise_km
 from rag_geotoken.types import BEAM, GREEDY, SAMPLE, Neighbors, Places, Pool
 
 COUNT = 6  # places; on validation photos one of them is within 200 km of the truth as often as 99.9 %

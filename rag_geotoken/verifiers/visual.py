@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from rag_geotoken.geo import haversine_km
+from rag_geotoken.geo.sphere import haversine_km
 from rag_geotoken.types import Places, Pool, Tables, Verdict
 from rag_geotoken.verifiers import Verifier
 
 if TYPE_CHECKING:
+    from rag_geotoken.models import Models
     from rag_geotoken.options import Options
-    from rag_geotoken.run.models import Models
 
 NO_MATCH = 0.05  # support of a place by matches that are no better than chance: below it nothing is told apart
 

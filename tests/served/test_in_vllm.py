@@ -9,20 +9,20 @@ from pathlib import Path
 
 import numpy as np
 from ask_in_vllm import requests
-from conftest import VLLM_PYTHON
+from tiny import VLLM_PYTHON
 from tiny_llava import SCHEMA
 
 from rag_geotoken.mllm import Reply
 from rag_geotoken.mllm.in_transformers import TransformersClient
 
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 
 
 def test_in_process_as_through_transformers(llava: Path, tmp_path: Path) -> None:
     assert VLLM_PYTHON is not None
-    paths = os.pathsep.join(map(str, (HERE.parent.parent, HERE.parent)))
+    paths = os.pathsep.join(map(str, (SUPPORT.parents[1], SUPPORT)))
     done = subprocess.run(
-        [VLLM_PYTHON, str(HERE / "ask_in_vllm.py"), str(llava), str(tmp_path / "replies.json")],
+        [VLLM_PYTHON, str(SUPPORT / "ask_in_vllm.py"), str(llava), str(tmp_path / "replies.json")],
         env={**os.environ, "PYTHONPATH": paths},
         capture_output=True,
         text=True,

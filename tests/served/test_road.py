@@ -13,19 +13,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import kept
 from PIL import Image, ImageDraw
+from tiny import kept
 
-from rag_geotoken.alignment import GeoAlignment
 from rag_geotoken.cli.app import main
-from rag_geotoken.geo import haversine_km
+from rag_geotoken.encoders.alignment import GeoAlignment
+from rag_geotoken.geo.sphere import haversine_km
 from rag_geotoken.mllm import EMBEDDED_FOLDER
 from rag_geotoken.mllm.start import VllmServer
+from rag_geotoken.photos.blue_marble import cut, draw_views
 from rag_geotoken.run.build_index import make_index
-from rag_geotoken.sources.blue_marble import cut, draw_views
-from rag_geotoken.tables import read_table, to_numpy
+from rag_geotoken.storage.parquet import read_table, to_numpy
+from rag_geotoken.storage.weights import EARTH
 from rag_geotoken.types import Pool
-from rag_geotoken.weights import EARTH
 
 PHOTOS = "blue-marble:validation,n=24,seed=9"
 QUICK = ["--samples", "8", "--beam-width", "4"]

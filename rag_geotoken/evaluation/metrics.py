@@ -1,0 +1,199 @@
+"""What a run is worth: shares within a radius, median, GeoScore, paired bootstrap intervals, calibration, abstention.
+
+Distances are kilometres, NaN where a photo got no answer. Such a photo stays in every denominator and counts as wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from rag_geotoken.errors import GeoError
+from rag_geotoken.geo.sphere import Floats
+from rag_geotoken.types import RADII_KM
+
+GEOSCORE_SCALE_KM = 1492.7
+BINS = 10  # of equal width, of stated confidences
+SHARES = (1.0, 0.9, 0.75, 0.5, 0.25)  # of the photos that are answered
+
+
+def accuracy(km: ArrayLike) -> dict[str, float]:
+    """Percent of ALL photos with a distance <= r, keyed by the radius: {"1": ..., "25": ..., ...}.
+
+    By hand: distances (0.5, 30, NaN, 9000) give 25 % within 1 and 25 km, 50 % within 200 km and more.
+
+    Args:
+        km: distances (N,), NaN for a photo without an answer.
+
+    Raises:
+        GeoError: there are no photos, or a distance is negative.
+    """
+    distances = _distances(km, 1)
+    return {str(r): 100 * float(np.mean(distances <= r)) for r in RADII_KM}
+
+
+def geoscore(km: ArrayLike) -> float:
+    """Mean of 5000 exp(-d / 1492.7), the scale of GeoGuessr's world map; a photo without an answer scores 0."""
+    return float(np.mean(5000 * np.exp(-_distances(km, 1) / GEOSCORE_SCALE_KM)))
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """95 % intervals, low and high on the last axis, in percent; R runs over RADII_KM, V over the variants.
+
+    Attributes:
+        accuracy: (V, R, 2), of the share within each radius.
+        difference: (V, V, R, 2); [a, b] is of accuracy a minus accuracy b on the same photos.
+    """
+
+    accuracy: Floats
+    difference: Floats
+
+
+def bootstrap(km: ArrayLike, seed: int, draws: int = 1000) -> Intervals:
+    """Percentile intervals (Efron 1979), resampling photos; a draw takes the same photos for every variant.
+
+    Photos alike in every hit of every variant are interchangeable, so a draw is one multinomial over the distinct
+    patterns of hits: the same distribution as drawing N photos, at a cost that does not grow with N.
+
+    Args:
+        km: distances (V, N) of V variants on the same N photos, NaN for no answer; (N,) is one variant.
+        seed: of the resampling; the same seed and distances give the same intervals.
+        draws: resamples.
+
+    Raises:
+        GeoError: there are no photos, or a distance is negative.
+    """
+    distances = _distances(np.atleast_2d(np.asarray(km, np.float64)), 2)
+    variants, photos = distances.shape
+    # Class 0 is within the first radius, 5 beyond the last: a photo's classes tell all its hits.
+    classes, count = np.unique(np.searchsorted(RADII_KM, distances).T, axis=0, return_counts=True)  # (G, V), (G,)
+    hits = classes[:, :, None] <= np.arange(len(RADII_KM))  # (G, V, R)
+    drawn = np.random.default_rng(seed).multinomial(photos, count / photos, size=draws)  # (draws, G)
+    percent = 100 / photos * (drawn.astype(np.float64) @ hits.reshape(len(count), -1).astype(np.float64))
+    percent = percent.reshape(draws, variants, len(RADII_KM))
+    # One variant at a time keeps the differences at (draws, V, R) in memory.
+    difference = np.stack([_interval(percent[:, [a]] - percent) for a in range(variants)])
+    return Intervals(_interval(percent), difference)
+
+
+def summary(km: ArrayLike, interval: Floats) -> dict[str, Any]:
+    """Figures of `metrics.json`: n, acc, median_km (None when most photos have no answer) and ci95, ready for JSON.
+
+    Args:
+        km: distances (N,), NaN for no answer.
+        interval: (R, 2), such as `bootstrap(all_variants, seed).accuracy[v]`.
+    """
+    distances = _distances(km, 1)
+    ci95 = {str(r): [round(float(b), 4) for b in pair] for r, pair in zip(RADII_KM, interval, strict=True)}
+    return {"n": len(distances), **_accuracy_and_median(distances), "ci95": ci95}
+
+
+def _accuracy_and_median(distances: Floats) -> dict[str, Any]:
+    median = float(np.median(distances))
+    return {
+        "acc": {radius: round(value, 4) for radius, value in accuracy(distances).items()},
+        "median_km": round(median, 4) if math.isfinite(median) else None,
+    }
+
+
+def calibration(confidence: ArrayLike, km: ArrayLike) -> dict[str, dict[str, Any]]:
+    """Reliability of the stated confidences: does a place given 80 % lie within the radius 80 times in 100?
+
+    Expected calibration error after Naeini et al. (AAAI 2015): the mean over photos of |confidence - share right| of
+    the photo's bin, bins of equal width. Photos that state no confidence (NaN) are left out, and n says how many stay.
+
+    Args:
+        confidence: (N, R) in 0..1, one column a radius of RADII_KM.
+        km: distances (N,); NaN counts as outside every radius.
+
+    Returns:
+        By radius: {"ece": 0..1 or None without a photo, "n": photos, "bins": [{"low", "high", "n", "confidence",
+        "correct"}]}, the last two the means of the bin; empty bins are left out.
+
+    Raises:
+        GeoError: a shape does not fit, or a confidence is outside 0..1.
+    """
+    distances, stated = _distances(km, 1), np.asarray(confidence, np.float64)
+    if stated.shape != (len(distances), len(RADII_KM)):
+        raise GeoError(f"confidences of shape {stated.shape}: give ({len(distances)}, {len(RADII_KM)})")
+    if np.any((stated < -1e-6) | (stated > 1 + 1e-6)):  # float32 sums of weights miss 1 by less
+        raise GeoError("a confidence is outside 0..1: give shares, not percent")
+    stated = np.clip(stated, 0, 1)
+    return {str(radius): _reliability(stated[:, r], distances <= radius) for r, radius in enumerate(RADII_KM)}
+
+
+def _reliability(stated: Floats, right: NDArray[np.bool_]) -> dict[str, Any]:
+    known = np.isfinite(stated)
+    stated, right = stated[known], right[known]
+    which = np.minimum((stated * BINS).astype(np.int64), BINS - 1)
+    n = np.bincount(which, minlength=BINS)
+    mean_stated = np.bincount(which, stated, BINS) / np.maximum(n, 1)
+    mean_right = np.bincount(which, right, BINS) / np.maximum(n, 1)
+    rows = [
+        {
+            "low": b / BINS,
+            "high": (b + 1) / BINS,
+            "n": int(n[b]),
+            "confidence": round(float(mean_stated[b]), 6),
+            "correct": round(float(mean_right[b]), 6),
+        }
+        for b in np.flatnonzero(n).tolist()
+    ]
+    ece = float(np.sum(n * np.abs(mean_stated - mean_right)) / len(stated)) if len(stated) else None
+    return {"ece": ece, "n": len(stated), "bins": rows}
+
+
+def abstention(area_km2: ArrayLike, km: ArrayLike) -> list[dict[str, Any]]:
+    """What is left of the errors if only the photos with the least spread posterior are answered.
+
+    By hand: areas (1, 9, 2, NaN) km2 and distances (0.5, 900, 30, NaN) km, half of them kept: the photos of 1 and 2
+    km2, of which 50 % lie within 25 km and 100 % within 200 km.
+
+    Args:
+        area_km2: effective area of each photo's posterior (N,), exp of its spatial entropy; NaN is kept last, equals
+            in the order they come.
+        km: distances (N,); NaN, a photo without an answer, counts as wrong if it is among those kept.
+
+    Returns:
+        A row a share of `SHARES`: {"kept": share, "n": photos kept, at least one, "max_area_km2": the largest area
+        kept, None when it is not known, "acc": percent of the kept by radius, "median_km": None when infinite}.
+
+    Raises:
+        GeoError: there are no photos, the arrays differ in length, or an area or a distance is negative.
+    """
+    distances, areas = _distances(km, 1), np.asarray(area_km2, np.float64)
+    if areas.shape != distances.shape:
+        raise GeoError(f"areas of shape {areas.shape}: give one for each of the {len(distances)} photos")
+    if np.any(areas < 0):
+        raise GeoError("an area is negative: give km2 >= 0, NaN for a photo without a posterior")
+    order = np.argsort(areas, kind="stable")  # NaN goes last
+    rows = []
+    for share in SHARES:
+        kept = order[: max(1, round(share * len(order)))]
+        widest = float(areas[kept[-1]])
+        area = float(f"{widest:.6g}") if math.isfinite(widest) else None
+        figures = _accuracy_and_median(distances[kept])
+        rows.append({"kept": share, "n": len(kept), "max_area_km2": area, **figures})
+    return rows
+
+
+def _interval(percent: Floats) -> Floats:
+    """Draws (draws, ..., R) to the 2.5 and 97.5 percentiles (..., R, 2)."""
+    return np.moveaxis(np.quantile(percent, (0.025, 0.975), axis=0), 0, -1)
+
+
+def _distances(km: ArrayLike, axes: int) -> Floats:
+    """Distances with infinity for NaN, checked."""
+    distances = np.asarray(km, np.float64)
+    if distances.ndim != axes:
+        raise GeoError(f"distances of shape {distances.shape}: give {axes} ax{'i' if axes == 1 else 'e'}s")
+    if distances.size == 0:
+        raise GeoError("there are no photos to score: give at least one")
+    if np.any(distances < 0):
+        raise GeoError("a distance is negative: give kilometres >= 0, NaN for a photo without an answer")
+    return np.where(np.isnan(distances), np.inf, distances)

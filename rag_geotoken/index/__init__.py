@@ -1,0 +1,1 @@
+"""The gallery as an index that is built, searched and described."""

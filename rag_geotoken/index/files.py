@@ -1,0 +1,68 @@
+"""The files of an index folder, and the manifest that vouches for them."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from rag_geotoken.errors import GeoError
+from rag_geotoken.photos.thumbnails import BYTES, OFFSETS
+from rag_geotoken.storage.files import file_sha256, read_json, write_json
+
+VECTORS, ROWS, MANIFEST, PROJECTIONS = "index.faiss", "rows.parquet", "manifest.json", "projections.npy"
+CELLS = "cells.npy"  # embeddings of the cells around the gallery, where they are kept
+# The files of an index by its format: exact over all three parts, or approximate over the image part.
+FORMATS = {"rag-geotoken-index/1": (VECTORS, ROWS), "rag-geotoken-index/2": (VECTORS, ROWS, PROJECTIONS)}
+
+
+def check_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an index folder, sizes and SHA-256s of its files verified. Raises GeoError."""
+    if not (folder / MANIFEST).is_file():
+        raise GeoError(f"no index in {folder}: build one with rag-geotoken index build")
+    manifest: dict[str, Any] = read_json(folder / MANIFEST)
+    try:
+        names = files_of(manifest)
+        files = {name: (manifest["bytes"][name], manifest["sha256"][name]) for name in names}
+        known = {"encoder", "dim", "rows", "made_from", "factory"} <= manifest.keys()
+        known = known and (PROJECTIONS not in names or (int(manifest["refine"]) > 0 and int(manifest["effort"]) >= 0))
+    except (TypeError, KeyError, ValueError, AttributeError):
+        known = False
+    if not known:
+        raise GeoError(f"{MANIFEST} in {folder} is not that of a {' or '.join(FORMATS)} index: build it again")
+    for name, (size, sha256) in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise GeoError(f"{name} is missing in {folder}: build the index again")
+        if path.stat().st_size != size or file_sha256(path) != sha256:
+            raise GeoError(f"{name} in {folder} is truncated or changed: build the index again")
+    return manifest
+
+
+def files_of(manifest: dict[str, Any]) -> tuple[str, ...]:
+    """The files that an index of this manifest is made of."""
+    pictures, cells = (BYTES, OFFSETS) if manifest.get("thumbnails") else (), (CELLS,) if manifest.get("cells") else ()
+    return FORMATS[manifest["format"]] + pictures + cells
+
+
+def built_from(folder: Path, made_from: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of a sound index made from the same things, or None."""
+    with suppress(GeoError):
+        manifest = check_manifest(folder)
+        if manifest["made_from"] == made_from:
+            return manifest
+    return None
+
+
+def write_manifest(folder: Path, facts: dict[str, Any], made_from: dict[str, Any]) -> dict[str, Any]:
+    """Write the manifest of an index whose files are all there -> it. Files of another kind of index are removed."""
+    names = files_of(facts)
+    for stray in {PROJECTIONS, BYTES, OFFSETS, CELLS} - set(names):
+        (folder / stray).unlink(missing_ok=True)
+    manifest = facts | {
+        "made_from": made_from,
+        "bytes": {name: (folder / name).stat().st_size for name in names},
+        "sha256": {name: file_sha256(folder / name) for name in names},
+    }
+    write_json(folder / MANIFEST, manifest)
+    return manifest

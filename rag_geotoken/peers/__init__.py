@@ -1,0 +1,1 @@
+"""Other systems and their weights: GeoCLIP, G3, GeoToken, SatCLIP."""

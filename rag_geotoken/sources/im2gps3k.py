@@ -1,7 +1,0 @@
-"""Source `im2gps3k:DIR`: a test set of the papers, described in :mod:`.benchmarks`."""
-
-from functools import partial
-
-from rag_geotoken.sources import benchmarks
-
-read = partial(benchmarks.read, "im2gps3k")

@@ -1,7 +1,0 @@
-"""Source `yfcc4k:DIR`: a test set of the papers, described in :mod:`.benchmarks`."""
-
-from functools import partial
-
-from rag_geotoken.sources import benchmarks
-
-read = partial(benchmarks.read, "yfcc4k")

@@ -1,0 +1,112 @@
+"""The folder of a pretrained model: found or downloaded from a hub, and told apart from others by its files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rag_geotoken.errors import GeoError
+from rag_geotoken.storage.files import file_sha256
+
+WEIGHTS = "model*.safetensors"
+ANSWER_S = 10.0  # the hub's first answer; without a limit, a network that swallows packets is waited for for minutes
+FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model", WEIGHTS)  # what is fetched from a hub and used: no pickles
+
+
+def find_model(name: str | Path) -> Path:
+    """The folder of that name, or a hub's snapshot, downloaded the first time.
+
+    Raises GeoError when there is none, or it holds no weights in safetensors.
+    """
+    folder = find_folder(str(name), FILES, [WEIGHTS], "--mllm DIR")
+    if not (folder / "config.json").is_file() or not any(folder.glob(WEIGHTS)):
+        raise GeoError(f"{folder} holds no multimodal model: it needs config.json and model.safetensors")
+    return folder
+
+
+def model_identity(folder: Path) -> str:
+    """The folder's name and twelve hexadecimal digits of SHA-256 over all that answers follow from."""
+    paths = sorted({path for pattern in FILES for path in folder.glob(pattern)})
+    told = "".join(f"{path.name} {file_sha256(path)}\n" for path in paths)
+    return f"{folder.resolve().name}@{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+
+
+def find_folder(name: str, files: Sequence[str], needed: Sequence[str], option: str) -> Path:
+    """The folder of a model: the one of that name, or a hub's snapshot, downloaded unless it is there already.
+
+    Args:
+        name: A folder, or OWNER/NAME of the hub.
+        files: Patterns of what is fetched: no pickles.
+        needed: Patterns of which one must match in a snapshot on this machine, or the hub is asked.
+        option: How to name a folder instead, for the error.
+
+    Raises:
+        GeoError: there is none, and none can be had: within seconds where there is no network.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import model_info, snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    found = None
+    try:
+        found = Path(snapshot_download(name, allow_patterns=list(files), local_files_only=True))
+        if holds(found, needed):
+            return found
+    except HFValidationError:
+        raise GeoError(f"there is no folder {name}: name a model's folder, or a model of the hub") from None
+    except OSError:
+        pass  # not there yet
+    try:
+        model_info(name, timeout=ANSWER_S)
+        return Path(snapshot_download(name, allow_patterns=list(files)))
+    except Exception as error:  # a hub fails in many ways
+        if found and any(found.glob("*.bin")):
+            return found  # it is there, as a pickle: the caller says so
+        raise _not_had(name, option, error) from None
+
+
+def holds(folder: Path, patterns: Sequence[str]) -> bool:
+    """Whether a file of a folder matches one of the patterns."""
+    return any(any(folder.glob(pattern)) for pattern in patterns)
+
+
+def _not_had(name: str, option: str, error: Exception) -> GeoError:
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return GeoError(f"the hub gives {name} only to who accepted its terms: do so there, then 'hf auth login'")
+    if isinstance(error, RepositoryNotFoundError):
+        return GeoError(f"the hub has no model {name}, or hides it: check the name, or log in with 'hf auth login'")
+    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else brief(error)
+    return GeoError(
+        f"the model {name} is not on this machine and could not be downloaded ({reason}): get it where there is a "
+        f"network with 'hf download {name}', or copy its folder here and name that ({option})"
+    )
+
+
+def brief(error: Exception) -> str:
+    """An error's first line, cut."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else type(error).__name__
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' bars and reports, such as of what one tower leaves over of a whole CLIP."""
+    import transformers
+
+    logging: Any = transformers.utils.logging
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()

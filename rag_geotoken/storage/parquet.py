@@ -1,0 +1,143 @@
+"""Tables in Parquet: the same rows give the same bytes, and a broken file is never read."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rag_geotoken.errors import GeoError
+from rag_geotoken.storage.files import write_whole
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from numpy.typing import NDArray
+
+ROW_GROUP = 65_536  # rows
+
+
+def write_table(path: Path | str, table: pa.Table) -> None:
+    """Writes `table` as Parquet; the same table gives the same bytes."""
+    write_tables(path, [table])
+
+
+def write_tables(path: Path | str, tables: Iterable[pa.Table]) -> int:
+    """Writes tables of one schema below each other, no row group across two; returns the number of rows."""
+    import pyarrow.parquet as pq
+
+    rows, rest = 0, iter(tables)
+    first = next(rest)
+    # A dictionary pays for words; for vectors it only costs time.
+    words = [field.name for field in first.schema if str(field.type) in ("string", "large_string")]
+
+    def write(beside: Path) -> None:
+        nonlocal rows
+        with pq.ParquetWriter(beside, first.schema, compression="zstd", use_dictionary=words) as writer:
+            for table in chain([first], rest):
+                writer.write_table(table.combine_chunks(), row_group_size=ROW_GROUP)
+                rows += table.num_rows
+
+    write_whole(path, write)
+    return rows
+
+
+def read_table(path: Path | str, columns: Sequence[str] | None = None) -> pa.Table:
+    """Reads a Parquet table, or only some of its columns in the order given.
+
+    Raises:
+        GeoError: the file is missing or broken, or a column is not in it.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = Path(path)
+    try:
+        with pq.ParquetFile(path) as file:
+            missing = [name for name in columns or () if name not in file.schema_arrow.names]
+            if missing:
+                raise GeoError(f"{path} has no column {', '.join(missing)}: delete it and run its stage again")
+            table = file.read(columns=None if columns is None else list(columns))
+    except FileNotFoundError as error:
+        raise GeoError(f"there is no {path}: run the stage that writes it") from error
+    except (pa.ArrowException, OSError) as error:
+        raise GeoError(f"{path} is not a whole Parquet table: delete it and run its stage again") from error
+    return table if columns is None else table.select(list(columns))
+
+
+def table_sha256(table: pa.Table) -> str:
+    """The SHA-256 of a table's schema and rows, as 64 hexadecimal digits."""
+    import pyarrow as pa
+
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table.combine_chunks())
+    return hashlib.sha256(sink.getvalue()).hexdigest()
+
+
+def fixed_list(array: NDArray[Any]) -> pa.FixedSizeListArray:
+    """A column of vectors: (N, D) or (N, D, E, ...) numbers become N nested lists of fixed size, without a copy."""
+    import pyarrow as pa
+
+    if array.ndim < 2 or 0 in array.shape[1:]:
+        raise ValueError(f"a column of vectors needs a shape of (N, D), not {array.shape}")
+    column = pa.array(np.ascontiguousarray(array).reshape(-1))
+    for size in reversed(array.shape[1:]):
+        column = pa.FixedSizeListArray.from_arrays(column, size)
+    return column
+
+
+def to_numpy(column: pa.ChunkedArray | pa.Array) -> NDArray[Any]:
+    """The array (N, D, ...) behind a column of `fixed_list`, or (N,) behind a plain one.
+
+    A view that cannot be written where the column is one chunk of numbers, else a copy.
+
+    Raises:
+        GeoError: a vector is missing.
+    """
+    import pyarrow as pa
+
+    if isinstance(column, pa.ChunkedArray):
+        column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    shape = [len(column)]
+    while pa.types.is_fixed_size_list(column.type):
+        if column.null_count:
+            raise GeoError("a table has rows without a vector: delete it and run its stage again")
+        shape.append(column.type.list_size)
+        column = column.flatten()
+    array: NDArray[Any] = column.to_numpy(zero_copy_only=False)
+    return array.reshape(shape)
+
+
+def spread(values: NDArray[Any], mask: NDArray[np.bool_], fill: float | None = None) -> NDArray[Any]:
+    """Values (L, ...) at the L true places of a mask (N, M) -> (N, M, ...); elsewhere ``fill`` or the first value."""
+    if mask.all():
+        return values.reshape(*mask.shape, *values.shape[1:])
+    whole = np.full((*mask.shape, *values.shape[1:]), values[0] if fill is None else fill, values.dtype)
+    whole[mask] = values
+    return whole
+
+
+def pad_lists(lists: pa.ChunkedArray, fill: float = np.nan) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """A column of N lists of numbers -> (N, M), ``fill`` behind each, and where one is (N, M); M at least 1."""
+    import pyarrow.compute as pc
+
+    lengths = pc.list_value_length(lists).to_numpy()
+    mask = np.arange(max(1, lengths.max(initial=0))) < lengths[:, None]
+    return spread(pc.list_flatten(lists).to_numpy(), mask, fill), mask
+
+
+def versions(*more: str) -> dict[str, str]:
+    """The versions of Python, of the libraries that results depend on and of more, found without importing them."""
+    found = {"python": platform.python_version()}
+    for library in ("numpy", "torch", "transformers", "faiss-cpu", "pillow", "pyarrow", *more):
+        try:
+            found[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            found[library] = "not installed"
+    return found

@@ -1,0 +1,1 @@
+"""The token model, its decoding, and what it believes of a photo."""
