@@ -17,34 +17,34 @@ from rag_geotoken.run.road import road
 
 KNOWN = Path(__file__).parents[1] / "data" / "stage_fingerprints.json"
 PACKAGE = Path(rag_geotoken.__file__).parent
-MEMORY = ["run/models.py:memory", "token_model.py", "spherical.py", "dense.py", "cells.py"]
-POOL = ["decision/pool.py", "cells.py"]
+MEMORY = ["models.py:memory", "tokens/model.py", "tokens/spherical.py", "encoders/dense.py", "geo/cells.py"]
+POOL = ["decision/pool.py", "geo/cells.py"]
 SHOWN = ["mllm/pictures.py", "mllm/prompts.py", "verifiers/questions.py", "mllm/parse.py", "verifiers/mllm.py"]
 # Stage -> the code that its results follow from: a file, or FILE:FUNCTION.
 SOURCES = {
-    "embeddings": ["run/stages.py:embed_pictures", "run/stages.py:digests", "alignment.py", "pictures.py", "dense.py",
+    "embeddings": ["run/stages.py:embed_pictures", "run/stages.py:digests", "encoders/alignment.py", "photos/pictures.py", "encoders/dense.py",
                    "encoders/earth.py", "encoders/clip.py", "encoders/open_clip.py", "encoders/shared.py"],
-    "neighbours": ["run/stages.py:search", "index.py", "exact.py", "exclusion.py", "approximate.py"],
-    "candidates": ["run/stages.py:propose", "decoding.py", "prefix_tree.py", "lattice.py", *MEMORY],
-    "places": ["run/stages.py:find_places", "gps_search.py", "location.py", "cells.py", "dense.py"],
-    "posterior": ["run/stages.py:believe", "frontier.py", "prefix_tree.py", *MEMORY],
-    "matches": ["run/stages.py:match", "verifiers/matching.py", "verifiers/registration.py", "verifiers/agreement.py",
-                "verifiers/keypoints.py", "pictures.py"],
+    "neighbours": ["run/stages.py:search", "index/geo_index.py", "index/exact.py", "index/exclusion.py", "index/approximate.py"],
+    "candidates": ["run/stages.py:propose", "tokens/decoding.py", "tokens/prefix_tree.py", "tokens/region.py", *MEMORY],
+    "places": ["run/stages.py:find_places", "index/cell_search.py", "encoders/location.py", "geo/cells.py", "encoders/dense.py"],
+    "posterior": ["run/stages.py:believe", "tokens/frontier.py", "tokens/prefix_tree.py", *MEMORY],
+    "matches": ["run/stages.py:match", "photos/matching.py", "photos/registration.py", "photos/agreement.py",
+                "photos/keypoints.py", "photos/pictures.py"],
     "verdicts-mllm-diversify": ["run/stages.py:diversify", *SHOWN],
     "pool": POOL,
-    "verdicts-alignment": ["verifiers/alignment.py", "location.py", "dense.py", *POOL],
-    "verdicts-look": ["verifiers/range_plus.py", "location.py", "dense.py", *POOL],
-    "verdicts-reward": ["verifiers/reward.py", "reward.py", "run/models.py:states", "decoding.py", *MEMORY, *POOL],
-    "verdicts-visual": ["verifiers/agreement.py", *POOL],
+    "verdicts-alignment": ["verifiers/alignment.py", "encoders/location.py", "encoders/dense.py", *POOL],
+    "verdicts-look": ["verifiers/range_plus.py", "encoders/location.py", "encoders/dense.py", *POOL],
+    "verdicts-reward": ["verifiers/reward.py", "tokens/reward.py", "models.py:states", "tokens/decoding.py", *MEMORY, *POOL],
+    "verdicts-visual": ["verifiers/visual.py", *POOL],
     "verdicts-mllm-pool": ["verifiers/shortlist.py", "verifiers/alignment.py", *SHOWN, *POOL],
     "predictions": ["run/stages.py:decide", "run/stages.py:_abstaining", "decision/strategies.py",
                     "decision/confidence.py", "verifiers/router.py", "verifiers/mllm.py:decide_with_mllm",
-                    "posterior.py", *POOL],
+                    "tokens/posterior.py", *POOL],
 }  # fmt: skip
 
 
 def fingerprint(names: list[str]) -> str:
-    """Sixteen hexadecimal digits over the code, without comments, docstrings and layout."""
+    """Sixteen hexadecimal digits over the code, without imports, comments, docstrings and layout."""
     digest = hashlib.sha256()
     for name in sorted(set(names)):
         file, _, function = name.partition(":")
@@ -53,6 +53,8 @@ def fingerprint(names: list[str]) -> str:
             tree = next(n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == function)
         for node in ast.walk(tree):
             body = getattr(node, "body", None)
+            if isinstance(body, list):
+                body[:] = [line for line in body if not isinstance(line, ast.Import | ast.ImportFrom)]
             first = body[0] if isinstance(body, list) and body else None
             if (
                 isinstance(first, ast.Expr)

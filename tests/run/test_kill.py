@@ -18,9 +18,9 @@ FILES = ("rows.parquet", "projections.npy", "index.faiss", "stages/projections.p
 BUILD = f"""
 import sys
 from pathlib import Path
-from rag_geotoken.alignment import GeoAlignment
+from rag_geotoken.encoders.alignment import GeoAlignment
 from rag_geotoken.run.build_index import make_index
-from rag_geotoken.indexing import Plan
+from rag_geotoken.index.build import Plan
 out, weights = map(Path, sys.argv[1:])
 make_index(out, {SOURCE!r}, GeoAlignment.from_pretrained(weights), Plan({PLAN.factory!r}))
 """
