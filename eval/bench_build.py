@@ -50,7 +50,7 @@ def build(rows: int, dim: int) -> dict[str, Any]:
 def write_stage_tables(folder: Path, rows: int, dim: int) -> None:
     """Photos and projections as the stages write them, of random vectors that have 16 degrees of freedom.
 
-    Independent numbers would have no neighbours to find; embeddings of photos have some tens of degrees of freedom.
+    Independent numbers would have no neighbors to find; embeddings of photos have some tens of degrees of freedom.
     """
     import pyarrow as pa
 
@@ -187,14 +187,14 @@ def plan(built: dict[str, Any], data: Vectors, rows: int, memory_gib: float) -> 
 
 
 def _near(data: Vectors, lists: int, factory: str) -> dict[str, float]:
-    """Seconds to find a row's list, and a query's lists, among so many centres."""
+    """Seconds to find a row's list, and a query's lists, among so many centers."""
     import faiss
 
-    centres = faiss.IndexHNSWFlat(data.shape[1], 32) if "_HNSW32" in factory else faiss.IndexFlatIP(data.shape[1])
-    centres.add(data[-lists:])
+    centers = faiss.IndexHNSWFlat(data.shape[1], 32) if "_HNSW32" in factory else faiss.IndexFlatIP(data.shape[1])
+    centers.add(data[-lists:])
     some = data[:8192]
-    row = best_seconds(lambda: centres.search(some, 1), 2)
-    query = best_seconds(lambda: centres.search(some, 64), 2)
+    row = best_seconds(lambda: centers.search(some, 1), 2)
+    query = best_seconds(lambda: centers.search(some, 64), 2)
     return {"find_list_seconds": row / len(some), "find_lists_seconds": query / len(some)}
 
 

@@ -36,7 +36,7 @@ def random_points(n: int, rng: np.random.Generator) -> tuple[Floats, Floats]:
 
 
 def special_points(rng: np.random.Generator) -> tuple[Floats, Floats]:
-    """About 17,000 places where a cell is easy to miss, each with the neighbouring floating-point numbers."""
+    """About 17,000 places where a cell is easy to miss, each with the neighboring floating-point numbers."""
     grid_lat, grid_lon = np.meshgrid(np.arange(-90, 91, 7.5), np.arange(-180, 181, 7.5))
     tiny = [-1e-8, -1e-16, -5e-324, -0.0, 0.0, 5e-324, 1e-16, 1e-8]
     tiny_lat, tiny_lon = np.meshgrid(tiny, [*tiny, -180.0, 180.0, 90.0])
@@ -71,7 +71,7 @@ def s2sphere_ids(lat: Floats, lon: Floats, level: int | None = None) -> Ids:
 
 
 def s2sphere_centers(ids: Ids) -> tuple[Floats, Floats]:
-    """Lat (N,), lon (N,) of cell centres by s2sphere, in degrees."""
+    """Lat (N,), lon (N,) of cell centers by s2sphere, in degrees."""
     places = [s2sphere.CellId(i).to_lat_lng() for i in ids.tolist()]
     return np.array([p.lat().degrees for p in places]), np.array([p.lng().degrees for p in places])
 
@@ -117,7 +117,7 @@ def speed(lat: Floats, lon: Floats) -> tuple[dict[str, float], Ids]:
 
 
 def differences(lat: Floats, lon: Floats, leaves: Ids, sample: NDArray[np.int64]) -> dict[str, Any]:
-    """How many ids differ from s2sphere's at each level, and how far centres are apart on the sample."""
+    """How many ids differ from s2sphere's at each level, and how far centers are apart on the sample."""
     different: dict[int, int] = {}
     parents, degrees = 0, 0.0
     for level in range(MAX_LEVEL + 1):
@@ -173,7 +173,7 @@ def main() -> int:
     record = bench(args.points, args.seed)
     wrong = sum(record["different_ids_by_level"].values()) + record["parents_checked"]["different"]
     print(f"{args.points:,} random and {record['special_points']:,} special points, levels 0-30: {wrong} different ids")
-    print(f"centres differ by at most {record['largest_center_difference_deg']:.1e} degrees")
+    print(f"centers differ by at most {record['largest_center_difference_deg']:.1e} degrees")
     for name, ns in sorted(record["ns_per_point"].items()):
         print(f"  {name:34}{ns:12,.1f} ns a point")
     for level, ratio in record["times_faster"].items():

@@ -1,6 +1,6 @@
 """How fast do we decode against a plain decode: `python eval/bench_decoding.py [--full] [--json OUT]`.
 
-GeoToken's configuration with random weights, 32 photos of 15 neighbours, the encoder included. The plain decode is
+GeoToken's configuration with random weights, 32 photos of 15 neighbors, the encoder included. The plain decode is
 what one writes first with PyTorch's own transformer layers, sequence first: no cache, so that at every step the whole
 prefix and the memory, copied for every beam, go through all decoder layers; samples are drawn one after another. It
 holds the same weights and draws with the same random numbers: exits 1 when a token differs in float32, or when beam
@@ -38,9 +38,9 @@ BARS = {"beam": 8.0, "sample": 20.0}
 
 
 def build(args: argparse.Namespace) -> tuple[TokenModel, list[Tensor]]:
-    """The model and its inputs: embeddings of photos (B, 3, 768), of neighbours (B, 15, 3, 768), neighbours' tokens.
+    """The model and its inputs: embeddings of photos (B, 3, 768), of neighbors (B, 15, 3, 768), neighbors' tokens.
 
-    Fresh weights heed neither photo nor neighbours and give every token nearly the same chance. Sharper and louder
+    Fresh weights heed neither photo nor neighbors and give every token nearly the same chance. Sharper and louder
     attention lets the argmax differ between photos, larger output layers give chances of 1 to 2 nats; still calm enough
     that rounding is not amplified.
     """

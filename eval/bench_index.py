@@ -28,7 +28,7 @@ from rag_geotoken.storage.weights import EARTH
 
 Vectors = NDArray[np.float32]
 K, QUERIES, SEED = 20, 1000, 0
-COPIES = 4  # of the GeoCLIP gallery: itself and three jittered by a few kilometres
+COPIES = 4  # of the GeoCLIP gallery: itself and three jittered by a few kilometers
 BUILD_DIM = 768
 Log = Callable[[str], None]
 

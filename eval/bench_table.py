@@ -84,8 +84,8 @@ def _plans(built: dict[str, Any], plans: list[dict[str, Any]]) -> list[str]:
     return [
         *lines,
         "",
-        "Computed: index (codes, row numbers, centres). "
-        "Measured on 65,536 rows, with as many centres as the plan has lists: seconds to find a row's list, "
+        "Computed: index (codes, row numbers, centers). "
+        "Measured on 65,536 rows, with as many centers as the plan has lists: seconds to find a row's list, "
         "to encode it, to compare a query with a code. "
         "Measured in the build above: k-means, the exact comparison of what was found, bytes a row of the tables. "
         "Extrapolated: k-means in proportion to sample x lists; the training of OPQ and product codes from four rounds "

@@ -33,7 +33,7 @@ from rag_geotoken.run.walk import answered, embedded
 from rag_geotoken.storage.files import write_json
 from rag_geotoken.storage.parquet import versions
 from rag_geotoken.storage.recipes import training_recipe
-from rag_geotoken.types import GPS, NEIGHBOUR, RADII_KM, Photos, Pool
+from rag_geotoken.types import GPS, NEIGHBOR, RADII_KM, Photos, Pool
 from rag_geotoken.verifiers import load_verifier
 from rag_geotoken.verifiers.range_plus import Look
 
@@ -79,14 +79,14 @@ def compare(models: Models) -> dict[str, Any]:
     for start in range(0, len(photos), 256):
         tables = embedded(models, options, photos[start : start + 256])
         aligned = answered(models, options, tables, until="verdicts-alignment").scores
-        pool, near = tables.pool, tables.neighbours
+        pool, near = tables.pool, tables.neighbors
         begun = time.monotonic()
         look = load_verifier("look").scores(models, options, tables, pool).scores
         spent, entries = spent + time.monotonic() - begun, entries + int(pool.mask.sum())
-        own = np.zeros_like(look)  # a pool begins with the neighbours
+        own = np.zeros_like(look)  # a pool begins with the neighbors
         images = models.index.vectors(near.rows)[:, :, 0]
         own[:, : options.neighbors] = np.einsum("bd,bkd->bk", tables.embeddings.image, images)
-        own = np.where(pool.source == NEIGHBOUR, own, look)
+        own = np.where(pool.source == NEIGHBOR, own, look)
         parts.append((pool, {"alignment": aligned, "look": look, "own": own}))
 
     def away(gps: bool, verifiers: tuple[str, ...], look: str = "look", scale: float = tuning.look_scale) -> Any:

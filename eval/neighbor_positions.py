@@ -1,4 +1,4 @@
-"""Sequence, none or spherical: how should the token model know its neighbours apart?
+"""Sequence, none or spherical: how should the token model know its neighbors apart?
 
 Trains the three with the embedded models' recipe (about a quarter of an hour each on 2 cores, after five minutes of
 embedding), unless they are there already, and compares them on validation photos. No test photo is looked at.
@@ -83,7 +83,7 @@ def compare(out: Path, kept: Path, recipe: dict[str, Any]) -> dict[str, Any]:
     models = Models(alignment, tokens, index, Tuning())
     run = RunFolder(out.with_name(f"{out.name}-photos"), models)  # with the tables that the training left there
     options = Options(neighbors=tokens.config.neighbors, propose=(), gps_places=0, verify=())
-    tables = run.tables(options, run.walk(options, until="neighbours"))
+    tables = run.tables(options, run.walk(options, until="neighbors"))
     _, held_out = read_photos(tables, index, tokens.config, settings["held_out"], settings["seed"])
     losses = validate(Losses(tokens, index), held_out, settings["batch"])
     photos, km = Photos.from_table(read_source(SOURCE)), {}

@@ -1,7 +1,7 @@
-"""Comparing pictures: a photo registered with its neighbours' pictures, as a verifier, alone and beside the alignment.
+"""Comparing pictures: a photo registered with its neighbors' pictures, as a verifier, alone and beside the alignment.
 
-Validation photos that the tuning did not see (seed 1). "visual-best" is the place to which the most alike neighbour
-moves the photo, "visual-consensus" the one on which the neighbours agree, "beyond ... km" the same where the gallery
+Validation photos that the tuning did not see (seed 1). "visual-best" is the place to which the most alike neighbor
+moves the photo, "visual-consensus" the one on which the neighbors agree, "beyond ... km" the same where the gallery
 has no photo nearer; the others decide over the whole pool. The views of photos and gallery are cut from one picture of
 the Earth, so light and season are the same: with photos of another day fewer will match. No test photo is looked at.
 About ten minutes on 2 cores; the index is the demo's.
@@ -115,7 +115,7 @@ def compare(models: Models) -> dict[str, Any]:
         tables = embedded(models, options, photos[start : start + TIMED])
         answered(models, options, tables, until="verdicts-visual")
         parts.append((tables.pool, {name: found.scores for name, found in tables.verdicts.items()}))
-        near.append(tables.neighbours.lat_lon)
+        near.append(tables.neighbors.lat_lon)
         moved.append(tables.matches)
     found = measuring.found
     registration = Registration(*(torch.cat([vars(each)[name] for each in found]) for name in vars(found[0])))
@@ -141,7 +141,7 @@ def compare(models: Models) -> dict[str, Any]:
     answers["visual-consensus"] = consensus(matches)
     for km in SPARSER_KM:
         fewer = replace(registration, alike=registration.alike.masked_fill(torch.from_numpy(away < km), 0.0))
-        answers[f"visual-consensus, neighbours beyond {km} km"] = consensus(_matches(fewer, neighbors, tuning.view_km))
+        answers[f"visual-consensus, neighbors beyond {km} km"] = consensus(_matches(fewer, neighbors, tuning.view_km))
     distance = {name: haversine_km(*truth.T, *lat_lon.T) for name, lat_lon in answers.items()}
     drawn, names = bootstrap(np.stack(list(distance.values())), seed=0), list(distance)
     sure, right = by_verifiers["pool+gps+alignment+visual"].confidence, distance["pool+gps+alignment+visual"]
@@ -166,7 +166,7 @@ def _matches(found: Registration, places: NDArray[np.float64], view_km: float) -
 
 
 def _quality(matches: Places, away: NDArray[np.float64], truth: NDArray[np.float64]) -> dict[str, Any]:
-    """By how far the neighbour really is: the share of its matches that are right, and of those that are believed."""
+    """By how far the neighbor really is: the share of its matches that are right, and of those that are believed."""
     km = haversine_km(truth[:, :1], truth[:, 1:], matches.lat_lon[..., 0], matches.lat_lon[..., 1])
     right, believed, result = km <= RIGHT_KM, matches.scores > 0.5, {}
     for low, high in ((0, 50), (50, 100), (100, 150), (150, 200), (200, 20_040)):
@@ -188,7 +188,7 @@ def speed(pixels: Pixels, others: Pixels, places: NDArray[np.float64]) -> dict[s
     k, ways, plane = others.shape[1], len(TURNS) * len(SCALES), SIDE // 2 + REACH + RADIUS - (SIDE // 2 - 1) // 2
     transform = 2.5 * plane**2 * np.log2(plane**2)  # of a real picture
     search = ways * (transform + 3 * 8 * plane * (plane // 2 + 1) + 12 * (2 * REACH + 1) ** 2)
-    # A step takes about 140 operations a pixel: the sampling and the sums over 3 colours, and 4 parameters' products.
+    # A step takes about 140 operations a pixel: the sampling and the sums over 3 colors, and 4 parameters' products.
     refine = 140 * (KEPT * (STEPS[0] + 1) * (SIDE // 2) ** 2 + (STEPS[1] + 1) * SIDE**2)
     rows, side = torch.rand(2048, 768), torch.rand(2048, 768)
     with torch.inference_mode():
@@ -198,7 +198,7 @@ def speed(pixels: Pixels, others: Pixels, places: NDArray[np.float64]) -> dict[s
     count = len(pixels)
     return {
         "photos": count,
-        "neighbours": k,
+        "neighbors": k,
         "register_ms": round(1e3 * registering / count, 2),
         "agree_ms": round(1e3 * agreeing / count, 2),
         "mflop": round(k * (search + refine) / 1e6),

@@ -158,7 +158,7 @@ class Models:
 
     @torch.inference_mode()
     def memory(self, embeddings: Embeddings, neighbors: Neighbors) -> Tensor:
-        """Photos and their neighbours -> what the token model's decoder attends to (B, S, d_model)."""
+        """Photos and their neighbors -> what the token model's decoder attends to (B, S, d_model)."""
         rows = neighbors.rows[:, : self.tokens.config.neighbors].copy()
         query, near = torch.from_numpy(embeddings.vectors), torch.from_numpy(self.index.vectors(rows))
         places = self.index.lat_lon[rows]

@@ -31,7 +31,7 @@ STRATEGIES = (
 PROPOSERS = ("greedy", "beam", "sample")
 CHOICES = {
     "propose": PROPOSERS,
-    "sources": ("neighbour", *PROPOSERS, "frontier", "gps", "visual", "mllm"),
+    "sources": ("neighbor", *PROPOSERS, "frontier", "gps", "visual", "mllm"),
     "verify": VERIFIERS,
     "select": STRATEGIES,
     "mllm_mode": ("pool", "free", "zero-shot", "diversify"),
@@ -64,7 +64,7 @@ class Options:
 
     neighbors: int = option(20, "Gallery photos retrieved a photo.", 1, 1000)
     exact: bool = option(False, "Compare all gallery photos, whatever the index.")
-    other_authors: bool = option(False, "No neighbour by the photo's own author, where a source names it.")
+    other_authors: bool = option(False, "No neighbor by the photo's own author, where a source names it.")
     within: tuple[float, float, float] | None = option(
         None, "LAT,LON,KM: only places within so many km of there.", kind=str
     )
@@ -82,7 +82,7 @@ class Options:
     select: str = option("bayes-risk", "How one place of the pool is chosen: {}.")
     mllm_mode: str = option("pool", "What the multimodal model is asked: {}.")
     evidence: bool = option(True, "Tell it what is known of each candidate.")
-    near_pictures: bool = option(False, "Show it a neighbour's picture beside each candidate.")
+    near_pictures: bool = option(False, "Show it a neighbor's picture beside each candidate.")
     answers: int = option(2, "Its answers to each prompt of diversify.", 1, 100)
     picture_size: int = option(512, "Longer side of the pictures that it is shown, in pixels.", 16, 4096)
     area: bool = option(False, "State over what area the token model's belief is spread.")
@@ -146,7 +146,7 @@ class Options:
     def pooled(self) -> tuple[str, ...]:
         """The sources of the pool that is decided on."""
         found = ("gps",) * (self.gps_places > 0) + ("visual",) * self.visual + ("mllm",) * self.diverse
-        return self.sources or ("neighbour", *self.propose, *found)
+        return self.sources or ("neighbor", *self.propose, *found)
 
     @property
     def label(self) -> str:

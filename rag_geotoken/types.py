@@ -1,6 +1,6 @@
 """What passes between the stages of the road: arrays in memory, a table's columns on disk.
 
-B photos, K neighbours, N candidates, C entries of a pool, M places of a multimodal model, R radii. Every type of a
+B photos, K neighbors, N candidates, C entries of a pool, M places of a multimodal model, R radii. Every type of a
 stage's result has ``to_table(ids)`` and ``from_table(table)``.
 """
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 RADII_KM = (1, 25, 200, 750, 2500)  # street, city, region, country and continent, since IM2GPS
-SOURCES = ("neighbour", "greedy", "beam", "sample", "frontier", "gps", "visual", "mllm", "gallery")
-NEIGHBOUR, GREEDY, BEAM, SAMPLE, FRONTIER, GPS, VISUAL, MLLM, GALLERY = range(9)
+SOURCES = ("neighbor", "greedy", "beam", "sample", "frontier", "gps", "visual", "mllm", "gallery")
+NEIGHBOR, GREEDY, BEAM, SAMPLE, FRONTIER, GPS, VISUAL, MLLM, GALLERY = range(9)
 Picture = str | bytes | NDArray[np.uint8] | Image.Image
 """A path or reference, the bytes of a file, pixels (H, W, 3), or a picture of Pillow."""
 SEARCH_WEIGHTS = (0.5, 1.0, 0.5)  # of the image, GPS and text part in a search, unless tuned
@@ -146,7 +146,7 @@ class Places(Lines):
     """Scored places of each photo: lat_lon (B, N, 2) degrees, scores (B, N) float32.
 
     As ``places``, those most like the photo's GPS embedding, best first, with their cosines. As ``matches``, where each
-    neighbour's picture, compared with the photo, puts it, and from 0 to 1 how well the two fit.
+    neighbor's picture, compared with the photo, puts it, and from 0 to 1 how well the two fit.
     """
 
     lat_lon: Floats
@@ -174,7 +174,7 @@ class Candidates(Lines):
     """Generated cells of each photo, best first.
 
     tokens (B, N, T) int64, log_prob (B, N) float32 untempered, source (B, N) int8 into ``SOURCES``, lat_lon (B, N, 2)
-    the cells' centres.
+    the cells' centers.
     """
 
     tokens: NDArray[np.int64]
@@ -207,7 +207,7 @@ class Posterior(Lines):
 class Pool(Lines):
     """Places one of which will be the answer, generated and retrieved together, one entry a cell.
 
-    lat_lon (B, C, 2) degrees, log_weight (B, C) float32 normalised over a photo's entries, source (B, C) int8 into
+    lat_lon (B, C, 2) degrees, log_weight (B, C) float32 normalized over a photo's entries, source (B, C) int8 into
     ``SOURCES``, mask (B, C) true where there is an entry.
     """
 
@@ -377,7 +377,7 @@ class Tables:
 
     photos: Photos
     embeddings: Embeddings = field(init=False)
-    neighbours: Neighbors = field(init=False)
+    neighbors: Neighbors = field(init=False)
     candidates: Candidates = field(init=False)
     places: Places = field(init=False)
     matches: Places = field(init=False)

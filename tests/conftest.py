@@ -139,7 +139,7 @@ def one_line() -> OneLine:
 
 @pytest.fixture(scope="session")
 def neighbors() -> Neighbors:
-    """Neighbours around one place a photo, several of them in one cell."""
+    """Neighbors around one place a photo, several of them in one cell."""
     rng = np.random.default_rng(0)
     around = np.column_stack([rng.uniform(-50, 70, PHOTOS), rng.uniform(-170, 170, PHOTOS)])
     lat_lon = around[:, None] + rng.normal(0, 1.5, (PHOTOS, K, 2))
@@ -149,7 +149,7 @@ def neighbors() -> Neighbors:
 
 @pytest.fixture(scope="session")
 def candidates(neighbors: Neighbors) -> Candidates:
-    """Cells near the neighbours: some theirs, some drawn twice."""
+    """Cells near the neighbors: some theirs, some drawn twice."""
     rng = np.random.default_rng(1)
     lat_lon = neighbors.lat_lon[:, rng.integers(0, K, N)] + rng.choice([0.0, 1.0], (PHOTOS, N, 1))
     tokens = TOKENIZER.encode(*lat_lon.reshape(-1, 2).T).reshape(PHOTOS, N, -1)

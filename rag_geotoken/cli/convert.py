@@ -15,11 +15,11 @@ def convert_geotoken(
     path: Annotated[Path, typer.Argument(help="Checkpoint: .pth, .pt or .safetensors.")],
     out: Annotated[Path, typer.Option(help="Folder for tokens.json and tokens.safetensors.")],
     heads: Annotated[int, typer.Option(min=1, max=1024, help="Attention heads it was trained with.")] = 8,
-    neighbors: Annotated[int, typer.Option(min=1, max=1000, help="Neighbours it was trained with.")] = 15,
+    neighbors: Annotated[int, typer.Option(min=1, max=1000, help="Neighbors it was trained with.")] = 15,
 ) -> None:
     """Read a checkpoint of GeoToken's released code; its tensors stay as they are, in full precision.
 
-    Shapes tell all sizes but heads and neighbours, whose defaults are the paper's:
+    Shapes tell all sizes but heads and neighbors, whose defaults are the paper's:
     a wrong number of heads loads and predicts nonsense. Pickled code is refused.
 
     Load the result with TokenModel.from_pretrained(OUT).
@@ -28,7 +28,7 @@ def convert_geotoken(
 
     config = convert.convert_geotoken(path, out, heads, neighbors)
     layers = f"{config.encoder_layers} + {config.decoder_layers} layers of width {config.d_model}"
-    typer.echo(f"token model in {out}: S2 level {config.level}, {layers}, {config.heads} heads, {neighbors} neighbours")
+    typer.echo(f"token model in {out}: S2 level {config.level}, {layers}, {config.heads} heads, {neighbors} neighbors")
 
 
 @convert_app.command("geoclip", epilog="Example: rag-geotoken convert geoclip GEOCLIP/model/weights --out runs/geoclip")

@@ -21,7 +21,7 @@ def index_build(
     limit: Limit = None,
     factory: Annotated[str | None, typer.Option(help="FAISS factory, such as IVF4096,SQfp16; else chosen.")] = None,
     memory_gib: Annotated[float, typer.Option(help="Memory that the index may take when searched.")] = 16.0,
-    recall: Annotated[float, typer.Option(help="Share of the 20 true neighbours that a search should find.")] = 0.95,
+    recall: Annotated[float, typer.Option(help="Share of the 20 true neighbors that a search should find.")] = 0.95,
     thumbnails: Annotated[
         int | None, typer.Option(min=16, max=2048, help="Keep the pictures too, their longer side so many pixels.")
     ] = None,
@@ -62,7 +62,7 @@ def index_search(
     folder: Annotated[Path, typer.Argument(help="Folder of an index.")],
     photo: Annotated[Path, typer.Argument(help="A picture file.")],
     *,
-    k: Annotated[int, typer.Option(min=1, help="Neighbours to show.")] = 10,
+    k: Annotated[int, typer.Option(min=1, help="Neighbors to show.")] = 10,
     within: Annotated[str | None, typer.Option(help="LAT,LON,KM: only photos within so many km of there.")] = None,
     not_author: Annotated[str | None, typer.Option(help="Leave the photos of this author out.")] = None,
     dissimilar: Annotated[bool, typer.Option("--dissimilar", help="The photos least like it instead.")] = False,

@@ -14,7 +14,7 @@ from rag_geotoken.types import (
     FRONTIER,
     GPS,
     MLLM,
-    NEIGHBOUR,
+    NEIGHBOR,
     SOURCES,
     VISUAL,
     Candidates,
@@ -39,7 +39,7 @@ def pool_of(tables: Tables, options: Options, tokenizer: S2Tokenizer, tuning: Tu
     else:
         candidates = tables.candidates if options.propose else None
         places = tables.places if options.gps_places else None
-        made = make_pool(tables.neighbours, candidates, tokenizer, tuning, places)
+        made = make_pool(tables.neighbors, candidates, tokenizer, tuning, places)
         if options.visual:
             made = extend(made, tables.matches, tuning)
         if options.diverse:
@@ -49,8 +49,8 @@ def pool_of(tables: Tables, options: Options, tokenizer: S2Tokenizer, tuning: Tu
 
 
 def _source_alone(source: str, tables: Tables, tokenizer: S2Tokenizer, tuning: Tuning) -> Pool:
-    if source == "neighbour":
-        return scored_pool(tables.neighbours, tuning.density_scale, NEIGHBOUR)
+    if source == "neighbor":
+        return scored_pool(tables.neighbors, tuning.density_scale, NEIGHBOR)
     if source == "visual":
         return scored_pool(tables.matches, tuning.match_scale, VISUAL)
     if source == "frontier":
@@ -75,16 +75,16 @@ def make_pool(
 ) -> Pool:
     """Put generated and retrieved places together, one entry a cell of the tokenizer's level.
 
-    Generated entries are weighted by their untempered probability, neighbours by a softmax of their score, places found
+    Generated entries are weighted by their untempered probability, neighbors by a softmax of their score, places found
     by GPS embedding evenly; each kind's weights add up to its share. The first of a cell keeps its coordinates and has
-    the sum of all weights: neighbours come first, then generated cells, then places. Raises ValueError for no entries.
+    the sum of all weights: neighbors come first, then generated cells, then places. Raises ValueError for no entries.
     """
     parts: list[tuple[Floats, Floats, NDArray[np.int8], NDArray[np.uint64]]] = []
     shares = _shares([kind is not None for kind in (neighbors, candidates, places)], tuning)
     if neighbors is not None:
         cells = tokenizer.cell_ids(neighbors.lat_lon[..., 0], neighbors.lat_lon[..., 1])
         weight = log_softmax(tuning.neighbor_scale * neighbors.scores.astype(np.float64)) + np.log(shares[0])
-        parts.append((neighbors.lat_lon, weight, np.full(cells.shape, NEIGHBOUR, np.int8), cells))
+        parts.append((neighbors.lat_lon, weight, np.full(cells.shape, NEIGHBOR, np.int8), cells))
     if candidates is not None:
         cells = tokenizer.tokens_to_ids(candidates.tokens)
         log_prob = np.where(_repeats(cells), -np.inf, candidates.log_prob.astype(np.float64))
@@ -100,7 +100,7 @@ def make_pool(
 def _shares(there: list[bool], tuning: Tuning) -> Floats:
     """The weight (3,) of each kind that is there; the shares of those that are not go to the others in proportion."""
     if not any(there):
-        raise ValueError("a pool needs neighbours, candidates or places")
+        raise ValueError("a pool needs neighbors, candidates or places")
     given = [tuning.neighbor_share, 1.0 - tuning.neighbor_share - tuning.gps_share, tuning.gps_share]
     shares: Floats = np.multiply(given, there)
     if not shares.any():  # the only kind that is there has no share: it gets all
@@ -110,7 +110,7 @@ def _shares(there: list[bool], tuning: Tuning) -> Floats:
 
 
 def extend(pool: Pool, matches: Places, tuning: Tuning) -> Pool:
-    """A pool with the places to which its neighbours' pictures move the photo, each an entry of its own, at the end.
+    """A pool with the places to which its neighbors' pictures move the photo, each an entry of its own, at the end.
 
     They have ``visual_share`` of the weight, by a softmax of ``match_scale`` times their scores.
     """
@@ -162,7 +162,7 @@ def scored_pool(places: Neighbors | Places, scale: float, source: int) -> Pool:
 
 
 def posterior_pool(posterior: Posterior, most: int = 64) -> Pool:
-    """The ``most`` heaviest cells of a posterior, each at its centre."""
+    """The ``most`` heaviest cells of a posterior, each at its center."""
     mass = posterior.mass[:, :most].astype(np.float64)
     with np.errstate(divide="ignore"):
         weight = np.log(mass)
@@ -178,13 +178,13 @@ def keep_within(pool: Pool, within: tuple[float, float, float]) -> Pool:
 
 
 def reweigh(pool: Pool, scores: NDArray[np.float32], scale: float) -> Pool:
-    """A verdict as evidence: each entry's weight times exp(scale * score (B, C)), normalised."""
+    """A verdict as evidence: each entry's weight times exp(scale * score (B, C)), normalized."""
     weight = pool.log_weight + scale * scores.astype(np.float64)
     return _weighted(pool.lat_lon, weight, pool.source, pool.mask)
 
 
 def temper(pool: Pool, power: float) -> Pool:
-    """Every weight raised to a power, normalised: below 1 milder, above 1 sharper."""
+    """Every weight raised to a power, normalized: below 1 milder, above 1 sharper."""
     with np.errstate(invalid="ignore"):
         weight = power * pool.log_weight.astype(np.float64)
     return _weighted(pool.lat_lon, weight, pool.source, pool.mask)
@@ -202,7 +202,7 @@ def _masked(pool: Pool, mask: NDArray[np.bool_]) -> Pool:
 
 
 def _weighted(lat_lon: Floats, log_weight: Floats, source: NDArray[np.int8], mask: NDArray[np.bool_]) -> Pool:
-    """A pool whose weights are normalised over the entries."""
+    """A pool whose weights are normalized over the entries."""
     weight = log_softmax(np.where(mask, log_weight, -np.inf))
     return Pool(lat_lon, weight.astype(np.float32), source, mask)
 

@@ -113,13 +113,13 @@ def mean_shift(pool: Pool, given: Given, steps: int = 20) -> Chosen:
 
 
 def snap(pool: Pool, given: Given) -> Chosen:
-    """The usual choice, moved to the densest cluster of neighbours inside its cell, if the cell holds any.
+    """The usual choice, moved to the densest cluster of neighbors inside its cell, if the cell holds any.
 
-    The neighbour with most neighbours of the cell within ``SNAP_KM`` wins, the better ranked of equals.
+    The neighbor with most neighbors of the cell within ``SNAP_KM`` wins, the better ranked of equals.
     """
     start = bayes_risk(pool, given)
     if given.neighbors is None or given.tokenizer is None:
-        raise GeoError("select snap needs neighbours to move an answer to")
+        raise GeoError("select snap needs neighbors to move an answer to")
     answers, places, cell_ids = start.lat_lon, given.neighbors.lat_lon, given.tokenizer.cell_ids
     cells = cell_ids(places[..., 0], places[..., 1])
     here = cell_ids(*answers.T)[:, None] == cells

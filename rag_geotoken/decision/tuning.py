@@ -17,10 +17,10 @@ class Tuning:
     """What `rag-geotoken train tuning` chooses.
 
     search_weights: of the image, GPS and text part of an embedding in the search.
-    neighbor_share, gps_share: the weight of the neighbours in the pool and of the places found by GPS embedding, the
+    neighbor_share, gps_share: the weight of the neighbors in the pool and of the places found by GPS embedding, the
     latter shared out evenly; the generated entries have the rest.
-    neighbor_scale: how sharply a neighbour's score counts, in nats a unit.
-    visual_share: the weight of the places to which neighbours' pictures move the photo, in a pool that has them;
+    neighbor_scale: how sharply a neighbor's score counts, in nats a unit.
+    visual_share: the weight of the places to which neighbors' pictures move the photo, in a pool that has them;
     match_scale: how sharply a match's score counts among them. view_km: the usual width of a picture from above.
     alignment_scale, reward_scale, look_scale, mllm_scale, visual_scale: the same for a verifier's scores in a decision.
     mllm_share: the weight of places that a multimodal model names, in a pool that has them.

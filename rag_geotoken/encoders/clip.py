@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rag_geotoken.encoders.shared import MEAN, STD, Backbone, colour_statistics
+from rag_geotoken.encoders.shared import MEAN, STD, Backbone, color_statistics
 from rag_geotoken.errors import GeoError
 from rag_geotoken.storage.files import read_json
 from rag_geotoken.storage.model_folder import brief, find_folder, quiet
@@ -111,10 +111,10 @@ def _tower(folder: Path, config: Any, kind: str) -> Any:
 
 
 def _statistics(folder: Path) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the three colours, from the processor's settings. Raises GeoError."""
+    """Mean and standard deviation of the three colors, from the processor's settings. Raises GeoError."""
     names = ("preprocessor_config.json", "processor_config.json")
     path = next((folder / name for name in names if (folder / name).is_file()), None)
     settings = read_json(path) if path else {}
     inner = settings.get("image_processor", settings) if isinstance(settings, dict) else None
     told = inner if isinstance(inner, dict) else {"image_mean": None}
-    return colour_statistics(told.get("image_mean", MEAN), told.get("image_std", STD), path or folder)
+    return color_statistics(told.get("image_mean", MEAN), told.get("image_std", STD), path or folder)

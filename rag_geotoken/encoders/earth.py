@@ -50,11 +50,11 @@ def _conv(before: int, after: int, stride: int = 1, size: int = 3) -> nn.Sequent
 
 
 def _channels(pixels: Tensor) -> Tensor:
-    """(N, H, W, 3) uint8 -> (N, 6, H, W): the colours, and the colours with the view's own mean and contrast removed.
+    """(N, H, W, 3) uint8 -> (N, 6, H, W): the colors, and the colors with the view's own mean and contrast removed.
 
     The second three show the faint structure of deserts and forests whatever the light.
     """
-    colours = pixels.permute(0, 3, 1, 2).float() / 255.0 - 0.4
-    centred = colours - colours.mean(dim=(2, 3), keepdim=True)
-    contrast = centred.square().mean(dim=(1, 2, 3), keepdim=True).sqrt() + 0.01
-    return torch.cat([colours * 4.0, centred / contrast], dim=1).contiguous(memory_format=torch.channels_last)
+    colors = pixels.permute(0, 3, 1, 2).float() / 255.0 - 0.4
+    centered = colors - colors.mean(dim=(2, 3), keepdim=True)
+    contrast = centered.square().mean(dim=(1, 2, 3), keepdim=True).sqrt() + 0.01
+    return torch.cat([colors * 4.0, centered / contrast], dim=1).contiguous(memory_format=torch.channels_last)

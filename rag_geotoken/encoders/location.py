@@ -23,7 +23,7 @@ from rag_geotoken.encoders.dense import in_blocks
 from rag_geotoken.errors import GeoError
 from rag_geotoken.storage.weights import Pretrained
 
-WEB_MERCATOR_RADIUS, WEB_MERCATOR_EDGE = 6378137.0, 20037508.3427892  # metres (EPSG:3857)
+WEB_MERCATOR_RADIUS, WEB_MERCATOR_EDGE = 6378137.0, 20037508.3427892  # meters (EPSG:3857)
 
 
 def equal_earth(lat_lon: Tensor) -> Tensor:
@@ -47,8 +47,8 @@ def mercator(lat_lon: Tensor) -> Tensor:
     By hand: (0, 180) is (0, 1), and 85.0511 degrees north is y = 1. A pole, which lies at infinity, comes out at 12.1.
     """
     phi, lam = torch.deg2rad(lat_lon.double()).unbind(-1)
-    metres = WEB_MERCATOR_RADIUS * torch.stack([torch.asinh(torch.tan(phi)), lam], dim=-1)
-    return metres.float() / WEB_MERCATOR_EDGE
+    meters = WEB_MERCATOR_RADIUS * torch.stack([torch.asinh(torch.tan(phi)), lam], dim=-1)
+    return meters.float() / WEB_MERCATOR_EDGE
 
 
 PROJECTIONS: dict[str, Callable[[Tensor], Tensor]] = {"equal_earth": equal_earth, "mercator": mercator}
@@ -59,7 +59,7 @@ def spherical_harmonics(lat_lon: Tensor, degrees: int) -> Tensor:
     """Places (N, 2) -> (N, degrees^2) float64: real orthonormal harmonics of degrees 0 to ``degrees - 1``.
 
     Degree by degree, orders -l to l (sine for negative ones), without the Condon-Shortley sign; angles are counted from
-    the south pole and the date line, as SatCLIP counts them. The normalised Legendre functions come by the recurrence
+    the south pole and the date line, as SatCLIP counts them. The normalized Legendre functions come by the recurrence
     in the degree (Holmes and Featherstone, J. Geodesy 76, 2002, eq. 11), which neither overflows nor cancels.
     """
     phi, lam = torch.deg2rad(lat_lon.double()).unbind(-1)

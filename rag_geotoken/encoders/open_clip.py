@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rag_geotoken.encoders.shared import MEAN, STD, Backbone, colour_statistics
+from rag_geotoken.encoders.shared import MEAN, STD, Backbone, color_statistics
 from rag_geotoken.errors import GeoError
 from rag_geotoken.photos.pictures import Fit, load_pictures
 from rag_geotoken.storage.files import read_json
@@ -42,7 +42,7 @@ class OpenClipEncoder(Backbone):
         self.weights, path = [_weights(folder)], folder / CONFIG
         self.dim, self.size = _sizes(self.model, path)
         mean, std = ([v] * 3 if isinstance(v, float | int) else v for v in map(preprocess.get, ("mean", "std")))
-        self.mean, self.std = colour_statistics(mean or MEAN, std or STD, path)
+        self.mean, self.std = color_statistics(mean or MEAN, std or STD, path)
         fit, interpolation = preprocess.get("resize_mode") or "shortest", preprocess.get("interpolation")
         if fit not in FITS or interpolation not in (None, "bicubic", "bilinear", "random"):
             raise GeoError(

@@ -24,7 +24,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 class Backbone:
     """A frozen model that puts pictures and texts into one space: ``dim`` numbers, squares of ``size`` pixels.
 
-    On a GPU where there is one. ``mean`` and ``std`` (3, 1, 1) of its colours, ``weights`` its files.
+    On a GPU where there is one. ``mean`` and ``std`` (3, 1, 1) of its colors, ``weights`` its files.
     """
 
     folder: Path
@@ -72,7 +72,7 @@ class Backbone:
         return torch.cat(blocks) if blocks else torch.zeros(0, self.dim)
 
     def _embed_images(self, pixels: Tensor) -> Tensor:
-        """A batch of normalised pixels (B, 3, size, size) -> (B, dim)."""
+        """A batch of normalized pixels (B, 3, size, size) -> (B, dim)."""
         raise NotImplementedError
 
     def _embed_texts(self, texts: list[str]) -> Tensor:
@@ -80,13 +80,13 @@ class Backbone:
         raise NotImplementedError
 
 
-def colour_statistics(mean: Any, std: Any, path: Path) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of three colours, each (3, 1, 1). Raises GeoError when they are none."""
+def color_statistics(mean: Any, std: Any, path: Path) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of three colors, each (3, 1, 1). Raises GeoError when they are none."""
     try:
         values = torch.tensor([[float(v) for v in mean], [float(v) for v in std]], dtype=torch.float64)
         usable = values.shape == (2, 3) and all(map(math.isfinite, values.flatten())) and values[1].min() > 0
     except (TypeError, ValueError):
         usable = False
     if not usable:
-        raise GeoError(f"{path} has no usable mean and deviation of the colours: get the file again")
+        raise GeoError(f"{path} has no usable mean and deviation of the colors: get the file again")
     return values[0].float()[:, None, None], values[1].float()[:, None, None]

@@ -80,9 +80,9 @@ def draw_example(example: Mapping[str, Any]) -> dict[str, Any]:
         "answer": example["answer"] if math.isfinite(km) else None,
         "crop": _thumbnail(example["crop"], 256),
         "css": _class(km),
-        "neighbours": [
+        "neighbors": [
             n | {"crop": None if n["crop"] is None else _thumbnail(n["crop"], 128), "css": _class(n["km"])}
-            for n in example["neighbours"]
+            for n in example["neighbors"]
         ],
         "confidence": [
             {"radius": r, "p": p, "right": km <= r} for r, p in example["confidence"].items() if math.isfinite(p)
@@ -108,8 +108,8 @@ def _marks(example: Mapping[str, Any]) -> list[dict[str, Any]]:
     for c in candidates:
         opacity = 0.5 + 0.5 * c["weight"] / heaviest if heaviest > 0 else 1.0
         add("candidate", f"candidate ({c['source']}), weight {c['weight']:.3f}", c["lat"], c["lon"], opacity)
-    for rank, n in enumerate(example["neighbours"], 1):
-        add("neighbour", f"neighbour {rank}, {format_km(n['km'])} from the truth", n["lat"], n["lon"])
+    for rank, n in enumerate(example["neighbors"], 1):
+        add("neighbor", f"neighbor {rank}, {format_km(n['km'])} from the truth", n["lat"], n["lon"])
     if math.isfinite(example["km"]):
         add("answer", f"the answer, {format_km(example['km'])} off", *example["answer"])
     add("truth", "the truth", *example["true"])
@@ -117,7 +117,7 @@ def _marks(example: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _inset(marks: list[dict[str, Any]], km: float, lat: float, lon: float) -> dict[str, Any]:
-    """The close-up around the truth: a local equirectangular view, so that kilometres are alike both ways.
+    """The close-up around the truth: a local equirectangular view, so that kilometers are alike both ways.
 
     Places the marks on it (`inset_x`, `inset_y`) and says how to lay the world picture under them.
     """
@@ -194,7 +194,7 @@ def heat_picture(heat: ArrayLike) -> str:
     if not np.all((mass >= 0) & np.isfinite(mass)):
         raise GeoError("a heat map with a mass that is negative or not finite: give shares of 1")
     height = np.log(np.maximum(mass, HEAT_FLOOR) / HEAT_FLOOR) / math.log(max(mass.max(), HEAT_TOP) / HEAT_FLOOR)
-    # Colour 0 is clear, the 31 others are steps of the scale: few enough for a picture of some kilobytes.
+    # Color 0 is clear, the 31 others are steps of the scale: few enough for a picture of some kilobytes.
     picture = Image.fromarray(np.where(mass < HEAT_FLOOR, 0, 1 + np.rint(30 * height)).astype(np.uint8))
     at, *channels = np.array(HEAT_COLORS).T
     red, green, blue, alpha = (np.interp(np.linspace(0, 1, 31), at, c).astype(np.uint8) for c in channels)
@@ -220,7 +220,7 @@ def _data_uri(picture: Any, kind: str, **how: Any) -> str:
 
 
 def format_km(value: float | None) -> str:
-    """Kilometres as people write them; a dash for None, NaN and infinity."""
+    """Kilometers as people write them; a dash for None, NaN and infinity."""
     if value is None or not math.isfinite(value):
         return "—"
     return f"{value:.1f} km" if value < 10 else f"{value:,.0f} km"

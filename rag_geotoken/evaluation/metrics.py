@@ -1,6 +1,6 @@
 """What a run is worth: shares within a radius, median, GeoScore, paired bootstrap intervals, calibration, abstention.
 
-Distances are kilometres, NaN where a photo got no answer. Such a photo stays in every denominator and counts as wrong.
+Distances are kilometers, NaN where a photo got no answer. Such a photo stays in every denominator and counts as wrong.
 """
 
 from __future__ import annotations
@@ -195,5 +195,5 @@ def _distances(km: ArrayLike, axes: int) -> Floats:
     if distances.size == 0:
         raise GeoError("there are no photos to score: give at least one")
     if np.any(distances < 0):
-        raise GeoError("a distance is negative: give kilometres >= 0, NaN for a photo without an answer")
+        raise GeoError("a distance is negative: give kilometers >= 0, NaN for a photo without an answer")
     return np.where(np.isnan(distances), np.inf, distances)

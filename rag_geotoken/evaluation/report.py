@@ -22,7 +22,7 @@ from rag_geotoken.storage import files
 from rag_geotoken.tokens.posterior import heat_map
 from rag_geotoken.types import RADII_KM, SOURCES, Answers, Tables
 
-NEIGHBORS, CROP = 8, 64  # neighbours shown beside a photo, and pixels of a picture's side
+NEIGHBORS, CROP = 8, 64  # neighbors shown beside a photo, and pixels of a picture's side
 
 
 def write_report(
@@ -46,7 +46,7 @@ def write_report(
         errors: the map: lat, lon, km, each (N,), true places and errors of one variant on the test split; km is NaN
             without an answer. The key name says which variant, one of the first row's split.
         examples: photos to show, each with id, split, crop (H, W, 3) uint8, true (lat, lon), answer (lat, lon), km
-            (NaN without an answer), confidence (by radius), neighbours (crop or None, lat, lon, score, km to the
+            (NaN without an answer), confidence (by radius), neighbors (crop or None, lat, lon, score, km to the
             truth) and candidates (lat, lon, source, weight); and, if there, of the token model's posterior heat, mass
             (H, 2H) as `posterior.heat_map` gives it, and area_km2, its effective area.
         notes: paragraphs for the end of the page, as plain text.
@@ -83,7 +83,7 @@ def write_report(
 
 def example_of(tables: Tables, answers: Answers, index: GeoIndex, at: int) -> dict[str, Any]:
     """One of the photos of tables and answers as :func:`write_report` shows it, but for its split."""
-    truth, answer, near, pool = tables.photos.lat_lon[at], answers.lat_lon[at], tables.neighbours, tables.pool
+    truth, answer, near, pool = tables.photos.lat_lon[at], answers.lat_lon[at], tables.neighbors, tables.pool
     lat, lon = near.lat_lon[at, :NEIGHBORS].T
     neighbors = {"crop": index.pictures(near.rows[at, :NEIGHBORS], CROP), "lat": lat.tolist(), "lon": lon.tolist()}
     neighbors["score"] = near.scores[at, :NEIGHBORS].tolist()
@@ -96,7 +96,7 @@ def example_of(tables: Tables, answers: Answers, index: GeoIndex, at: int) -> di
         "id": tables.photos.ids[at],
         "crop": load_pictures([tables.photos.images[at]], CROP)[0][0],
         "true": tuple(truth.tolist()),
-        "neighbours": _records(neighbors),
+        "neighbors": _records(neighbors),
         "candidates": _records(candidates),
         "answer": tuple(answer.tolist()),
         "km": float(haversine_km(truth[0], truth[1], answer[0], answer[1])),

@@ -83,7 +83,7 @@ class S2Tokenizer:
         return self._split(self.cell_ids(lat, lon))
 
     def decode(self, tokens: ArrayLike) -> tuple[Floats, Floats]:
-        """Tokens (N, t), 1 <= t <= T, to the centre of their cell: lat (N,), lon (N,) in degrees."""
+        """Tokens (N, t), 1 <= t <= T, to the center of their cell: lat (N,), lon (N,) in degrees."""
         return _centers(self.tokens_to_ids(tokens))
 
     def cell_ids(self, lat: ArrayLike, lon: ArrayLike) -> Ids:
@@ -148,7 +148,7 @@ def cell_ids(lat: ArrayLike, lon: ArrayLike, level: int = MAX_LEVEL) -> Ids:
 
 
 def cell_centers(ids: ArrayLike) -> tuple[Floats, Floats]:
-    """Cells of any level to their centres: uint64 ids (...) to lat (...), lon (...); GeoError for an invalid id."""
+    """Cells of any level to their centers: uint64 ids (...) to lat (...), lon (...); GeoError for an invalid id."""
     return _centers(_check_ids(ids))
 
 

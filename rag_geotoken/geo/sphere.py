@@ -1,4 +1,4 @@
-"""Distances and directions on the Earth: arrays that broadcast; degrees in, latitude first; kilometres out.
+"""Distances and directions on the Earth: arrays that broadcast; degrees in, latitude first; kilometers out.
 
 Great circles are on a sphere of 6371 km, as the benchmarks of image geolocalization have it; geodesics are on WGS84.
 The formulas take any longitude and let NaN through (no place, no distance); `check_lat_lon` guards what comes in.
@@ -67,8 +67,8 @@ def geodesic_km(lat1: ArrayLike, lon1: ArrayLike, lat2: ArrayLike, lon2: ArrayLi
 
     points = np.broadcast_arrays(*(np.asarray(a, np.float64) for a in (lon1, lat1, lon2, lat2)))
     x1, y1, x2, y2 = (p.ravel() for p in points)
-    _, _, metres = Geod(ellps="WGS84").inv(x1, y1, x2, y2)
-    km: Floats = np.asarray(metres).reshape(points[0].shape) / 1000
+    _, _, meters = Geod(ellps="WGS84").inv(x1, y1, x2, y2)
+    km: Floats = np.asarray(meters).reshape(points[0].shape) / 1000
     return km
 
 
@@ -94,7 +94,7 @@ def from_unit(xyz: ArrayLike) -> tuple[Floats, Floats]:
 def pairwise_km(lat_lon: ArrayLike) -> Floats:
     """Great-circle distances within each set of points: (..., C, 2) to (..., C, C), symmetric, zero on the diagonal.
 
-    By the length of the chord, coordinate by coordinate, so that near points do not cancel: right to a micrometre
+    By the length of the chord, coordinate by coordinate, so that near points do not cancel: right to a micrometer
     at short distance and to 0.3 m beside the antipode.
     """
     points = np.asarray(lat_lon, np.float64)

@@ -43,7 +43,7 @@ def inverted_factory(rows: int, dim: int, memory_gib: float = 16.0) -> str:
     """
     lists = inverted_lists(rows)
     coarse = f"IVF{lists}_HNSW32" if lists >= GRAPH_LISTS else f"IVF{lists}"
-    budget = (memory_gib * GIB - 4 * dim * lists) / rows - 8  # bytes a row, less its number and the lists' centres
+    budget = (memory_gib * GIB - 4 * dim * lists) / rows - 8  # bytes a row, less its number and the lists' centers
     for bytes_, codes in ((2 * dim, "SQfp16"), (dim, "SQ8")):
         if bytes_ <= budget:
             return f"{coarse},{codes}"

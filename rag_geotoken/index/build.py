@@ -41,13 +41,13 @@ if TYPE_CHECKING:
 Embed = Callable[[NDArray[np.float64]], Vectors]
 EXACT, APPROXIMATE = FORMATS
 K, QUERIES = 20, 500  # recall@20 on so many photos that are held out
-TRUTH = 20  # the true neighbours are the best by all three parts of TRUTH * K by the image part
+TRUTH = 20  # the true neighbors are the best by all three parts of TRUTH * K by the image part
 REFINE = (2, 3, 5, 8, 12, TRUTH)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What an index may cost: memory, the share of true neighbours to be found, or a FAISS factory outright."""
+    """What an index may cost: memory, the share of true neighbors to be found, or a FAISS factory outright."""
 
     factory: str | None = None
     memory_gib: float = 16.0
@@ -161,7 +161,7 @@ def _approximate(
 def _measure(index: Any, path: Path, first: int, heads: Heads, recall: float) -> dict[str, Any]:
     """Choose how many rows are compared exactly, then nprobe or efSearch, by the photos held out (those from first on).
 
-    Their true neighbours are the best by all three parts, with the default weights, of many by an exact search of the
+    Their true neighbors are the best by all three parts, with the default weights, of many by an exact search of the
     image parts: measured on the embedded gallery, those are the best of all rows.
     """
     queries = _rows(path, slice(first, None))
@@ -179,7 +179,7 @@ def _measure(index: Any, path: Path, first: int, heads: Heads, recall: float) ->
     refine = next(enough, REFINE[-1])
     effort, reached = approximate.tune(index, image, truth, min(first, refine * k), recall)
     if reached < recall:
-        print(f"index: finds {reached:.4f} of the true neighbours, less than asked: try SQfp16", file=sys.stderr)
+        print(f"index: finds {reached:.4f} of the true neighbors, less than asked: try SQfp16", file=sys.stderr)
     measured = {"effort_name": approximate.effort_name(index), "effort": effort, "refine": refine}
     return measured | {"recall@20": round(reached, 4), "queries": len(queries)}
 

@@ -25,7 +25,7 @@ def coarse_cells(gallery: Floats) -> NDArray[np.uint64]:
 
 
 def cell_vectors(gallery: Floats, embed: Callable[[Floats], NDArray[np.float32]]) -> NDArray[np.float16]:
-    """Embeddings (cells, dim) of the centres of :func:`coarse_cells`, in half precision: an index keeps them."""
+    """Embeddings (cells, dim) of the centers of :func:`coarse_cells`, in half precision: an index keeps them."""
     return embed(np.stack(cell_centers(coarse_cells(gallery)), axis=-1)).astype(np.float16)
 
 
@@ -41,7 +41,7 @@ class GpsSearch:
 
     @torch.inference_mode()
     def __call__(self, gps: NDArray[np.float32], n: int) -> Places:
-        """GPS embeddings (B, dim) of photos -> the centres and cosines of the ``n`` best cells, best first."""
+        """GPS embeddings (B, dim) of photos -> the centers and cosines of the ``n`` best cells, best first."""
         best = (torch.from_numpy(gps) @ self.vectors.T).topk(min(max(KEPT, n), len(self.cells))).indices.numpy()
         parts = descendants(self.cells[best.ravel()], COARSE, FINE).reshape(len(gps), -1)
         centers = np.stack(cell_centers(parts), axis=-1)

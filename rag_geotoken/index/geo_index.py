@@ -81,7 +81,7 @@ class GeoIndex:
     def pictures(self, rows: NDArray[np.int64], size: int) -> NDArray[np.uint8]:
         """The pictures behind rows of any shape -> rows.shape + (size, size, 3); zeros for one that cannot be read.
 
-        They are kept for the next photos, whose neighbours are often the same, up to ``KEPT_BYTES``.
+        They are kept for the next photos, whose neighbors are often the same, up to ``KEPT_BYTES``.
         """
         unique, back = np.unique(rows, return_inverse=True)
         kept, wanted = self._kept.setdefault(size, {}), unique.tolist()
@@ -125,7 +125,7 @@ class GeoIndex:
         wanted, there = k + own.shape[1], len(self.rows) if keep is None else int(keep.sum())
         if wanted > there:
             where = "the index holds" if keep is None else "the filter lets through"
-            raise GeoError(f"{where} {there} photos: ask for fewer than k={k} neighbours")
+            raise GeoError(f"{where} {there} photos: ask for fewer than k={k} neighbors")
         wanted = min(there, wanted + (SPARE * k if authors else 0))
         weighted = (-queries if dissimilar else queries) * np.asarray(weights, np.float32)[:, None]
         scores, rows = self._best(weighted, wanted, keep, exact or dissimilar)
@@ -185,7 +185,7 @@ class GeoIndex:
         image, count = queries[:, 0], len(self.rows)
         there = count if keep is None else int(keep.sum())
         most = min(there, k * self.manifest["refine"])
-        # A filter leaves a region's neighbours further apart: it takes as many more lists or nodes to find as many.
+        # A filter leaves a region's neighbors further apart: it takes as many more lists or nodes to find as many.
         value = self.manifest["effort"] * count // there
         value = max(value, most) if hasattr(self.faiss_index, "hnsw") else value
         found = self._faiss_search(image, most, keep, value)[1]

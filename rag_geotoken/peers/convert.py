@@ -28,7 +28,7 @@ Model = TypeVar("Model", bound=nn.Module)
 # Where training scripts put a state dict that is not the whole file.
 NESTS = ("state_dict", "model_state_dict", "model")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# What GeoToken's checkpoints carry and its decoding never uses: heads for other losses, embeddings of the neighbours'
+# What GeoToken's checkpoints carry and its decoding never uses: heads for other losses, embeddings of the neighbors'
 # coordinates and similarities, and the sinusoids, which we compute.
 UNUSED = ("coord_head.", "metadata_proj.", "similarity_embedding.", "encoder_pos_encoder.pe", "decoder_pos_encoder.pe")
 # G3's state dict holds the frozen CLIP whole, older ones with integer buffers, and a scale that no loss has.
@@ -52,7 +52,7 @@ def convert_geotoken(path: Path, out: Path, heads: int = 8, neighbors: int = 15)
     """Turn a checkpoint of GeoToken's released code into a folder for :meth:`TokenModel.from_pretrained`.
 
     Our model bears the names of the released code, so this checks, drops what decoding never uses and saves in full
-    precision. The shapes tell every size but the number of heads and of neighbours: give those of the training.
+    precision. The shapes tell every size but the number of heads and of neighbors: give those of the training.
     Raises GeoError when the file is missing, no checkpoint, or not one of GeoToken; then nothing is written.
     """
     tensors = read_tensors(path, UNUSED)

@@ -1,7 +1,7 @@
 """Where a photo was taken, by how it lies to pictures whose places are known: the places must agree.
 
-A registration says where the middle of a neighbour's picture lies in the photo. Turned by the photo's own turn and
-scaled by its own width, which nobody tells, that is the way from the photo to the neighbour's place. So every neighbour
+A registration says where the middle of a neighbor's picture lies in the photo. Turned by the photo's own turn and
+scaled by its own width, which nobody tells, that is the way from the photo to the neighbor's place. So every neighbor
 moves the photo somewhere, and the turn and width under which most of them move it to one spot are the photo's own.
 """
 
@@ -14,21 +14,21 @@ from torch import Tensor
 from rag_geotoken.geo.sphere import EARTH_RADIUS_KM, Floats, from_unit, to_unit
 from rag_geotoken.photos.registration import Registration
 
-# A view's turn, and the logarithm of its width over the usual one, spread so: what is believed of photo and neighbours.
+# A view's turn, and the logarithm of its width over the usual one, spread so: what is believed of photo and neighbors.
 TURN_SPREAD, WIDTH_SPREAD = 0.3, 0.2
 TURNS, WIDTHS = np.linspace(-0.84, 0.84, 17), np.linspace(-0.5, 0.5, 9)
 # Places agree within so many km, at first on a grid of turns and widths, then ever closer as the fit goes on.
 GRID_KM, FIT_KM = 30.0, (30.0, 30.0, 30.0, 10.0, 10.0, 4.0, 4.0, 4.0)
-ERROR_KM = 0.5  # of a neighbour's place, against the spreads above
+ERROR_KM = 0.5  # of a neighbor's place, against the spreads above
 CHUNK = 64  # photos at a time
 
 
 @torch.inference_mode()
 def moved_places(found: Registration, places: Floats, width_km: float) -> Floats:
-    """Neighbours' places (B, K, 2) in degrees -> where each says the photo was taken (B, K, 2).
+    """Neighbors' places (B, K, 2) in degrees -> where each says the photo was taken (B, K, 2).
 
-    width_km: of a view in the middle, by which a photo that agrees with one neighbour alone is scaled. On a sphere, the
-    photo as a plane that touches it (gnomonic), turned against north by what the neighbours agree on.
+    width_km: of a view in the middle, by which a photo that agrees with one neighbor alone is scaled. On a sphere, the
+    photo as a plane that touches it (gnomonic), turned against north by what the neighbors agree on.
     """
     result = np.empty_like(places)
     for start in range(0, len(places), CHUNK):
@@ -43,7 +43,7 @@ def moved_places(found: Registration, places: Floats, width_km: float) -> Floats
 def _vote(found: Registration, spots: Tensor, width_km: float) -> tuple[Tensor, Tensor]:
     """The best of a grid of turns and widths -> the photo's place (B, 3), and its pose (B, 2): see :func:`_ways`.
 
-    Every neighbour's view of the photo's place is a candidate; the others vote for it by their likeness, less so where
+    Every neighbor's view of the photo's place is a candidate; the others vote for it by their likeness, less so where
     they lie elsewhere or would themselves be turned or scaled beyond belief.
     """
     widths, turns = (torch.from_numpy(v).flatten() for v in np.meshgrid(WIDTHS, TURNS, indexing="ij"))
@@ -60,7 +60,7 @@ def _vote(found: Registration, spots: Tensor, width_km: float) -> tuple[Tensor, 
 
 
 def _fit(found: Registration, spots: Tensor, place: Tensor, pose: Tensor, width_km: float) -> tuple[Tensor, Tensor]:
-    """Place (B, 3) and pose (B, 2) by weighted least squares over the neighbours that agree, ever fewer."""
+    """Place (B, 3) and pose (B, 2) by weighted least squares over the neighbors that agree, ever fewer."""
     right, down = found.middle.unbind(-1)
     one, zero = torch.ones_like(right), torch.zeros_like(right)
     # east = p right - q down + shift, north = -q right - p down + shift
@@ -82,12 +82,12 @@ def _fit(found: Registration, spots: Tensor, place: Tensor, pose: Tensor, width_
 
 
 def _pose(log_width: Tensor, turn: Tensor, width_km: float) -> Tensor:
-    """(..., 2): the kilometres of a photo's width as a complex number, its turn clockwise from north as the angle."""
+    """(..., 2): the kilometers of a photo's width as a complex number, its turn clockwise from north as the angle."""
     return width_km * log_width.exp()[..., None] * torch.stack([turn.cos(), turn.sin()], -1)
 
 
 def _ways(middle: Tensor, pose: Tensor) -> Tensor:
-    """Right and down (..., 2) in a photo's widths, under its pose (..., 2) -> kilometres east and north."""
+    """Right and down (..., 2) in a photo's widths, under its pose (..., 2) -> kilometers east and north."""
     (right, down), (p, q) = middle.unbind(-1), pose.unbind(-1)
     return torch.stack([p * right - q * down, -q * right - p * down], -1)
 
@@ -100,7 +100,7 @@ def _axes(place: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _step(place: Tensor, km: Tensor) -> Tensor:
-    """From unit vectors (..., 3) kilometres east and north (..., 2) in the tangent plane -> unit vectors."""
+    """From unit vectors (..., 3) kilometers east and north (..., 2) in the tangent plane -> unit vectors."""
     east, north = _axes(place)
     there = place + (km[..., :1] * east + km[..., 1:] * north) / EARTH_RADIUS_KM
     unit: Tensor = there / there.norm(dim=-1, keepdim=True)

@@ -1,7 +1,7 @@
 """Street photos against each other: matched keypoints of EfficientLoFTR or LightGlue, as far as a plane explains them.
 
 The models are transformers' (LightGlue brings its SuperPoint), from a folder or a hub, never from pickles. How far from
-a neighbour a photo was taken cannot be told without the cameras' calibration: a neighbour keeps its own place.
+a neighbor a photo was taken cannot be told without the cameras' calibration: a neighbor keeps its own place.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rag_geotoken.types import Places
 
 SIDE = 480  # px of a square picture, a multiple of the models' strides
 PAIRS = 4  # in one pass of the model
-GREY = (0.2989, 0.5870, 0.1140)
+GRAY = (0.2989, 0.5870, 0.1140)
 MOST = 512  # matches of a pair, the surest
 SAMPLES, SEED = 256, 0  # of four matches each
 OFF = 0.015  # of the side: how far a match may lie from where the plane puts it
@@ -61,13 +61,13 @@ class KeypointMatcher:
 
     @torch.inference_mode()
     def match(self, pixels: NDArray[np.uint8], near: NDArray[np.uint8], places: NDArray[np.float64]) -> Places:
-        """Every neighbour puts the photo where it was itself taken, with a score of 0..1.
+        """Every neighbor puts the photo where it was itself taken, with a score of 0..1.
 
         Inliers beyond chance by themselves and ``HALF``: not a probability before it is calibrated. 0 for a picture of
-        one colour, such as the zeros of one that could not be read.
+        one color, such as the zeros of one that could not be read.
         """
         count, k = near.shape[:2]
-        one, other = _grey(pixels).repeat_interleave(k, 0), _grey(near.reshape(-1, *near.shape[2:]))
+        one, other = _gray(pixels).repeat_interleave(k, 0), _gray(near.reshape(-1, *near.shape[2:]))
         inliers = torch.zeros(count * k)
         there = ((one.amax((1, 2)) > one.amin((1, 2))) & (other.amax((1, 2)) > other.amin((1, 2)))).nonzero()[:, 0]
         for rows in torch.split(there, PAIRS):
@@ -139,9 +139,9 @@ def _spots(points: Tensor, chosen: Tensor) -> Tensor:
     return held[:, :-1].sum(1)
 
 
-def _grey(pictures: NDArray[np.uint8]) -> Tensor:
+def _gray(pictures: NDArray[np.uint8]) -> Tensor:
     """(N, S, S, 3) uint8 -> (N, side, side) of 0..1."""
-    values = torch.from_numpy(np.ascontiguousarray(pictures)).float() @ torch.tensor(GREY) / 255
+    values = torch.from_numpy(np.ascontiguousarray(pictures)).float() @ torch.tensor(GRAY) / 255
     if values.shape[-1] == SIDE:
         return values
     return interpolate(values[:, None], (SIDE, SIDE), mode="bilinear", antialias=True)[:, 0]

@@ -1,4 +1,4 @@
-"""A photo's picture compared with its neighbours': what a way to compare offers, and the one for views from above."""
+"""A photo's picture compared with its neighbors': what a way to compare offers, and the one for views from above."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Matcher(Protocol):
     identity: str
 
     def match(self, pixels: Pixels, near: Pixels, places: NDArray[np.float64]) -> Places:
-        """Photos (B, S, S, 3), their neighbours' pictures (B, K, S', S', 3) and places (B, K, 2) -> matches."""
+        """Photos (B, S, S, 3), their neighbors' pictures (B, K, S', S', 3) and places (B, K, 2) -> matches."""
 
 
 class AerialMatcher:
@@ -35,6 +35,6 @@ class AerialMatcher:
         self.width_km, self.identity = width_km, f"from above, {width_km:g} km"
 
     def match(self, pixels: Pixels, near: Pixels, places: NDArray[np.float64]) -> Places:
-        """Every neighbour moves the photo to where, by how the two overlap, it was taken."""
+        """Every neighbor moves the photo to where, by how the two overlap, it was taken."""
         found = register(pixels, near)
         return Places(moved_places(found, places, self.width_km), found.alike.numpy())

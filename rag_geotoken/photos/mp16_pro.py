@@ -48,7 +48,7 @@ def read(rest: str) -> pa.Table:
     rows = _with_pictures(rows, tar_index(files), left_out)
     if not len(rows):
         raise GeoError(f"{files[0].name} in {folder} holds no photo of {metadata.name}: are they of one data set?")
-    # A disk reads the tar from front to back this way, and a subset of the first is one of neighbours in it.
+    # A disk reads the tar from front to back this way, and a subset of the first is one of neighbors in it.
     order = np.lexsort((rows["offset"].to_numpy(), rows["file"].to_numpy()))
     rows = rows.take(order[settings.choose(len(rows))])
     place = pc.binary_join_element_wise(*(rows[name] for name in PARTS), ", ", null_handling="skip")

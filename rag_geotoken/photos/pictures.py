@@ -54,7 +54,7 @@ Used = TypeVar("Used")
 def load_pictures(
     references: Sequence[Picture], size: int, fit: Fit = "crop", interpolation: Interpolation = "bicubic"
 ) -> tuple[NDArray[np.uint8], list[str | None]]:
-    """Loads pictures upright, in colour on white, as squares: the middle, resized (bicubic, antialiased) as CLIP's.
+    """Loads pictures upright, in color on white, as squares: the middle, resized (bicubic, antialiased) as CLIP's.
 
     Args:
         references: N paths of picture files, `tar:` references to files in a tar, references that a source draws, the
@@ -116,7 +116,7 @@ def read_pictures(
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The whole picture in colour on white, turned as its EXIF says, without EXIF."""
+    """The whole picture in color on white, turned as its EXIF says, without EXIF."""
     orientation = _orientation(image)
     picture = _rgb(image)
     return picture.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else picture
@@ -277,7 +277,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         # Pillow's own conversion would cut everything above 255 to white.
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise GeoError("32-bit grey values have no agreed white: save the picture with 8 or 16 bits")
+        raise GeoError("32-bit gray values have no agreed white: save the picture with 8 or 16 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

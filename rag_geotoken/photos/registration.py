@@ -1,6 +1,6 @@
-"""Registration of pictures seen from straight above: how a photo lies in the picture of each of its neighbours.
+"""Registration of pictures seen from straight above: how a photo lies in the picture of each of its neighbors.
 
-First every turn and scale of a grid at a quarter of the resolution, by masked normalised cross-correlation through the
+First every turn and scale of a grid at a quarter of the resolution, by masked normalized cross-correlation through the
 Fourier transform (Padfield, IEEE Transactions on Image Processing 21, 2012); then the best of them refined to a small
 part of a pixel by Gauss-Newton steps in the inverse compositional manner (Baker and Matthews, IJCV 56, 2004), at a
 quarter, then at half the resolution. No learning, nothing but pixels: neither width nor turn of a view is known.
@@ -19,12 +19,12 @@ from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, grid_sample, pa
 
 PIXELS = 64  # of a picture's side, as stages read it: half of them show all that these views hold
 SIDE = PIXELS // 2
-TURNS = range(-55, 56, 11)  # degrees, of the photo against a neighbour: up to twice a view's own, and a little less
-SCALES = tuple(math.exp(0.15 * step) for step in range(-3, 4))  # the photo's width by the neighbour's
+TURNS = range(-55, 56, 11)  # degrees, of the photo against a neighbor: up to twice a view's own, and a little less
+SCALES = tuple(math.exp(0.15 * step) for step in range(-3, 4))  # the photo's width by the neighbor's
 RADIUS, REACH = 5, 8  # of the disc that is sought and of where its middle is sought, in quarter pixels
 KEPT, STEPS = 2, (4, 4)  # turns and scales that are refined, Gauss-Newton steps at either resolution
 NOISE = 2e-5  # variance that a pixel (0..1) has without showing anything
-LEAST_COVER, ENOUGH_COVER = 0.2, 0.4  # of the photo by the neighbour's picture
+LEAST_COVER, ENOUGH_COVER = 0.2, 0.4  # of the photo by the neighbor's picture
 WIDEST = 2.0  # of the ratios that a refined match may have
 # Power of the correlation in a score: of right matches it is 0.96 and more, of wrong ones mostly below 0.85.
 SHARP = 12.0
@@ -33,11 +33,11 @@ CHUNK = 4  # photos at a time: their planes stay in the processor's cache
 
 @dataclass(frozen=True)
 class Registration:
-    """Where each neighbour's picture lies in the photo (B, K), in double precision but for the last.
+    """Where each neighbor's picture lies in the photo (B, K), in double precision but for the last.
 
-    middle (B, K, 2): the middle of the neighbour's picture as seen from the photo's, right and down, in photo widths.
-    ratio (B, K): log of the photo's width over the neighbour's, in kilometres. turn (B, K) radians: the photo's less
-    the neighbour's, clockwise from north. alike (B, K) 0..1: how far the two show the same ground.
+    middle (B, K, 2): the middle of the neighbor's picture as seen from the photo's, right and down, in photo widths.
+    ratio (B, K): log of the photo's width over the neighbor's, in kilometers. turn (B, K) radians: the photo's less
+    the neighbor's, clockwise from north. alike (B, K) 0..1: how far the two show the same ground.
     """
 
     middle: Tensor
@@ -48,9 +48,9 @@ class Registration:
 
 @torch.inference_mode()
 def register(photos: NDArray[np.uint8], near: NDArray[np.uint8]) -> Registration:
-    """Photos (B, S, S, 3) against their neighbours' pictures (B, K, S', S', 3), red-green-blue, rows from the top.
+    """Photos (B, S, S, 3) against their neighbors' pictures (B, K, S', S', 3), red-green-blue, rows from the top.
 
-    A picture of one colour, such as the zeros of one that could not be read, is like nothing.
+    A picture of one color, such as the zeros of one that could not be read, is like nothing.
     """
     parts = []
     for start in range(0, len(photos), CHUNK):
@@ -95,9 +95,9 @@ def _refine(photo: Tensor, near: Tensor, found: Tensor) -> tuple[Tensor, Tensor,
 def _search(photo: Tensor, near: Tensor) -> Tensor:
     """Photos (B, 3, 32, 32) and pictures (B, K, 3, 32, 32) -> the best warps (4, B, K * KEPT), in quarter pixels.
 
-    A warp (a, b, x, y) takes photo pixels p to neighbour pixels [a -b, b a] p + (x, y), both from the middle.
+    A warp (a, b, x, y) takes photo pixels p to neighbor pixels [a -b, b a] p + (x, y), both from the middle.
     A disc of the photo, turned and scaled (M ways), is sought in the picture. The sums under the disc that a masked
-    correlation needs depend on either the photo or the neighbour, so only the products are K * M planes.
+    correlation needs depend on either the photo or the neighbor, so only the products are K * M planes.
     """
     count, k = near.shape[:2]
     photo, near = avg_pool2d(photo, 2), avg_pool2d(near.flatten(0, 1), 2).view(count, k, 3, SIDE // 2, SIDE // 2)
@@ -153,7 +153,7 @@ def _sample(planes: Tensor, spots: Tensor) -> Tensor:
 def _gauss_newton(photo: Tensor, near: Tensor, warp: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
     """Photos (B, 3, side, side) to pictures (B, N, 3, side, side), from warps (4, B, N) -> warps, likeness and cover.
 
-    Of the squared differences over what both show, gain and a bias a colour taken out. The derivatives are the photo's
+    Of the squared differences over what both show, gain and a bias a color taken out. The derivatives are the photo's
     and stay as they are, so every sum a step needs is a product of matrices.
     """
     count, n, _, side, _ = near.shape

@@ -1,4 +1,4 @@
-"""Small copies of a gallery's pictures, kept in its index: neighbours can be looked at when the gallery is gone."""
+"""Small copies of a gallery's pictures, kept in its index: neighbors can be looked at when the gallery is gone."""
 
 from __future__ import annotations
 

@@ -138,8 +138,8 @@ def _rows(plan: Recipe, split: str, run: RunFolder, made: Made) -> list[Result]:
     km = {name: _distances(run, files["predictions"]) for name, files in made.items()}
     best = {name: oracle(run, variants[name].options, files) for name, files in made.items()}
     first = run.tables(variants[next(iter(made))].options, next(iter(made.values())))
-    near = _nearest_of(run, first.neighbours.lat_lon, np.ones(first.neighbours.rows.shape, bool))
-    shown = km | {f"oracle-{first.neighbours.rows.shape[1]}": near}
+    near = _nearest_of(run, first.neighbors.lat_lon, np.ones(first.neighbors.rows.shape, bool))
+    shown = km | {f"oracle-{first.neighbors.rows.shape[1]}": near}
     drawn = bootstrap(np.stack(list(shown.values())), plan.seed)
     order, results = list(shown), []
     for i, (name, away) in enumerate(shown.items()):

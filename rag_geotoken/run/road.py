@@ -1,6 +1,6 @@
 """The road from photos to predictions: every stage once, in order. Who walks it is in :mod:`.walk`.
 
-photos -> embeddings -> neighbours -> candidates -> pool -> verdicts -> predictions
+photos -> embeddings -> neighbors -> candidates -> pool -> verdicts -> predictions
                      -> places     -> posterior
                                    -> matches
 """
@@ -28,13 +28,13 @@ from rag_geotoken.types import (
 )  # fmt: skip
 from rag_geotoken.verifiers import load_verifier
 
-NEAR = ("embeddings", "neighbours")
+NEAR = ("embeddings", "neighbors")
 DECODING = ("propose", "beam_width", "samples", "temperature", "top_p", "epsilon", "seed", "within")
 ASKING = ("sources", "mllm_mode", "evidence", "near_pictures", "picture_size")
 DECIDING = ("sources", "verify", "select", "mllm_mode", "area", "max_area_km2", "least_confidence")
 # The table that the places of a source come from.
 SOURCE_TABLES = {
-    "neighbour": "neighbours",
+    "neighbor": "neighbors",
     "greedy": "candidates",
     "beam": "candidates",
     "sample": "candidates",
@@ -81,12 +81,12 @@ def road(options: Options) -> list[Stage]:
     pool = f"pool-{alone}" if alone else "pool"
     verdicts = [_verdict(name, pool, options) for name in sorted(options.verify)]
     authors, compared = ("photos",) * options.other_authors, ("matches",) * options.visual
-    pooled: tuple[str, ...] = ("neighbours",) + ("candidates",) * bool(options.propose)
+    pooled: tuple[str, ...] = ("neighbors",) + ("candidates",) * bool(options.propose)
     pooled += ("places",) * bool(options.gps_places) + compared + ("verdicts-mllm-diversify",) * options.diverse
     decided = ("photos", *NEAR, pool, *(verdict.name for verdict in verdicts), *("posterior",) * options.frontier)
     every = [
         Stage("embeddings", do.embed, Embeddings, ("photos",), (), ("encoder",), whole=True),
-        Stage("neighbours", do.search, Neighbors, ("embeddings", *authors),
+        Stage("neighbors", do.search, Neighbors, ("embeddings", *authors),
               ("neighbors", "within", "other_authors", "exact"), ("index",), ("search_weights",)),
         Stage("candidates", do.propose, Candidates, NEAR, DECODING, ("tokens", "index")),
         Stage("places", do.find_places, Places, ("embeddings",), ("gps_places",), ("encoder", "index")),

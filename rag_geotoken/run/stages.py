@@ -78,8 +78,8 @@ def search(models: Models, options: Options, tables: Tables) -> Neighbors:
 
 @torch.inference_mode()
 def propose(models: Models, options: Options, tables: Tables) -> Candidates:
-    """Embeddings and neighbours -> cells, decoded in every way that is asked for."""
-    tokens, memory = models.tokens, models.memory(tables.embeddings, tables.neighbours)
+    """Embeddings and neighbors -> cells, decoded in every way that is asked for."""
+    tokens, memory = models.tokens, models.memory(tables.embeddings, tables.neighbors)
     lattice = Lattice.within(models.tokenizer, *options.within) if options.within else None
     decoded: list[tuple[int, decoding.Decoded]] = []
     for name in options.propose:
@@ -117,16 +117,16 @@ def find_places(models: Models, options: Options, tables: Tables) -> Places:
 
 
 def believe(models: Models, options: Options, tables: Tables) -> Posterior:
-    """Embeddings and neighbours -> what the token model believes of each photo as a whole."""
-    return frontier(models.tokens, models.memory(tables.embeddings, tables.neighbours), options.openings)
+    """Embeddings and neighbors -> what the token model believes of each photo as a whole."""
+    return frontier(models.tokens, models.memory(tables.embeddings, tables.neighbors), options.openings)
 
 
 def match(models: Models, options: Options, tables: Tables) -> Places:
-    """Pictures and neighbours -> where each neighbour's picture puts the photo, and how well the two fit."""
+    """Pictures and neighbors -> where each neighbor's picture puts the photo, and how well the two fit."""
     pixels, errors = load_pictures(tables.photos.images, models.matcher.size)
     if any(errors):
         raise GeoError(f"a picture is gone since it was encoded: {next(filter(None, errors))}")
-    matcher, near = models.matcher, tables.neighbours
+    matcher, near = models.matcher, tables.neighbors
     lat_lon, scores = near.lat_lon.copy(), np.zeros(near.scores.shape, np.float32)
     for start in range(0, len(pixels), matcher.photos):
         at = slice(start, start + matcher.photos)
@@ -137,7 +137,7 @@ def match(models: Models, options: Options, tables: Tables) -> Places:
 
 
 def diversify(models: Models, options: Options, tables: Tables) -> MllmVerdict:
-    """Pictures and neighbours -> a multimodal model's answers to G3's prompts, which join the pool."""
+    """Pictures and neighbors -> a multimodal model's answers to G3's prompts, which join the pool."""
     from rag_geotoken.verifiers.mllm import diverse_places
 
     return diverse_places(models, options, tables)
@@ -158,7 +158,7 @@ def decide(models: Models, options: Options, tables: Tables) -> Answers:
     """The pool and its verdicts -> answers of readable photos; those that are too unsure abstain, and say so."""
     chosen = chosen_pool(options, tables.pool)
     scores = {name: found.over(tables.pool.mask) for name, found in tables.verdicts.items() if name != "mllm"}
-    given = strategies.Given(scores, models.tuning, tables.neighbours, models.tokenizer)
+    given = strategies.Given(scores, models.tuning, tables.neighbors, models.tokenizer)
     answers = Answers.of(tables.photos, [None] * len(tables.photos))
     answers.verified[:] = bool(options.verify)
     asked = tables.verdicts.get("mllm")

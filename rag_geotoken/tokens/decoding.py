@@ -1,6 +1,6 @@
 """Decoding: from a memory to cells. Pure and seeded: logits and token ids only, no files, no clock.
 
-Log-probabilities are always the model's own: neither tempered nor renormalised over what a truncation or a lattice
+Log-probabilities are always the model's own: neither tempered nor renormalized over what a truncation or a lattice
 leaves.
 """
 

@@ -1,6 +1,6 @@
-"""GeoToken's model (ICDM 2025): S2 cells as token sequences, conditioned on a photo and its neighbours.
+"""GeoToken's model (ICDM 2025): S2 cells as token sequences, conditioned on a photo and its neighbors.
 
-Memory: [CLS, image, gps, text] of the photo, then [image, gps, text, one position a token] of each neighbour.
+Memory: [CLS, image, gps, text] of the photo, then [image, gps, text, one position a token] of each neighbor.
 Parameters bear the names of the released code, so that its checkpoints load as they are.
 """
 
@@ -31,10 +31,10 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class TokenConfig:
-    """Sizes of a :class:`TokenModel`: S2 level and levels a token, neighbours, widths and depths.
+    """Sizes of a :class:`TokenModel`: S2 level and levels a token, neighbors, widths and depths.
 
-    neighbor_positions: how the memory knows its neighbours apart. ``sequence`` is GeoToken's: sinusoidal positions
-    along the whole memory. ``none`` gives every neighbour the same positions, so that their order says nothing;
+    neighbor_positions: how the memory knows its neighbors apart. ``sequence`` is GeoToken's: sinusoidal positions
+    along the whole memory. ``none`` gives every neighbor the same positions, so that their order says nothing;
     ``spherical`` does too and turns attention by their places (see :mod:`rag_geotoken.tokens.spherical`).
     """
 
@@ -105,7 +105,7 @@ class TokenModel(Pretrained):
         neighbor_tokens: Tensor,
         neighbor_places: Tensor | None = None,
     ) -> Tensor:
-        """:meth:`memory_of` embeddings part by part: (B, dim) of the photo, (B, K, dim) of its neighbours."""
+        """:meth:`memory_of` embeddings part by part: (B, dim) of the photo, (B, K, dim) of its neighbors."""
         photo, near = (image, gps, text), (neighbor_image, neighbor_gps, neighbor_text)
         return self.memory_of(torch.stack(photo, dim=-2), torch.stack(near, dim=-2), neighbor_tokens, neighbor_places)
 
@@ -114,18 +114,18 @@ class TokenModel(Pretrained):
     ) -> Tensor:
         """Encode what the decoder may look at.
 
-        photo (B, 3, dim): its image, GPS and text embedding; of its neighbours the same, neighbors (B, K, 3, dim),
+        photo (B, 3, dim): its image, GPS and text embedding; of its neighbors the same, neighbors (B, K, 3, dim),
         neighbor_tokens (B, K, T) int64 and, with spherical positions, neighbor_places (B, K, 2) degrees
         -> (B, 4 + K * (3 + T), d_model). K may be less than the configured number. Raises GeoError when there are more
-        neighbours, or no places where they are needed.
+        neighbors, or no places where they are needed.
         """
         batch, k, length = neighbor_tokens.shape
         if k > self.config.neighbors:
-            raise GeoError(f"the token model takes {self.config.neighbors} neighbours at most, not {k}")
+            raise GeoError(f"the token model takes {self.config.neighbors} neighbors at most, not {k}")
         cells = self.retrieval_embedding(neighbor_tokens + self.offsets)
         near = torch.cat([self._project(neighbors), cells], dim=2).flatten(1, 2)
         states = torch.cat([self.cls_token.expand(batch, 1, -1), self._project(photo), near], dim=1)
-        # Without an order, every neighbour has the positions of the first.
+        # Without an order, every neighbor has the positions of the first.
         each = 3 + length
         place = torch.arange(4 + k * each, device=states.device)
         if self.config.neighbor_positions != "sequence":
@@ -149,11 +149,11 @@ class TokenModel(Pretrained):
         return states
 
     def _turns(self, places: Tensor | None, each: int) -> Tensor | None:
-        """The rotation (B, S, 3, 3) of each memory position: its neighbour's place, none for the photo itself."""
+        """The rotation (B, S, 3, 3) of each memory position: its neighbor's place, none for the photo itself."""
         if self.config.neighbor_positions != "spherical":
             return None
         if places is None:
-            raise GeoError("spherical neighbour positions need neighbor_places: give the neighbours' coordinates")
+            raise GeoError("spherical neighbor positions need neighbor_places: give the neighbors' coordinates")
         turns = rotations(places).repeat_interleave(each, dim=1)
         return torch.cat([torch.eye(3, device=turns.device).expand(len(turns), 4, 3, 3), turns], dim=1)
 

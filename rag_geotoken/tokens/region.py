@@ -31,7 +31,7 @@ class Lattice:
 
     @classmethod
     def within(cls, tokenizer: S2Tokenizer, lat: float, lon: float, km: float) -> Lattice:
-        """The cells whose centre lies within ``km`` of a place, and the cell of the place itself."""
+        """The cells whose center lies within ``km`` of a place, and the cell of the place itself."""
         own = np.ravel_multi_index(tuple(tokenizer.encode(lat, lon)), tokenizer.vocab_sizes)
         return cls(tokenizer, np.concatenate([[[own, own + 1]], *_disk(tokenizer, lat, lon, km)]))
 
@@ -49,7 +49,7 @@ class Lattice:
 
 
 def _disk(tokenizer: S2Tokenizer, lat: float, lon: float, km: float) -> list[NDArray[np.int64]]:
-    """Ranges (N, 2) of the cells with their centre within ``km``, from coarse prefixes to fine.
+    """Ranges (N, 2) of the cells with their center within ``km``, from coarse prefixes to fine.
 
     A prefix wholly inside is one range, one wholly outside is dropped: only the border is followed down.
     """
@@ -57,7 +57,7 @@ def _disk(tokenizer: S2Tokenizer, lat: float, lon: float, km: float) -> list[NDA
     for t, (size, level) in enumerate(zip(tokenizer.vocab_sizes, tokenizer.levels, strict=True)):
         rows = np.concatenate([np.repeat(rows, size, axis=0), np.tile(np.arange(size), len(rows))[:, None]], axis=1)
         below = math.prod(tokenizer.vocab_sizes[t + 1 :])
-        # No cell reaches further from its centre than this: 7,850 km a face edge, halved at every level, with room.
+        # No cell reaches further from its center than this: 7,850 km a face edge, halved at every level, with room.
         reach = 0.0 if t + 1 == tokenizer.length else 9_000.0 / 2**level
         away = haversine_km(*tokenizer.decode(rows), lat, lon)
         whole = away <= km - reach

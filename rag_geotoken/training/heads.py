@@ -61,7 +61,7 @@ def train_heads(
 ) -> None:
     """Train and write the weights that do best on the validation photos into ``out``.
 
-    G3's losses and optimisation: AdamW, the rate times 0.87 after every epoch; ``start``: the location encoder begins
+    G3's losses and optimization: AdamW, the rate times 0.87 after every epoch; ``start``: the location encoder begins
     with these weights (GeoCLIP's in G3). With several processes each embeds its part of a batch, and all are compared
     with all, as in one. Looked at once an epoch; ``OUT-alignment-checkpoint.safetensors`` lets a stopped training go
     on. Raises GeoError when the photos do not fill a batch, the processes cannot share one, or the loss diverges.

@@ -32,7 +32,7 @@ def train(setup: Setup) -> None:
 def train_reward(models: Models, photos: int, epochs: int, batch: int, rate: float, seed: int, log: Log) -> RewardHead:
     """Train on the pools of ``photos`` gallery photos, the token model as it is; a tenth is kept to look at.
 
-    No photo finds itself among its neighbours. Cross-entropy over the bins of error, every entry alike. Raises GeoError
+    No photo finds itself among its neighbors. Cross-entropy over the bins of error, every entry alike. Raises GeoError
     when the gallery holds fewer photos, or they are too few to keep one or to fill a batch.
     """
     rows = np.random.default_rng(seed).permutation(models.index.faiss_index.ntotal)
@@ -80,7 +80,7 @@ def pools_of(models: Models, rows: NDArray[np.int64], log: Log) -> tuple[Tensor,
         tables.put("embeddings", Embeddings(index.vectors(own), digests, [None] * len(own)))
         pool: Pool = answered(models, options, tables, until="pool")
         km = haversine_km(truth[:, :1], truth[:, 1:], pool.lat_lon[..., 0], pool.lat_lon[..., 1])
-        states = models.states(tables.embeddings, tables.neighbours, pool).half()
+        states = models.states(tables.embeddings, tables.neighbors, pool).half()
         parts.append((states, torch.from_numpy(np.searchsorted(RADII_KM, km)), torch.from_numpy(pool.mask)))
         if start // BLOCK % 8 == 0:
             log(f"pools of {start + len(own)} of {len(rows)} photos")

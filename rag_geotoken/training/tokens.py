@@ -1,4 +1,4 @@
-"""Train the token model on the photos of a source with their neighbours in a gallery."""
+"""Train the token model on the photos of a source with their neighbors in a gallery."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CHECKS = 10  # looks at the validation photos in a training, each with a checkpo
 
 @dataclass(frozen=True)
 class Photos:
-    """N photos as a training reads them: embeddings (N, 3, dim) half, neighbours' rows (N, K), tokens (N, T) int64."""
+    """N photos as a training reads them: embeddings (N, 3, dim) half, neighbors' rows (N, K), tokens (N, T) int64."""
 
     vectors: Tensor
     neighbors: Tensor
@@ -44,11 +44,11 @@ class Photos:
 
 
 def train(setup: Setup) -> None:
-    """Photos through the road up to their neighbours, then the training itself."""
+    """Photos through the road up to their neighbors, then the training itself."""
     settings, alignment = setup.settings, GeoAlignment.from_pretrained(setup.out)
     config = TokenConfig(dim=alignment.config.dim, neighbor_positions=settings["neighbor_positions"])
     TokenModel(config)  # refuses what cannot be built, before the long work
-    # "gallery" is GeoToken's way: the index's own photos, each without itself among its neighbours.
+    # "gallery" is GeoToken's way: the index's own photos, each without itself among its neighbors.
     own, folder = settings["source"] == "gallery", setup.beside("photos")
     options = Options(neighbors=config.neighbors, propose=(), gps_places=0, verify=())
     accelerator = make_accelerator()
@@ -59,8 +59,8 @@ def train(setup: Setup) -> None:
         else:
             write_photos(folder, settings["source"])
         run = RunFolder(folder, models)
-        files = run.walk(options, until="neighbours", given=("embeddings",) * own)
-    tables = [file_sha256(folder / f"{name}.parquet") for name in ("photos", "embeddings", "neighbours")]
+        files = run.walk(options, until="neighbors", given=("embeddings",) * own)
+    tables = [file_sha256(folder / f"{name}.parquet") for name in ("photos", "embeddings", "neighbors")]
     identity = setup.identity(config=asdict(config), tables=tables, index=models.index.identity)
     photos = run.tables(options, files)
     train_on, validation = read_photos(photos, models.index, config, settings["held_out"], settings["seed"])
@@ -133,7 +133,7 @@ def validate(losses: Losses, photos: Photos, batch: int) -> Tensor:
 
 
 class Losses(nn.Module):
-    """Mean cross-entropy of each position, neighbours looked up in the gallery."""
+    """Mean cross-entropy of each position, neighbors looked up in the gallery."""
 
     def __init__(self, tokens: TokenModel, index: GeoIndex, device: torch.device | str = "cpu") -> None:
         super().__init__()
@@ -161,10 +161,10 @@ class Losses(nn.Module):
 def read_photos(
     tables: Tables, index: GeoIndex, config: TokenConfig, held_out: int, seed: int
 ) -> tuple[Photos, Photos]:
-    """Photos to train on, from tables up to their neighbours, and ``held_out`` of the gallery to validate.
+    """Photos to train on, from tables up to their neighbors, and ``held_out`` of the gallery to validate.
 
     Where the gallery is trained on, the held-out photos and all that show the same pixels are left out. A photo is
-    never its own neighbour: GeoToken skips the first hit, here whatever has the photo's own pixels is passed over.
+    never its own neighbor: GeoToken skips the first hit, here whatever has the photo's own pixels is passed over.
     Raises GeoError when nothing is left to train on.
     """
     tokenizer = S2Tokenizer(config.level, config.group)
@@ -178,7 +178,7 @@ def read_photos(
     if not kept.any():
         raise GeoError("no photo with a place is left to train on: hold out fewer")
     own = tables.embeddings.vectors[kept]
-    return _photos(own, tables.neighbours.rows[kept], tokenizer.encode(*places[kept].T)), validation
+    return _photos(own, tables.neighbors.rows[kept], tokenizer.encode(*places[kept].T)), validation
 
 
 def _photos(vectors: NDArray[np.float32], neighbors: NDArray[np.int64], tokens: NDArray[np.int64]) -> Photos:

@@ -25,7 +25,7 @@ from rag_geotoken.storage.files import write_json
 from rag_geotoken.tokens.reward import RewardHead
 from rag_geotoken.training.loop import Log
 from rag_geotoken.training.setup import Setup
-from rag_geotoken.types import NEIGHBOUR, RADII_KM, Photos, Predictions, Tables
+from rag_geotoken.types import NEIGHBOR, RADII_KM, Photos, Predictions, Tables
 from rag_geotoken.verifiers.range_plus import bank, likeness
 from rag_geotoken.verifiers.visual import support
 
@@ -79,7 +79,7 @@ def tune(models: Models, source: str, grid: Mapping[str, Grid], log: Log) -> Tun
         found = []
         mix = tuning.look_beta, tuning.look_semantic, tuning.look_spatial
         for tables, scores in parts:
-            pool = make_pool(tables.neighbours, tables.candidates, models.tokenizer, tuning, tables.places)
+            pool = make_pool(tables.neighbors, tables.candidates, models.tokenizer, tuning, tables.places)
             pool = extend(pool, tables.matches, tuning) if "visual" in mode else pool
             chosen = {name: scores[mix if name == "look" else name] for name in mode if name != "visual"}
             chosen = {name: values[:, : pool.mask.shape[1]] for name, values in chosen.items()}
@@ -89,7 +89,7 @@ def tune(models: Models, source: str, grid: Mapping[str, Grid], log: Log) -> Tun
         return Predictions.join(found)
 
     def density(tuning: Tuning) -> Predictions:
-        pools = (scored_pool(tables.neighbours, tuning.density_scale, NEIGHBOUR) for tables, _ in parts)
+        pools = (scored_pool(tables.neighbors, tuning.density_scale, NEIGHBOR) for tables, _ in parts)
         return Predictions.join([strategies.decide(pool, Given({}, tuning), "density") for pool in pools])
 
     def brier(tuning: Tuning, mode: tuple[str, ...], first: int = 1) -> float:

@@ -56,7 +56,7 @@ def log_probs(models: Models, options: Options, tables: Tables, pool: Pool) -> M
 VERIFIER = Verifier(
     log_probs,
     MllmVerdict,
-    reads=("embeddings", "neighbours"),
+    reads=("embeddings", "neighbors"),
     models=("mllm", "encoder", "index"),
     tuning=("alignment_scale", "search_weights"),
 )
@@ -68,7 +68,7 @@ def diverse_places(models: Models, options: Options, tables: Tables) -> MllmVerd
     far = models.index.search(embeddings.vectors, questions.SIMILAR[-1], weights, dissimilar=True)
     prompts = [
         questions.diverse_requests(picture, near, away, options.answers)
-        for picture, near, away in zip(_pictures(options, tables), tables.neighbours.lat_lon, far.lat_lon, strict=True)
+        for picture, near, away in zip(_pictures(options, tables), tables.neighbors.lat_lon, far.lat_lon, strict=True)
     ]
     most = options.answers * len(questions.SIMILAR)
     return questions.ask_place(prompts, models.session.ask, most, np.zeros((len(prompts), 1), bool))
@@ -126,11 +126,11 @@ def _shown(
 
         aligned = ALIGNMENT.scores(models, options, tables, pool).scores
         matches = tables.matches if options.visual else None
-        known = evidence(chosen, pool, tables.neighbours, aligned, models.tuning, matches)
+        known = evidence(chosen, pool, tables.neighbors, aligned, models.tuning, matches)
     shown = [candidates(chosen, i, texts, known) for i, texts in enumerate(place_texts(chosen))]
     near: list[dict[str, bytes]] = [{} for _ in shown]
     if options.near_pictures:
-        rows = nearby_rows(chosen, tables.neighbours)
+        rows = nearby_rows(chosen, tables.neighbors)
         pictures = _encoded(models, options, rows)
         for i, j in zip(*np.nonzero(rows >= 0), strict=True):
             if rows[i, j] in pictures:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 def utilities(models: Models, options: Options, tables: Tables, pool: Pool) -> Verdict:
     """The log (B, C) of the utility that the head expects of each place's cell."""
-    scores = models.reward_head.scores(models.states(tables.embeddings, tables.neighbours, pool)).numpy()
+    scores = models.reward_head.scores(models.states(tables.embeddings, tables.neighbors, pool)).numpy()
     return Verdict(np.where(pool.mask, scores, 0.0).astype(np.float32), pool.mask)
 
 
-VERIFIER = Verifier(utilities, Verdict, reads=("embeddings", "neighbours"), models=("reward", "index"))
+VERIFIER = Verifier(utilities, Verdict, reads=("embeddings", "neighbors"), models=("reward", "index"))

@@ -92,10 +92,10 @@ def evidence(
     tuning: Tuning,
     matches: Places | None = None,
 ) -> Evidence:
-    """What is known of a shortlist's places from the pool, the neighbours and the alignment's scores (B, C).
+    """What is known of a shortlist's places from the pool, the neighbors and the alignment's scores (B, C).
 
-    tuning: the weights of the search, by which a neighbour's score becomes a similarity of at most one, and how sharply
-    the alignment tells places apart. matches: where the neighbours' pictures, compared with the photo, put it.
+    tuning: the weights of the search, by which a neighbor's score becomes a similarity of at most one, and how sharply
+    the alignment tells places apart. matches: where the neighbors' pictures, compared with the photo, put it.
     """
     near = _between(chosen.lat_lon, neighbors.lat_lon) <= APART_KM
     alike = np.where(near, neighbors.scores[:, None, :] / sum(tuning.search_weights), 0.0).max(axis=2)
@@ -116,7 +116,7 @@ def evidence(
 
 
 def nearby_rows(chosen: Shortlist, neighbors: Neighbors) -> NDArray[np.int64]:
-    """The index's row (B, M) of the most alike neighbour within ``APART_KM`` of each place, -1 for none."""
+    """The index's row (B, M) of the most alike neighbor within ``APART_KM`` of each place, -1 for none."""
     near = _between(chosen.lat_lon, neighbors.lat_lon) <= APART_KM
     scores = np.where(near & chosen.mask[..., None], neighbors.scores[:, None, :], -np.inf)
     rows = np.take_along_axis(neighbors.rows, scores.argmax(axis=2), axis=1)

@@ -21,7 +21,7 @@ NO_MATCH = 0.05  # support of a place by matches that are no better than chance:
 def support(pool: Pool, matches: Places, within_km: float) -> NDArray[np.float32]:
     """How well the matches of each photo support its pool's entries -> (B, C), zero where there is none.
 
-    ``log(NO_MATCH + sum over neighbours k of score_k exp(-(distance to the moved place k / within_km)^2 / 2))``.
+    ``log(NO_MATCH + sum over neighbors k of score_k exp(-(distance to the moved place k / within_km)^2 / 2))``.
     """
     here, there = pool.lat_lon[:, :, None], matches.lat_lon[:, None]
     km = haversine_km(here[..., 0], here[..., 1], there[..., 0], there[..., 1])

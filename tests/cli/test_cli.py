@@ -58,7 +58,7 @@ def test_the_embedded_models_locate(photos: Path, tmp_path: Path) -> None:
     assert sum(row["error"] is None and row["verified"] for row in rows) == 6
 
 
-def test_search_shows_neighbours_and_not_the_photo_itself(
+def test_search_shows_neighbors_and_not_the_photo_itself(
     index_folder: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     picture = tmp_path / "gallery.png"

@@ -1,4 +1,4 @@
-"""The decision over a verified pool against plain loops, and snapping it to a cluster of neighbours."""
+"""The decision over a verified pool against plain loops, and snapping it to a cluster of neighbors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rag_geotoken.decision.strategies import Chosen, Given, bayes_risk, decide
 from rag_geotoken.geo.cells import S2Tokenizer
 from rag_geotoken.geo.sphere import haversine_km
 from rag_geotoken.options import verified_by
-from rag_geotoken.types import BEAM, NEIGHBOUR, RADII_KM, Neighbors, Pool
+from rag_geotoken.types import BEAM, NEIGHBOR, RADII_KM, Neighbors, Pool
 
 Floats = NDArray[np.float64]
 PAIRS = {
@@ -122,26 +122,26 @@ def near(*photos: list[tuple[float, float]]) -> Neighbors:
     return Neighbors(np.zeros(lat_lon.shape[:2], np.int64), lat_lon, scores)
 
 
-def centre() -> tuple[float, float]:
+def center() -> tuple[float, float]:
     lat, lon = CELLS.decode(CELLS.encode([47.0], [8.0]))
     return float(lat[0]), float(lon[0])
 
 
 def test_snap_goes_to_the_densest_cluster_of_the_cell(monkeypatch: pytest.MonkeyPatch) -> None:
-    lat, lon = centre()
-    # A better ranked neighbour alone, three within 400 m, and a denser cluster in the cell beside.
+    lat, lon = center()
+    # A better ranked neighbor alone, three within 400 m, and a denser cluster in the cell beside.
     alone, beside = (lat + 0.05, lon), (lat + 0.6, lon)
     cluster = [(lat - 0.05, lon), (lat - 0.052, lon), (lat - 0.054, lon + 0.001)]
     found = snap(answers((lat, lon)), near([alone, *cluster, *[beside] * 4]))
     assert found.lat_lon.tolist() == [list(cluster[0])]
     assert (CELLS.cell_ids(*found.lat_lon.T) == CELLS.cell_ids([lat], [lon])).all()
-    # With 50 m no neighbour has another: the better ranked of equals.
+    # With 50 m no neighbor has another: the better ranked of equals.
     monkeypatch.setattr(strategies, "SNAP_KM", 0.05)
     assert snap(answers((lat, lon)), near([alone, *cluster])).lat_lon.tolist() == [list(alone)]
 
 
-def test_snap_leaves_an_answer_without_a_neighbour_in_its_cell() -> None:
-    lat, lon = centre()
+def test_snap_leaves_an_answer_without_a_neighbor_in_its_cell() -> None:
+    lat, lon = center()
     given = answers((lat, lon), (10.0, 10.0))
     around = near([(lat + 0.6, lon)] * 3, [(10.0, 10.0001), (10.0, 10.0002), (-10.0, 10.0)])
     found = snap(given, around)
@@ -153,8 +153,8 @@ def test_snap_leaves_an_answer_without_a_neighbour_in_its_cell() -> None:
     np.testing.assert_allclose(moved.confidence, stayed.confidence, atol=1e-3)
 
 
-def test_snap_needs_neighbours(one_line: OneLine) -> None:
-    with one_line("select snap needs neighbours"):
+def test_snap_needs_neighbors(one_line: OneLine) -> None:
+    with one_line("select snap needs neighbors"):
         decide(answers((10.0, 10.0)), Given({}, TUNING), "snap")
 
 
@@ -172,11 +172,11 @@ def test_snap_is_a_plain_loop(pool: Pool, neighbors: Neighbors, within: float, m
         expected = places[int(np.argmax(crowds))] if places else given.lat_lon[b]
         np.testing.assert_array_equal(found.lat_lon[b], expected)
         moved += bool((found.lat_lon[b] != given.lat_lon[b]).any())
-    assert (pool.source == NEIGHBOUR).any() and moved < PHOTOS
+    assert (pool.source == NEIGHBOR).any() and moved < PHOTOS
 
 
-def test_snap_moves_an_answer_that_is_a_cells_centre() -> None:
-    # Every neighbour around its cell's centre: each answer moves, none leaves its cell.
+def test_snap_moves_an_answer_that_is_a_cells_center() -> None:
+    # Every neighbor around its cell's center: each answer moves, none leaves its cell.
     rng = np.random.default_rng(0)
     tokens = CELLS.encode(rng.uniform(-60, 60, 20), rng.uniform(-180, 180, 20))
     lat, lon = CELLS.decode(tokens)

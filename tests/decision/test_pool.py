@@ -22,7 +22,7 @@ from rag_geotoken.geo.cells import S2Tokenizer, cell_centers
 from rag_geotoken.geo.sphere import haversine_km
 from rag_geotoken.types import (
     FRONTIER,
-    NEIGHBOUR,
+    NEIGHBOR,
     SOURCES,
     Candidates,
     Neighbors,
@@ -56,7 +56,7 @@ def test_a_pool_is_one_entry_a_cell(neighbors: Neighbors, candidates: Candidates
         near = [math.exp(TUNING.neighbor_scale * s) for s in neighbors.scores[b].astype(float)]
         for (lat, lon), weight in zip(neighbors.lat_lon[b].tolist(), near, strict=True):
             cell = int(TOKENIZER.cell_ids(lat, lon))
-            entry = found.setdefault(cell, [lat, lon, "neighbour", 0.0])
+            entry = found.setdefault(cell, [lat, lon, "neighbor", 0.0])
             entry[3] += 0.3 * weight / sum(near)  # type: ignore[operator]
         once = {tuple(t): float(p) for t, p in zip(candidates.tokens[b].tolist(), candidates.log_prob[b], strict=True)}
         total = sum(math.exp(p) for p in once.values())
@@ -81,13 +81,13 @@ def test_a_pools_weights_add_up_to_one(pool: Pool) -> None:
 
 @pytest.mark.parametrize("share", [0.02, 0.5])
 def test_either_kind_has_its_share(neighbors: Neighbors, candidates: Candidates, share: float) -> None:
-    # In cells of a metre or so, no neighbour lies in a generated one.
+    # In cells of a meter or so, no neighbor lies in a generated one.
     fine = S2Tokenizer(24, 2)
     lat, lon = TOKENIZER.decode(candidates.tokens.reshape(-1, 4))
     tokens = fine.encode(lat, lon).reshape(PHOTOS, N, -1)
     made = make_pool(neighbors, replace(candidates, tokens=tokens), fine, replace(TUNING, neighbor_share=share))
     weight = np.where(made.mask, np.exp(made.log_weight), 0.0)
-    np.testing.assert_allclose((weight * (made.source == NEIGHBOUR)).sum(axis=1), share, atol=1e-5)
+    np.testing.assert_allclose((weight * (made.source == NEIGHBOR)).sum(axis=1), share, atol=1e-5)
 
 
 def test_a_pool_of_one_kind_alone(neighbors: Neighbors, candidates: Candidates) -> None:
@@ -95,9 +95,9 @@ def test_a_pool_of_one_kind_alone(neighbors: Neighbors, candidates: Candidates) 
     generated = make_pool(None, candidates, TOKENIZER, TUNING)
     for made in (retrieved, generated):
         check_weights(made)
-    assert (retrieved.source == NEIGHBOUR).all() and not (generated.source == NEIGHBOUR).any()
+    assert (retrieved.source == NEIGHBOR).all() and not (generated.source == NEIGHBOR).any()
     np.testing.assert_array_equal(retrieved.lat_lon, neighbors.lat_lon)
-    with pytest.raises(ValueError, match="neighbours, candidates or places"):
+    with pytest.raises(ValueError, match="neighbors, candidates or places"):
         make_pool(None, None, TOKENIZER, TUNING)
 
 
@@ -115,12 +115,12 @@ def test_a_candidate_without_a_chance_is_no_entry(candidates: Candidates) -> Non
 # pools of another kind
 
 
-def test_a_pool_of_the_neighbours_alone(neighbors: Neighbors) -> None:
-    made = scored_pool(neighbors, 7.0, NEIGHBOUR)
+def test_a_pool_of_the_neighbors_alone(neighbors: Neighbors) -> None:
+    made = scored_pool(neighbors, 7.0, NEIGHBOR)
     for b in range(PHOTOS):
         weights = [math.exp(7.0 * float(score)) for score in neighbors.scores[b]]
         for given, place, weight in zip(entries(made, b), neighbors.lat_lon[b].tolist(), weights, strict=True):
-            assert given[:3] == (*place, "neighbour") and given[3] == pytest.approx(weight / sum(weights), rel=1e-5)
+            assert given[:3] == (*place, "neighbor") and given[3] == pytest.approx(weight / sum(weights), rel=1e-5)
     check_weights(made)
 
 

@@ -20,7 +20,7 @@ from rag_geotoken.geo.sphere import destination, haversine_km
 from rag_geotoken.options import STRATEGIES as NAMES
 from rag_geotoken.run.walk import complete
 from rag_geotoken.types import (
-    NEIGHBOUR,
+    NEIGHBOR,
     RADII_KM,
     SOURCES,
     Answers,
@@ -253,27 +253,27 @@ def test_mean_shift_reaches_the_mode_of_a_dense_grid(lon: float) -> None:
     assert -180 <= lon <= 180
 
 
-# neighbours alone
+# neighbors alone
 
 
-def test_nearest_is_the_first_neighbour(neighbors: Neighbors) -> None:
+def test_nearest_is_the_first_neighbor(neighbors: Neighbors) -> None:
     def nearest(those: Neighbors) -> Predictions:
-        return choose("log-probability", scored_pool(those, TUNING.density_scale, NEIGHBOUR), TUNING)
+        return choose("log-probability", scored_pool(those, TUNING.density_scale, NEIGHBOR), TUNING)
 
     decided = nearest(neighbors)
     np.testing.assert_array_equal(decided.lat_lon, neighbors.lat_lon[:, 0])
-    assert (decided.source == NEIGHBOUR).all()
-    # Neighbours in one place: sure beyond the spread.
+    assert (decided.source == NEIGHBOR).all()
+    # Neighbors in one place: sure beyond the spread.
     same = Neighbors(neighbors.rows, np.repeat(neighbors.lat_lon[:, :1], K, axis=1), neighbors.scores)
     np.testing.assert_allclose(nearest(same).confidence[:, 2:], 1)
 
 
 def test_the_kernel_of_the_density_is_gaussian() -> None:
-    # Two neighbours 100 km apart, one spread: together 1 + exp(-1 / 2) = 1.61 against one of weight 1.5 or 1.7.
+    # Two neighbors 100 km apart, one spread: together 1 + exp(-1 / 2) = 1.61 against one of weight 1.5 or 1.7.
     lat_lon = np.array([[[50.0, 50.0], [0.0, 0.0], [0.0, 0.8993]]])
     for weight, expected in ((1.5, 0.0), (1.7, 50.0)):
         scores = np.array([[0.5 + math.log(weight) / TUNING.density_scale, 0.5, 0.5]], np.float32)
-        near = scored_pool(Neighbors(np.arange(3)[None], lat_lon, scores), TUNING.density_scale, NEIGHBOUR)
+        near = scored_pool(Neighbors(np.arange(3)[None], lat_lon, scores), TUNING.density_scale, NEIGHBOR)
         assert density(near, Given({}, TUNING)).lat_lon[0, 0] == expected
 
 

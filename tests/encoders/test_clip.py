@@ -173,10 +173,10 @@ def test_what_is_wrong_is_named(folder: Path, one_line: OneLine) -> None:
         ClipEncoder.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("told", ["[]", '{"image_mean": "grey"}', '{"image_std": [1, 1, 0]}', '{"image_mean": [0.5]}'])
+@pytest.mark.parametrize("told", ["[]", '{"image_mean": "gray"}', '{"image_std": [1, 1, 0]}', '{"image_mean": [0.5]}'])
 def test_unusable_mean_or_spread(folder: Path, told: str, one_line: OneLine) -> None:
     (folder / "preprocessor_config.json").write_text(told)
-    with one_line("no usable mean and deviation of the colours"):
+    with one_line("no usable mean and deviation of the colors"):
         ClipEncoder.from_pretrained(folder)
 
 

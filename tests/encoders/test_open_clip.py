@@ -316,7 +316,7 @@ def test_what_is_wrong_with_settings(folder: Path, clip_folder: Path, one_line: 
         ({"resize_mode": "longest"}, "resized by 'longest'"),
         ({"interpolation": "nearest"}, "'nearest'"),
         ({"std": [1, 1, 0]}, "no usable mean and deviation"),
-        ({"mean": "grey"}, "no usable mean and deviation"),
+        ({"mean": "gray"}, "no usable mean and deviation"),
     ):
         (folder / CONFIG).write_text(json.dumps(told | {"preprocess_cfg": pictures}))
         with one_line(words):

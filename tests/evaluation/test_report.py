@@ -55,7 +55,7 @@ def _example(**changes: Any) -> dict[str, Any]:
         "true": (47.0, 8.0),
         "answer": (47.5, 8.5),
         "km": 67.3,
-        "neighbours": [
+        "neighbors": [
             {"crop": rng.integers(0, 255, (64, 64, 3), np.uint8), "lat": 46.0, "lon": 7.0, "score": 0.9, "km": 135.0},
             {"crop": None, "lat": -20.0, "lon": 130.0, "score": 0.8, "km": 13_000.0},
         ],

@@ -25,7 +25,7 @@ from rag_geotoken.geo.sphere import (
 
 pytestmark = pytest.mark.filterwarnings("error")
 
-METRE = 1e-3
+METER = 1e-3
 HALF_ROUND = EARTH_RADIUS_KM * math.pi
 points = st.tuples(st.floats(-90, 90), st.floats(-180, 180))
 repeatable = settings(derandomize=True, deadline=None, max_examples=200, database=None)
@@ -72,9 +72,9 @@ def test_geodesic_is_geopys() -> None:
     ],
 )
 def test_by_hand(one: Any, two: Any, great_circle: float, geodesic: float) -> None:
-    assert haversine_km(*one, *two) == pytest.approx(great_circle, abs=METRE)
-    assert pairwise_km([one, two])[0, 1] == pytest.approx(great_circle, abs=METRE)
-    assert geodesic_km(*one, *two) == pytest.approx(geodesic, abs=METRE)
+    assert haversine_km(*one, *two) == pytest.approx(great_circle, abs=METER)
+    assert pairwise_km([one, two])[0, 1] == pytest.approx(great_circle, abs=METER)
+    assert geodesic_km(*one, *two) == pytest.approx(geodesic, abs=METER)
 
 
 @repeatable
@@ -83,12 +83,12 @@ def test_a_great_circle_is_a_metric(a: Any, b: Any, c: Any) -> None:
     km = pairwise_km([a, b, c])
     np.testing.assert_array_equal(km, km.T)
     assert not km.diagonal().any() and (km >= 0).all() and (km <= HALF_ROUND).all()
-    assert km[0, 2] <= km[0, 1] + km[1, 2] + METRE
+    assert km[0, 2] <= km[0, 1] + km[1, 2] + METER
     assert haversine_km(*a, *b) == pytest.approx(haversine_km(*b, *a), rel=1e-12, abs=1e-9)
-    assert haversine_km(*a, *c) <= haversine_km(*a, *b) + haversine_km(*b, *c) + METRE
+    assert haversine_km(*a, *c) <= haversine_km(*a, *b) + haversine_km(*b, *c) + METER
     # the way to b and on to its antipode is half round
     antipode = pairwise_km([a, (-b[0], b[1] - 180)])[0, 1]
-    assert haversine_km(*a, *b) + antipode == pytest.approx(HALF_ROUND, abs=METRE)
+    assert haversine_km(*a, *b) + antipode == pytest.approx(HALF_ROUND, abs=METER)
 
 
 @repeatable
@@ -106,7 +106,7 @@ def test_pairwise_is_haversine() -> None:
     expected = haversine_km(lat[..., :, None], lon[..., :, None], lat[..., None, :], lon[..., None, :])
     km = pairwise_km(lat_lon)
     assert km.shape == (3, 4, 40, 40)
-    np.testing.assert_allclose(km, expected, rtol=0, atol=0.5 * METRE)
+    np.testing.assert_allclose(km, expected, rtol=0, atol=0.5 * METER)
     np.testing.assert_allclose(km[..., 0, 2], expected[..., 0, 2], rtol=0, atol=1e-9)
 
 
@@ -142,7 +142,7 @@ def test_destination_is_that_far(start: Any, bearing: float, km: float) -> None:
     lat1, lon1 = start
     lat, lon = destination(lat1, lon1, bearing, km)
     assert -90 <= lat <= 90 and -180 <= lon <= 180
-    assert haversine_km(lat1, lon1, lat, lon) == pytest.approx(km, abs=METRE)
+    assert haversine_km(lat1, lon1, lat, lon) == pytest.approx(km, abs=METER)
 
 
 def test_directions_by_hand() -> None:

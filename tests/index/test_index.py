@@ -218,7 +218,7 @@ def test_the_index_of_another_encoder_is_refused(copy: Path, weights: Path, one_
         Geolocator.from_pretrained(copy, weights)
 
 
-def test_more_neighbours_than_photos_are_refused(gallery: GeoIndex, one_line: OneLine) -> None:
+def test_more_neighbors_than_photos_are_refused(gallery: GeoIndex, one_line: OneLine) -> None:
     assert gallery.search(queries(2), ROWS, WEIGHTS).rows.shape == (2, ROWS)
     own = gallery.rows["digest"].to_pylist()[:2]
     assert gallery.search(queries(2), ROWS - 1, WEIGHTS, own).rows.shape == (2, ROWS - 1)

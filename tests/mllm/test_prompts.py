@@ -33,7 +33,7 @@ def test_instructions_come_first_then_the_photo_then_the_candidates() -> None:
     ]
 
 
-def test_a_neighbours_picture_and_its_match_stand_with_the_candidate() -> None:
+def test_a_neighbors_picture_and_its_match_stand_with_the_candidate() -> None:
     seen = {**PLACE, "evidence": {**EVIDENCE, "match": 45, "agree": 6}, "picture": "near"}
     parts = render("pool", {"photo": b"photo", "near": b"near"}, candidates=[seen])
     assert parts[3] == b"near" and "match 45, agreeing 6; seen nearby <picture>\nZ" in text(parts)

@@ -271,7 +271,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         return end.value.code or 0, *capsys.readouterr()
 
     code, said, _ = call(WEIGHTS, "--out", tmp_path / "out", "--heads", 4)
-    assert code == 0 and "level 20" in said and "4 heads" in said and "15 neighbours" in said
+    assert code == 0 and "level 20" in said and "4 heads" in said and "15 neighbors" in said
     assert TokenModel.from_pretrained(tmp_path / "out").config == SIZES
     code, _, said = call(tmp_path / "nowhere.pth", "--out", tmp_path / "other")
     assert code == 1 and said.startswith("rag-geotoken: there is no file") and said.count("\n") == 1

@@ -74,7 +74,7 @@ def test_every_number_of_geoclip_is_kept(geoclip_package: Path, geoclip_folder: 
     np.testing.assert_allclose(gallery.vectors, wanted.numpy(), atol=1e-6)
 
 
-def spoilt(name: str, change: Callable[[Any], Any]) -> Callable[[Path], object]:
+def spoiled(name: str, change: Callable[[Any], Any]) -> Callable[[Path], object]:
     """Saves a file of the weights again, changed."""
 
     def spoil(package: Path) -> None:
@@ -97,18 +97,18 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "no scale": (lambda package: (package / "weights" / SCALE).unlink(), "logit_scale.* is missing"),
     "no gallery": (lambda package: shutil.rmtree(package / "gps_gallery"), "cannot read .*coordinates_100K.csv"),
     "a layer missing": (
-        spoilt(LOCATION, lambda state: {k: v for k, v in state.items() if "LocEnc2.head" not in k}),
+        spoiled(LOCATION, lambda state: {k: v for k, v in state.items() if "LocEnc2.head" not in k}),
         "location_encoder_weights.pth is no checkpoint of GeoCLIP: LocEnc2.head.0.weight is missing, and 1 more",
     ),
-    "a fourth scale": (spoilt(LOCATION, lambda state: state | {"LocEnc3.capsule.0.b": torch.ones(2)}), "is unknown"),
+    "a fourth scale": (spoiled(LOCATION, lambda state: state | {"LocEnc3.capsule.0.b": torch.ones(2)}), "is unknown"),
     "misshapen": (
-        spoilt(LOCATION, lambda state: state | {"LocEnc0.capsule.0.b": torch.ones(256, 3)}),
+        spoiled(LOCATION, lambda state: state | {"LocEnc0.capsule.0.b": torch.ones(256, 3)}),
         r"LocEnc0.capsule.0.b is \(256, 3\) where \(256, 2\) fits",
     ),
-    "not finite": (spoilt(MLP, lambda state: state | {"0.bias": torch.full((768,), torch.nan)}), "not finite"),
-    "scale not finite": (spoilt(SCALE, lambda value: value * torch.inf), "logit_scale .* not finite"),
-    "two scales": (spoilt(SCALE, lambda value: value.repeat(2)), "no single number"),
-    "a state dict for the scale": (spoilt(SCALE, lambda value: {"logit_scale": value}), "no single number"),
+    "not finite": (spoiled(MLP, lambda state: state | {"0.bias": torch.full((768,), torch.nan)}), "not finite"),
+    "scale not finite": (spoiled(SCALE, lambda value: value * torch.inf), "logit_scale .* not finite"),
+    "two scales": (spoiled(SCALE, lambda value: value.repeat(2)), "no single number"),
+    "a state dict for the scale": (spoiled(SCALE, lambda value: {"logit_scale": value}), "no single number"),
     "pickled code": (
         lambda package: torch.save({"a": Path("x")}, package / "weights" / SCALE),
         "logit_scale_weights.pth is refused",

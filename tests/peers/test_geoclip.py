@@ -142,7 +142,7 @@ def test_the_gallery_is_encoded_once(
     wanted = answers()
     assert calls == []  # the conversion did it
     vectors, before = copied / "gallery.npy", (copied / "gallery.npy").read_bytes()
-    spoilt: dict[str, Callable[[], object]] = {
+    spoiled: dict[str, Callable[[], object]] = {
         "missing": vectors.unlink,
         "cut off": lambda: vectors.write_bytes(before[:5000]),
         "one bit": lambda: vectors.write_bytes(before[:90_000] + bytes([before[90_000] ^ 1]) + before[90_001:]),
@@ -150,7 +150,7 @@ def test_the_gallery_is_encoded_once(
         "no manifest": (copied / "gallery.json").unlink,
         "another's manifest": lambda: (copied / "gallery.json").write_text('{"made_from": {}, "sha256": ""}'),
     }
-    for spoil in spoilt.values():
+    for spoil in spoiled.values():
         spoil()
         np.testing.assert_array_equal(answers(), wanted)
         assert calls.pop() == 300 and not calls

@@ -169,7 +169,7 @@ def test_a_geolocator_asks_it(
     rows = np.arange(10).reshape(5, 2)
     near = Neighbors(rows, geolocator.index.lat_lon[rows], np.ones((5, 2), np.float32))
     tables = Tables(Photos.of(list(pictures(5)), list("abcde")))
-    tables.put("neighbours", near)
+    tables.put("neighbors", near)
     options = Options(verify=("visual",))
     found = stages.match(street, options, tables)
     np.testing.assert_array_equal(found.lat_lon, near.lat_lon)
@@ -191,4 +191,4 @@ def test_locate_takes_a_matcher(
     assert CliRunner().invoke(app, [*given, "--verify", "visual"]).exit_code == 0
     run = tmp_path / "found.run"
     matches = Places.from_table(read_table(run / "matches.parquet"))
-    np.testing.assert_array_equal(matches.lat_lon, Neighbors.from_table(read_table(run / "neighbours.parquet")).lat_lon)
+    np.testing.assert_array_equal(matches.lat_lon, Neighbors.from_table(read_table(run / "neighbors.parquet")).lat_lon)

@@ -19,7 +19,7 @@ from rag_geotoken.errors import GeoError
 from rag_geotoken.photos import pictures
 from rag_geotoken.photos.pictures import exif_lat_lon, list_pictures, load_pictures
 
-# Four quarters: red, green over blue, grey.
+# Four quarters: red, green over blue, gray.
 QUARTERS = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [90, 90, 90]]], np.uint8)
 SAMPLE = np.repeat(np.repeat(QUARTERS, 16, 0), 16, 1)
 
@@ -65,7 +65,7 @@ def test_the_central_square_is_taken(tmp_path: Path, shape: tuple[int, int]) -> 
 
 
 def clip_square(picture: Image.Image, size: int) -> np.ndarray:
-    """What CLIP's own processor makes of a picture, before it turns the colours into small numbers."""
+    """What CLIP's own processor makes of a picture, before it turns the colors into small numbers."""
     try:
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as Processor
     except ImportError:  # transformers 4
@@ -94,8 +94,8 @@ def test_of_a_needle_the_middle_is_taken(tmp_path: Path) -> None:
 
 
 def test_shrinking_is_antialiased_and_a_needle_stays_small(tmp_path: Path) -> None:
-    chequered = (np.indices((256, 256)).sum(0) % 2 * 255).astype(np.uint8)
-    assert abs(load(save(tmp_path / "a.png", chequered), 8).astype(int) - 127).max() <= 2
+    checkered = (np.indices((256, 256)).sum(0) % 2 * 255).astype(np.uint8)
+    assert abs(load(save(tmp_path / "a.png", checkered), 8).astype(int) - 127).max() <= 2
     assert load(save(tmp_path / "b.png", np.full((1, 60_000, 3), 7, np.uint8)), 64).max() == 7
 
 
@@ -135,7 +135,7 @@ def test_transparency_becomes_white(tmp_path: Path) -> None:
         assert (pixels == white).all()
 
 
-def test_grey_of_all_depths_and_cmyk(tmp_path: Path) -> None:
+def test_gray_of_all_depths_and_cmyk(tmp_path: Path) -> None:
     assert (load(save(tmp_path / "a.png", np.full((8, 8), 30_000, np.uint16))) == 30_000 // 256).all()
     assert (load(save(tmp_path / "b.png", Image.new("1", (8, 8), 1))) == 255).all()
     assert (load(save(tmp_path / "c.tif", Image.new("CMYK", (8, 8), (0, 255, 255, 0)))) == [255, 0, 0]).all()
@@ -229,8 +229,8 @@ def test_blue_marble_references_go_to_their_source(tmp_path: Path, monkeypatch: 
     stand_in = types.ModuleType("blue_marble")
     stand_in.draw, stand_in.PIXELS = drawn, 4  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "rag_geotoken.photos.blue_marble", stand_in)
-    grey = save(tmp_path / "a.png", np.full((8, 8), 7, np.uint8))
-    pixels, errors = load_pictures(["blue-marble:1", grey, "blue-marble:3", "none.png"], 4)
+    gray = save(tmp_path / "a.png", np.full((8, 8), 7, np.uint8))
+    pixels, errors = load_pictures(["blue-marble:1", gray, "blue-marble:3", "none.png"], 4)
     assert pixels.max((1, 2, 3)).tolist() == [1, 7, 3, 0]
     assert errors[:3] == [None] * 3 and errors[3] == "none.png: there is no such file"
 

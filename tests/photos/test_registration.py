@@ -141,7 +141,7 @@ def test_the_geometry_is_exact_everywhere(place: tuple[float, float]) -> None:
     assert km[right].max() < 1.5 and km[2] > 50 and km[5] > 5000
 
 
-def test_one_neighbour_alone_is_taken_to_be_usual() -> None:
+def test_one_neighbor_alone_is_taken_to_be_usual() -> None:
     """North up and 300 km wide: a quarter of the width to the left of it is 75 km to the west."""
     none = torch.zeros(1, 1, dtype=torch.float64)
     alone = Registration(torch.tensor([[[0.25, 0.0]]], dtype=torch.float64), none, none, torch.ones(1, 1))
@@ -186,15 +186,15 @@ def test_matches_are_a_stage_that_goes_on(run_folder: Path, geolocator: Geolocat
     options, run = replace(OPTIONS, verify=("visual",)), RunFolder(tmp_path / "run", geolocator)
     files = run.walk(options, until="pool")
     assert files["matches"] == "matches" and "matches" not in run.reused
-    assert {"embeddings", "neighbours"} <= set(run.reused)
+    assert {"embeddings", "neighbors"} <= set(run.reused)
     assert (tmp_path / "run/matches.parquet").read_bytes() == whole
     tables = run.tables(options, files)
-    found, neighbors, entries = tables.matches, tables.neighbours, tables.pool
+    found, neighbors, entries = tables.matches, tables.neighbors, tables.pool
     assert found.scores.shape == neighbors.scores.shape and (found.scores >= 0).all() and (found.scores <= 1).all()
     assert (entries.source[entries.mask] == VISUAL).sum() == len(run.readable) * OPTIONS.neighbors
 
 
-def test_a_neighbour_without_its_picture_costs_a_match(geolocator: Geolocator, near: Floats, photos: Floats) -> None:
+def test_a_neighbor_without_its_picture_costs_a_match(geolocator: Geolocator, near: Floats, photos: Floats) -> None:
     """And nothing else: the others put the photo where it is."""
     rows = np.arange(K)[None]
     images = [f"blue-marble:bmng/{','.join(f'{value:.6f}' for value in view)}" for view in near[0]]
@@ -203,7 +203,7 @@ def test_a_neighbour_without_its_picture_costs_a_match(geolocator: Geolocator, n
     table = table.set_column(table.column_names.index("image"), "image", pa.array(images))
     locator = Geolocator(geolocator.alignment, None, replace(geolocator.index, rows=table), TUNING)
     tables = Tables(Photos.of(list(cut_all(photos[:1])), ["it"]))
-    tables.put("neighbours", Neighbors(rows, near[:1, :, :2], np.ones((1, K), np.float32)))
+    tables.put("neighbors", Neighbors(rows, near[:1, :, :2], np.ones((1, K), np.float32)))
     found = stages.match(locator, OPTIONS, tables)
     assert found.scores[0, 3] == 0 and (np.delete(found.scores[0], 3) > 0.5).sum() >= K - 2
     best = found.lat_lon[0, found.scores[0].argmax()]

@@ -36,7 +36,7 @@ from rag_geotoken.types import (
     BEAM,
     GPS,
     GREEDY,
-    NEIGHBOUR,
+    NEIGHBOR,
     RADII_KM,
     SAMPLE,
     SOURCES,
@@ -139,7 +139,7 @@ def test_a_stage_names_the_tables_that_it_reads(variant: Variant, walked: tuple[
 
 
 def test_retrieval_variants_by_hand(run_folder: Path, geolocator: Geolocator) -> None:
-    near: Neighbors = read(run_folder, "neighbours", Neighbors)
+    near: Neighbors = read(run_folder, "neighbors", Neighbors)
     np.testing.assert_array_equal(answers(run_folder, "nearest"), near.lat_lon[:, 0])
     weight = np.exp(geolocator.tuning.density_scale * near.scores.astype(float))
     kernel = np.exp(-0.5 * (pairwise_km(near.lat_lon) / geolocator.tuning.density_km) ** 2)
@@ -174,17 +174,17 @@ def drawn_tables(photos: int = 60, around: tuple[float, float] | None = None) ->
     middle = np.column_stack([rng.uniform(-50, 60, photos), rng.uniform(-170, 170, photos)])[:, None]
     if around is not None:
         middle[:] = around
-    # In most cells the first neighbour stands alone, the next two beside each other.
+    # In most cells the first neighbor stands alone, the next two beside each other.
     lat_lon = middle + np.repeat(rng.normal(0, 0.6, (photos, 3, 2)), 3, axis=1)[:, :8]
     lat_lon += np.array([0.0, 0.05, 0.054] * 3)[:8, None]
     similar = -np.sort(-rng.uniform(0.7, 0.9, (photos, 8)))
     tables = Tables(Photos.of([b""] * photos, [str(i) for i in range(photos)]))
-    tables.neighbours = Neighbors(np.zeros((photos, 8), np.int64), lat_lon, similar.astype(np.float32))
+    tables.neighbors = Neighbors(np.zeros((photos, 8), np.int64), lat_lon, similar.astype(np.float32))
     cells = TOKENIZER.encode(*(middle + rng.normal(0, 0.8, (photos, 12, 2))).reshape(-1, 2).T)
     source = np.tile(np.array([GREEDY, *[BEAM] * 4, *[SAMPLE] * 7], np.int8), (photos, 1))
     log_prob = rng.uniform(-4, -1, source.shape).astype(np.float32)
-    centres = np.stack(TOKENIZER.decode(cells), axis=-1).reshape(photos, 12, 2)
-    tables.candidates = Candidates(cells.reshape(photos, 12, -1), log_prob, source, centres)
+    centers = np.stack(TOKENIZER.decode(cells), axis=-1).reshape(photos, 12, 2)
+    tables.candidates = Candidates(cells.reshape(photos, 12, -1), log_prob, source, centers)
     mass = np.sort(rng.dirichlet(np.ones(12), photos).astype(np.float32))[:, ::-1]
     tables.posterior = Posterior(TOKENIZER.tokens_to_ids(tables.candidates.tokens), mass)
     near = middle + rng.normal(0, 0.7, (photos, 5, 2))
@@ -197,7 +197,7 @@ def drawn_tables(photos: int = 60, around: tuple[float, float] | None = None) ->
 def test_the_other_variants_are_the_strategies() -> None:
     tables = drawn_tables()
     tuning = replace(TUNING, gps_share=0.4, spread_km=60.0, visual_km=60.0, visual_spread_km=60.0)
-    neighbors, candidates, places, matches = tables.neighbours, tables.candidates, tables.places, tables.matches
+    neighbors, candidates, places, matches = tables.neighbors, tables.candidates, tables.places, tables.matches
     extended = extend(make_pool(neighbors, candidates, TOKENIZER, tuning, places), matches, tuning)
     everything, pool = only(extended, *range(GPS + 1)), only(extended, *range(SAMPLE + 1))
     rng = np.random.default_rng(1)
@@ -212,7 +212,7 @@ def test_the_other_variants_are_the_strategies() -> None:
         return strategies.decide(of, Given(scores, tuning, neighbors, TOKENIZER), select)
 
     sampled = Candidates(*(values[:, candidates.source[0] == SAMPLE] for values in vars(candidates).values()))
-    around = scored_pool(neighbors, tuning.density_scale, NEIGHBOUR)
+    around = scored_pool(neighbors, tuning.density_scale, NEIGHBOR)
     expected = {
         "nearest": chosen(around, "log-probability"),
         "density": chosen(around, "density"),
@@ -272,7 +272,7 @@ def test_deciding_computes_nothing_that_the_tables_hold(
     monkeypatch.setattr(walk, "read_table", counted)
     run = RunFolder(copied, geolocator)
     walk_variants(run, VARIANTS)
-    assert len(opened) == len(set(opened)) and {"pool", "neighbours", "verdicts-alignment"} <= set(opened)
+    assert len(opened) == len(set(opened)) and {"pool", "neighbors", "verdicts-alignment"} <= set(opened)
     assert {name for name in run.seconds if name not in run.reused} == {f"predictions-{name}" for name in NAMED}
     for name in NAMED:
         path = f"predictions-{name}.parquet"
@@ -288,7 +288,7 @@ def test_a_lost_table_is_named(copied: Path, geolocator: Geolocator, one_line: O
 def test_the_oracle_is_the_best_place_that_a_variant_may_answer(walked: tuple[RunFolder, Made]) -> None:
     run, made = walked
     truth, good = run.photos.lat_lon, [i for i in range(30) if i != BROKEN]
-    near: Neighbors = run.result("neighbours", Neighbors)
+    near: Neighbors = run.result("neighbors", Neighbors)
     best = oracle(run, NAMED["nearest"].options, made["nearest"])
     assert np.isnan(best[BROKEN])
     for b, i in enumerate(good):
@@ -305,7 +305,7 @@ def test_the_oracle_is_the_best_place_that_a_variant_may_answer(walked: tuple[Ru
     assert (pool.source[pool.mask] == GPS).any() and not (pool.source[pool.mask] == VISUAL).any()
     moved: Pool = run.result(made["pool+gps+visual"]["pool"], Pool)
     assert (moved.source[moved.mask] == VISUAL).any()
-    allowed = pool.mask & np.isin(pool.source, (NEIGHBOUR, GREEDY, BEAM, SAMPLE))
+    allowed = pool.mask & np.isin(pool.source, (NEIGHBOR, GREEDY, BEAM, SAMPLE))
     away = haversine_km(truth[good, :1], truth[good, 1:], pool.lat_lon[..., 0], pool.lat_lon[..., 1])
     found = oracle(run, NAMED["pool"].options, made["pool"])[good]
     np.testing.assert_allclose(found, np.where(allowed, away, np.inf).min(axis=1))
@@ -373,7 +373,7 @@ def recipe_of(*variants: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 
 def test_lists_and_tables_are_crossed() -> None:
-    sources = {"all": "neighbour+beam", "near": ["neighbour"]}
+    sources = {"all": "neighbor+beam", "near": ["neighbor"]}
     recipe = read_variants(
         recipe_of(
             {"sources": sources, "verify": ["none", "visual+alignment"], "samples": [4, 5], "area": [True, False]},
@@ -387,7 +387,7 @@ def test_lists_and_tables_are_crossed() -> None:
     variant = named["near visual+alignment samples=5 no-area"]
     assert variant.splits == ()
     assert variant.options == Options(
-        **SMALL | {"seed": 3, "samples": 5}, sources=("neighbour",), verify=("visual", "alignment")
+        **SMALL | {"seed": 3, "samples": 5}, sources=("neighbor",), verify=("visual", "alignment")
     )
     by_hand = named["by hand"]
     assert by_hand.splits == ("test",) and by_hand.options == Options(
@@ -397,18 +397,18 @@ def test_lists_and_tables_are_crossed() -> None:
 
 def test_a_variant_knows_itself_without_verification() -> None:
     verified = Options(
-        sources=("neighbour", "gps", "visual"), verify=("visual", "alignment"), select="highest", evidence=False
+        sources=("neighbor", "gps", "visual"), verify=("visual", "alignment"), select="highest", evidence=False
     )
     plain = Variant("one", verified).unverified
-    assert plain == Options(sources=("neighbour", "gps"), verify=())
+    assert plain == Options(sources=("neighbor", "gps"), verify=())
     assert Variant("none", plain).unverified == plain
 
 
 TEN = "blue-marble:test,n=10"
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key of the recipe": ({"variant": []}, "the recipe's variant does not fit: Extra inputs"),
-    "unknown key of a variant": ({"variants": [{"neighbours": 3}]}, "a variant has no 'neighbours'"),
-    "unknown common option": ({"options": {"neighbours": 3}}, "neighbours"),
+    "unknown key of a variant": ({"variants": [{"neighborz": 3}]}, "a variant has no 'neighborz'"),
+    "unknown common option": ({"options": {"neighborz": 3}}, "neighborz"),
     "same name twice": ({"variants": [{"name": "a"}, {"name": "a", "seed": 1}]}, "two variants are called a"),
     "one name for a crossing": ({"variants": [{"name": "a", "seed": [0, 1]}]}, "two variants are called a"),
     "no name": ({"variants": [{}, {}]}, "name"),
@@ -424,7 +424,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no values": ({"variants": [{"samples": []}]}, "samples|variants"),
     "a number for a name": ({"variants": [{"name": 3}]}, "name"),
     "a name that is a path": ({"variants": [{"name": "../a"}]}, "name"),
-    "a shown value that is a path": ({"variants": [{"sources": {"../a": "neighbour"}}]}, "name"),
+    "a shown value that is a path": ({"variants": [{"sources": {"../a": "neighbor"}}]}, "name"),
     "photos that are no list": ({"variants": [{"photos": "test"}]}, "photos"),
     "photos that are a number": ({"variants": [{"photos": 3}]}, "photos"),
     "photos of no split": ({"variants": [{"name": "a", "photos": ["unseen"]}]}, "unseen, which the recipe has not"),
@@ -475,7 +475,7 @@ def test_variants_share_every_table_that_they_have_in_common(geolocator: Geoloca
     ).variants
     run = RunFolder(tmp_path, geolocator)
     made = walk_variants(run, variants)
-    for stage in ("embeddings", "neighbours", "places", "posterior", "matches"):
+    for stage in ("embeddings", "neighbors", "places", "posterior", "matches"):
         assert tables_of(tmp_path, stage) == {stage}
     # Pools with moved places and without are two.
     for stage, many in {"candidates": 2, "pool": 4, "verdicts-alignment": 4, "verdicts-visual": 2}.items():
@@ -492,9 +492,9 @@ def test_variants_share_every_table_that_they_have_in_common(geolocator: Geoloca
 def crossing() -> dict[str, Any]:
     """Pools with and without verification, on two splits, one variant on the first alone."""
     return recipe_of(
-        {"sources": {"all": "neighbour+gps+greedy+beam+sample", "near": "neighbour+gps"}, "verify": ["none", "look"]},
-        {"sources": {"all": "neighbour+gps+greedy+beam+sample+visual"}, "verify": "visual"},
-        {"name": "alone", "sources": "neighbour", "verify": "alignment", "select": "density", "photos": ["test"]},
+        {"sources": {"all": "neighbor+gps+greedy+beam+sample", "near": "neighbor+gps"}, "verify": ["none", "look"]},
+        {"sources": {"all": "neighbor+gps+greedy+beam+sample+visual"}, "verify": "visual"},
+        {"name": "alone", "sources": "neighbor", "verify": "alignment", "select": "density", "photos": ["test"]},
         photos={"test": "blue-marble:test,n=40", "relief": "blue-marble:relief,n=10"},
         examples="mended",
         seed=5,
@@ -532,15 +532,15 @@ def test_run_again_nothing_changes(
 
 
 def test_tables_of_a_version_that_noted_no_seconds_count_none(weights: Path, tmp_path: Path) -> None:
-    recipe = recipe_of({"name": "near", "sources": "neighbour", "verify": "none"})
+    recipe = recipe_of({"name": "near", "sources": "neighbor", "verify": "none"})
     first = ablate(recipe, tmp_path, print, weights=weights)
-    for path in (tmp_path / "index" / "stages" / "photos.json", tmp_path / "test" / "neighbours.json"):
+    for path in (tmp_path / "index" / "stages" / "photos.json", tmp_path / "test" / "neighbors.json"):
         manifest = read_json(path)
         del manifest["seconds"]
         write_json(path, manifest)
     (tmp_path / "report.html").unlink()
     again = ablate(recipe, tmp_path, print, weights=weights)
-    assert again["stages"].keys() == first["stages"].keys() and again["stages"]["test: neighbours"] == 0
+    assert again["stages"].keys() == first["stages"].keys() and again["stages"]["test: neighbors"] == 0
     # With an index of one's own, the one that was made here before is no part of the work.
     (tmp_path / "report.html").unlink()
     other = ablate(recipe, tmp_path, print, index=tmp_path / "index", weights=weights)
@@ -591,7 +591,7 @@ def test_rows_by_hand(ablated: tuple[Path, dict[str, Any]]) -> None:
 
     for (split, name), row in rows.items():
         if name == "oracle-6":
-            near: Neighbors = read(out / split, "neighbours", Neighbors)
+            near: Neighbors = read(out / split, "neighbors", Neighbors)
             truth = read_table(out / split / "photos.parquet", ["lat", "lon"]).to_pandas().to_numpy()
             away = haversine_km(truth[:, :1], truth[:, 1:], *np.moveaxis(near.lat_lon, 2, 0)).min(axis=1)
             assert not {"gain", "oracle", "cost"} & row.keys()
@@ -640,14 +640,14 @@ def test_an_index_of_ones_own_is_used_and_left_as_it_is(
     index_folder: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = bytes_of(index_folder)
-    recipe = recipe_of({"name": "near", "sources": "neighbour", "verify": "none"})
+    recipe = recipe_of({"name": "near", "sources": "neighbor", "verify": "none"})
     del recipe["gallery"]
     ablate(recipe, tmp_path / "python", print, index=index_folder, weights=weights)
     mine = tmp_path / "mine.toml"
     mine.write_text(
         'gallery = "nothing:there"\n[options]\nneighbors = 6\nbeam_width = 4\nsamples = 6\nopenings = 8\n'
         '[photos]\ntest = "blue-marble:test,n=99"\n'
-        '[[variants]]\nname = "near"\nsources = "neighbour"\nverify = "none"\n'
+        '[[variants]]\nname = "near"\nsources = "neighbor"\nverify = "none"\n'
     )
     command = ["ablate", mine, "--out", tmp_path / "line", "--photos", "blue-marble:test,n=10"]
     capsys.readouterr()
@@ -659,7 +659,7 @@ def test_an_index_of_ones_own_is_used_and_left_as_it_is(
     lat_lon = np.stack([rows["lat"].to_numpy(), rows["lon"].to_numpy()], axis=-1)
     for out, split in (("python", "test"), ("line", "photos")):
         assert not (tmp_path / out / "index").exists()
-        near: Neighbors = read(tmp_path / out / split, "neighbours", Neighbors)
+        near: Neighbors = read(tmp_path / out / split, "neighbors", Neighbors)
         np.testing.assert_allclose(near.lat_lon, lat_lon[near.rows])
     one, other = (tmp_path / out / "predictions.parquet" for out in ("python", "line"))
     assert one.read_bytes() == other.read_bytes()

@@ -27,7 +27,7 @@ def predictions() -> pa.Table:
             "id": ["one.png", "two.png", NASTY],
             "lat": [12.25, None, -45.5],
             "lon": [-170.5, None, 0.0],
-            "source": ["beam", None, "neighbour"],
+            "source": ["beam", None, "neighbor"],
             "confidence_25": [0.5, None, 0.25],
             "verified": [True, False, True],
             "error": [None, "two.png: broken <or> cut short", None],

@@ -22,11 +22,14 @@ POOL = ["decision/pool.py", "geo/cells.py"]
 SHOWN = ["mllm/pictures.py", "mllm/prompts.py", "verifiers/questions.py", "mllm/parse.py", "verifiers/mllm.py"]
 # Stage -> the code that its results follow from: a file, or FILE:FUNCTION.
 SOURCES = {
-    "embeddings": ["run/stages.py:embed_pictures", "run/stages.py:digests", "encoders/alignment.py", "photos/pictures.py", "encoders/dense.py",
+    "embeddings": ["run/stages.py:embed_pictures", "run/stages.py:digests",
+                   "encoders/alignment.py", "photos/pictures.py", "encoders/dense.py",
                    "encoders/earth.py", "encoders/clip.py", "encoders/open_clip.py", "encoders/shared.py"],
-    "neighbours": ["run/stages.py:search", "index/geo_index.py", "index/exact.py", "index/exclusion.py", "index/approximate.py"],
+    "neighbors": ["run/stages.py:search", "index/geo_index.py", "index/exact.py", "index/exclusion.py",
+                  "index/approximate.py"],
     "candidates": ["run/stages.py:propose", "tokens/decoding.py", "tokens/prefix_tree.py", "tokens/region.py", *MEMORY],
-    "places": ["run/stages.py:find_places", "index/cell_search.py", "encoders/location.py", "geo/cells.py", "encoders/dense.py"],
+    "places": ["run/stages.py:find_places", "index/cell_search.py", "encoders/location.py", "geo/cells.py",
+               "encoders/dense.py"],
     "posterior": ["run/stages.py:believe", "tokens/frontier.py", "tokens/prefix_tree.py", *MEMORY],
     "matches": ["run/stages.py:match", "photos/matching.py", "photos/registration.py", "photos/agreement.py",
                 "photos/keypoints.py", "photos/pictures.py"],
@@ -34,7 +37,8 @@ SOURCES = {
     "pool": POOL,
     "verdicts-alignment": ["verifiers/alignment.py", "encoders/location.py", "encoders/dense.py", *POOL],
     "verdicts-look": ["verifiers/range_plus.py", "encoders/location.py", "encoders/dense.py", *POOL],
-    "verdicts-reward": ["verifiers/reward.py", "tokens/reward.py", "models.py:states", "tokens/decoding.py", *MEMORY, *POOL],
+    "verdicts-reward": ["verifiers/reward.py", "tokens/reward.py", "models.py:states", "tokens/decoding.py", *MEMORY,
+                        *POOL],
     "verdicts-visual": ["verifiers/visual.py", *POOL],
     "verdicts-mllm-pool": ["verifiers/shortlist.py", "verifiers/alignment.py", *SHOWN, *POOL],
     "predictions": ["run/stages.py:decide", "run/stages.py:_abstaining", "decision/strategies.py",

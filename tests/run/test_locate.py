@@ -74,7 +74,7 @@ def places(rows: list[dict[str, Any]]) -> list[tuple[float, float]]:
 
 
 def test_verifiers_are_chosen_and_nothing_before_them_is_done_again(locate: Command) -> None:
-    before = ("embeddings", "neighbours", "candidates", "pool")
+    before = ("embeddings", "neighbors", "candidates", "pool")
     found, known = {}, dict[str, int]()
     for verify in ("none", "reward", "alignment", "alignment,reward"):
         rows = locate("--verify", verify)
@@ -113,7 +113,7 @@ def test_a_verifier_that_is_not_there(locate: Command, weights: Path, capsys: py
 def test_within_leaves_places_inside_alone(km: int, verify: str, locate: Command) -> None:
     free = locate("--verify", verify)
     rows = locate("--verify", verify, "--within", f"{HERE[0]},{HERE[1]},{km}")
-    cell = 800  # a cell of the tiny model reaches no further from its centre; the place's own cell always counts
+    cell = 800  # a cell of the tiny model reaches no further from its center; the place's own cell always counts
     assert all(float(haversine_km(*HERE, *place)) <= max(km, cell) for place in places(rows))
     assert any(float(haversine_km(*HERE, *place)) > max(km, cell) for place in places(free))
     pool = locate.pool
@@ -122,13 +122,13 @@ def test_within_leaves_places_inside_alone(km: int, verify: str, locate: Command
     np.testing.assert_allclose(np.exp(pool.log_weight).sum(axis=1), 1, atol=1e-5)
 
 
-def test_within_where_no_neighbour_and_no_cells_centre_is(locate: Command) -> None:
-    # A spot in the Pacific: the cell that holds it is proposed; without proposals the nearest neighbour stays.
+def test_within_where_no_neighbor_and_no_cells_center_is(locate: Command) -> None:
+    # A spot in the Pacific: the cell that holds it is proposed; without proposals the nearest neighbor stays.
     rows = locate("--within", "-48.9,-123.4,5")
     assert len(set(places(rows))) == 1 and {row["source"] for row in rows} <= {"greedy", "beam", "sample"}
     assert float(haversine_km(-48.9, -123.4, *places(rows)[0])) < 800
     alone = locate("--within", "-48.9,-123.4,5", "--propose", "none")
-    assert {row["source"] for row in alone} == {"neighbour"}
+    assert {row["source"] for row in alone} == {"neighbor"}
     assert (locate.pool.mask.sum(axis=1) == 1).all()
 
 
@@ -144,7 +144,7 @@ def test_within_that_is_no_place_and_distance(text: str, one_line: OneLine) -> N
         Options(within=parse_option("within", text))
 
 
-def test_within_is_read_as_latitude_longitude_and_kilometres(
+def test_within_is_read_as_latitude_longitude_and_kilometers(
     locate: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert Options(within=parse_option("within", None)).within is None
@@ -220,11 +220,11 @@ def test_the_seed_changes_the_samples_and_nothing_else(locate: Command) -> None:
     np.testing.assert_array_equal(found[0].tokens, found[2].tokens)
 
 
-def test_without_proposals_and_verification_neighbours_are_left(locate: Command) -> None:
+def test_without_proposals_and_verification_neighbors_are_left(locate: Command) -> None:
     rows = locate("--propose", "none", "--gps-places", 0, "--verify", "none")
-    assert {row["source"] for row in rows} == {"neighbour"} and not any(row["verified"] for row in rows)
+    assert {row["source"] for row in rows} == {"neighbor"} and not any(row["verified"] for row in rows)
     assert not {"candidates", "places"} & set(locate.tables())
-    places_of = read_table(locate.run / "neighbours.parquet", ["lat", "lon"]).to_pylist()
+    places_of = read_table(locate.run / "neighbors.parquet", ["lat", "lon"]).to_pylist()
     assert all({"lat": row["lat"], "lon": row["lon"]} in places_of for row in rows)
 
 

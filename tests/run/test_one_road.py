@@ -92,7 +92,7 @@ def joined(parts: list[Any]) -> Any:
 
 
 def same(one: Tables, other: Tables, options: Options) -> None:
-    """The same neighbours, cells, candidates and sources; numbers within 1e-5."""
+    """The same neighbors, cells, candidates and sources; numbers within 1e-5."""
     masks = one.pool.mask, other.pool.mask
     for stage in road(options)[:-1]:
         if stage.name == "verdicts-mllm-diversify":
@@ -229,7 +229,7 @@ OTHER: dict[str, tuple[str, dict[str, str]]] = {
     "epsilon": ("0.2", {}),
     "seed": ("3", {}),
     "openings": ("2", {"area": ""}),
-    "sources": ("neighbour", {}),
+    "sources": ("neighbor", {}),
     "verify": ("visual,look", {}),
     "select": ("medoid", {}),
     "mllm_mode": ("free", {"verify": "mllm"}),
@@ -283,13 +283,13 @@ def test_an_option_says_the_same_from_python_and_from_the_command_line(
 
 def test_an_author_is_passed_over_in_memory_too(geolocator: Geolocator, pictures: list[str]) -> None:
     index = geolocator.index
-    near = in_memory(geolocator, EVERY_PLAIN, pictures[:1], 1)[0].neighbours.rows[0]
+    near = in_memory(geolocator, EVERY_PLAIN, pictures[:1], 1)[0].neighbors.rows[0]
     authors = [None] * len(index.rows)
     authors[int(near[0])] = "Ann"  # type: ignore[call-overload]
     column = index.rows.column_names.index("author")
     rows = index.rows.set_column(column, "author", pa.array(authors, pa.string()))
     signed = Geolocator(geolocator.alignment, geolocator.tokens, replace(index, rows=rows), geolocator.tuning)
-    options = Options(sources=("neighbour",), verify=(), select="log-probability", other_authors=True)
+    options = Options(sources=("neighbor",), verify=(), select="log-probability", other_authors=True)
     by_ann = signed(pictures[0], options, authors=["Ann"])[0]
     by_nobody = signed(pictures[0], options)[0]
     assert (by_nobody.lat, by_nobody.lon) == tuple(index.lat_lon[near[0]].tolist())
@@ -336,5 +336,5 @@ def test_an_old_table_of_another_version_of_a_stage_is_not_taken(
     )
     other = RunFolder(tmp_path, geolocator)
     other.walk(EVERY_PLAIN)
-    assert "pool" not in other.reused and "neighbours" in other.reused
+    assert "pool" not in other.reused and "neighbors" in other.reused
     assert read_table(tmp_path / "pool.parquet").num_rows

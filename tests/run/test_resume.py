@@ -31,7 +31,7 @@ from rag_geotoken.tokens.reward import RewardHead
 
 STAGES = (
     "embeddings",
-    "neighbours",
+    "neighbors",
     "candidates",
     "places",
     "posterior",
@@ -259,7 +259,7 @@ ANEW: dict[str, tuple[Callable[[Geolocator], Geolocator], dict[str, Any], set[st
     "within": (
         lambda to: to,
         {"within": (20.0, 20.0, 4000.0)},
-        {"neighbours", "candidates", "posterior", "matches", *ALONE_POOLS, *POOLED, *DECIDED},
+        {"neighbors", "candidates", "posterior", "matches", *ALONE_POOLS, *POOLED, *DECIDED},
     ),
     **{
         name: (lambda to: to, change, {"candidates", *GENERATED, *POOLED, *DECIDED} - WITHOUT_SAMPLES)

@@ -92,7 +92,7 @@ def test_a_broken_picture_is_missing_between_and_stands_again_at_the_end(run_fol
     assert np.flatnonzero(~whole.readable).tolist() == [BROKEN]
     assert ids == tables.photos.ids and len(ids) == len(tables.embeddings.vectors) == PHOTOS - 1 and broken not in ids
     np.testing.assert_array_equal(tables.embeddings.vectors, np.delete(whole.vectors, BROKEN, axis=0))
-    for name in ("neighbours", "candidates", "posterior", "pool", "verdicts-alignment", "verdicts-reward"):
+    for name in ("neighbors", "candidates", "posterior", "pool", "verdicts-alignment", "verdicts-reward"):
         assert set(read_table(run_folder / f"{name}.parquet", ["id"])["id"].to_pylist()) == set(ids)
     for path in run_folder.glob("predictions-*.parquet"):
         table = read_table(path)
@@ -102,13 +102,11 @@ def test_a_broken_picture_is_missing_between_and_stands_again_at_the_end(run_fol
         assert {row[name] for name in ("lat", "lon", "source", "confidence_25", "area_km2")} == {None}
 
 
-def test_neighbours_and_candidates_come_back_as_arrays(
-    run_folder: Path, tables: Tables, geolocator: Geolocator
-) -> None:
-    neighbors, candidates = tables.neighbours, tables.candidates
+def test_neighbors_and_candidates_come_back_as_arrays(run_folder: Path, tables: Tables, geolocator: Geolocator) -> None:
+    neighbors, candidates = tables.neighbors, tables.candidates
     assert neighbors.rows.shape == (PHOTOS - 1, 6) and candidates.log_prob.shape == (PHOTOS - 1, 1 + 4 + 6)
     for b, (near, cells) in enumerate(
-        zip(by_photo(run_folder, "neighbours"), by_photo(run_folder, "candidates"), strict=True)
+        zip(by_photo(run_folder, "neighbors"), by_photo(run_folder, "candidates"), strict=True)
     ):
         assert [row["rank"] for row in near] == list(range(1, 7))
         assert [row["row"] for row in near] == neighbors.rows[b].tolist()
@@ -117,8 +115,8 @@ def test_neighbours_and_candidates_come_back_as_arrays(
         assert [row["tokens"] for row in cells] == candidates.tokens[b].tolist()
         np.testing.assert_array_equal([row["log_prob"] for row in cells], candidates.log_prob[b])
         assert [row["source"] for row in cells] == [SOURCES[s] for s in candidates.source[b]]
-        centres = np.column_stack(geolocator.tokenizer.decode(candidates.tokens[b]))
-        np.testing.assert_allclose([[row["lat"], row["lon"]] for row in cells], centres)
+        centers = np.column_stack(geolocator.tokenizer.decode(candidates.tokens[b]))
+        np.testing.assert_allclose([[row["lat"], row["lon"]] for row in cells], centers)
         np.testing.assert_array_equal([[row["lat"], row["lon"]] for row in cells], candidates.lat_lon[b])
 
 
@@ -142,7 +140,7 @@ def test_a_photos_candidates_do_not_depend_on_the_photos_around_it(
     write_table(tmp_path / "photos.parquet", read_table(run_folder / "photos.parquet").slice(5, 11))
     run = RunFolder(tmp_path, geolocator)
     files = run.walk(OPTIONS, until="candidates")
-    assert list(files) == ["photos", "embeddings", "neighbours", "candidates"]
+    assert list(files) == ["photos", "embeddings", "neighbors", "candidates"]
     few, many = run.result("candidates", Candidates), tables.candidates
     np.testing.assert_array_equal(few.tokens, many[4:15].tokens)
     np.testing.assert_allclose(few.log_prob, many[4:15].log_prob, atol=1e-4)
@@ -176,11 +174,11 @@ def test_photos_of_different_numbers_of_cells_and_entries_come_back(tmp_path: Pa
     assert [found.cells[1].tolist(), found.cells[2, :2].tolist()] == [cells[1:4], cells[4:]]
     assert np.isfinite(effective_area_km2(found)).all()
     places = {"lat": np.arange(6.0), "lon": np.arange(6.0) * 10, "log_weight": np.log(np.array(mass, np.float32))}
-    write_table(tmp_path / "pool.parquet", pa.table({"id": names} | places | {"source": ["beam"] * 5 + ["neighbour"]}))
+    write_table(tmp_path / "pool.parquet", pa.table({"id": names} | places | {"source": ["beam"] * 5 + ["neighbor"]}))
     pool = Pool.from_table(read_table(tmp_path / "pool.parquet"))
     assert pool.mask.tolist() == [[True, False, False], [True, True, True], [True, True, False]]
     assert pool.lat_lon[1].tolist() == [[1, 10], [2, 20], [3, 30]] and pool.lat_lon[2, 1].tolist() == [5, 50]
-    assert (pool.log_weight[~pool.mask] == -np.inf).all() and SOURCES[pool.source[2, 1]] == "neighbour"
+    assert (pool.log_weight[~pool.mask] == -np.inf).all() and SOURCES[pool.source[2, 1]] == "neighbor"
     scores = pa.array([[1.0], [2.0, 3.0, 4.0], [5.0, 6.0]], pa.list_(pa.float32()))
     write_table(tmp_path / "verdicts-reward.parquet", pa.table({"scores": scores}))
     verdict = Verdict.from_table(read_table(tmp_path / "verdicts-reward.parquet"))

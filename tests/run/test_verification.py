@@ -44,7 +44,7 @@ COLUMNS = [
 ]
 ASKED = replace(OPTIONS, verify=("mllm",))
 VERDICTS = "verdicts-mllm-pool"
-BOTH = {"retrieved+generated": "neighbour+gps+greedy+beam+sample", "generated": "greedy+beam+sample"}
+BOTH = {"retrieved+generated": "neighbor+gps+greedy+beam+sample", "generated": "greedy+beam+sample"}
 SEEN = {"retrieved+generated": BOTH["retrieved+generated"] + "+visual"}
 RECIPE: dict[str, Any] = {
     "gallery": "blue-marble:gallery,n=200",
@@ -309,10 +309,10 @@ def test_names_of_variants_are_told_apart(run: Path, geolocator: Geolocator, cli
     assert VERDICTS not in made["none"]
 
 
-def test_neighbours_pictures_that_are_gone_are_left_out(run: Path, geolocator: Geolocator, client: Client) -> None:
+def test_neighbors_pictures_that_are_gone_are_left_out(run: Path, geolocator: Geolocator, client: Client) -> None:
     options, index = replace(ASKED, near_pictures=True), geolocator.index
     found = RunFolder(run, geolocator)
-    near = found.tables(OPTIONS, found.walk(OPTIONS, until="neighbours")).neighbours
+    near = found.tables(OPTIONS, found.walk(OPTIONS, until="neighbors")).neighbors
     images = index.rows["image"].to_pylist()
     for row in np.unique(near.rows).tolist():
         images[row] = "gone.png"

@@ -62,7 +62,7 @@ def demo_variants() -> list[Variant]:
 VARIANTS = demo_variants()
 
 
-# Of the pools below: B photos, K neighbours, N candidates each, cells of about 100 km.
+# Of the pools below: B photos, K neighbors, N candidates each, cells of about 100 km.
 PHOTOS, K, N = 6, 8, 12
 
 
@@ -99,7 +99,7 @@ def tiny_tokens(config: TokenConfig = TOKENS) -> TokenModel:
 
 
 def inputs(batch: int, neighbors: int = 3, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """For ``memory`` of the tiny model: photo (B, 3, dim), neighbours (B, K, 3, dim), their tokens (B, K, T)."""
+    """For ``memory`` of the tiny model: photo (B, 3, dim), neighbors (B, K, 3, dim), their tokens (B, K, T)."""
     generator = torch.Generator().manual_seed(seed)
     photo = torch.randn(batch, 3, TOKENS.dim, generator=generator)
     near = torch.randn(batch, neighbors, 3, TOKENS.dim, generator=generator)

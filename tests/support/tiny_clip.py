@@ -72,7 +72,7 @@ def save_geoclip_package(folder: Path, places: NDArray[np.float64], scale: float
 
 
 def save_pictures(folder: Path, count: int, seed: int = 0) -> list[str]:
-    """Random pictures of coarse coloured patches, upright and lying, as PNG files."""
+    """Random pictures of coarse colored patches, upright and lying, as PNG files."""
     rng = np.random.default_rng(seed)
     paths = [folder / f"{i:03d}.png" for i in range(count)]
     for i, path in enumerate(paths):

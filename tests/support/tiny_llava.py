@@ -17,8 +17,8 @@ LETTERS = "ABCDEFGHZ"
 TEXT = (
     "Where was this photo taken? Candidates follow, each with a letter. Answer with one letter or in JSON.",
     '{"latitude": 48.21, "longitude": -16.37, "confidence": 70}',
-    "A: 48.2, 16.4, Vienna, Austria, Europe; 3 neighbours, alike 81; place 64; generated -1.2; match 45",
-    "B: -33.9, 151.2, Sydney, Australia, Oceania; 5 neighbours, alike 77; place 12; generated -0.3; match 9",
+    "A: 48.2, 16.4, Vienna, Austria, Europe; 3 neighbors, alike 81; place 64; generated -1.2; match 45",
+    "B: -33.9, 151.2, Sydney, Australia, Oceania; 5 neighbors, alike 77; place 12; generated -0.3; match 9",
     "Z: none of these. Answer: 0 1 2 3 4 5 6 7 8 9",
 )
 TEMPLATE = (

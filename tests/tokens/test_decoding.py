@@ -240,10 +240,10 @@ def test_random_numbers_are_uniform_and_independent() -> None:
     assert drawn.dtype == np.float32 and drawn.min() >= 0 and drawn.max() < 1
     assert kstest(drawn.ravel(), "uniform").pvalue > 0.01
     assert kstest(drawn.reshape(60, -1).mean(axis=1) * np.sqrt(880 * 12) - np.sqrt(880 * 3), "norm").pvalue > 0.01
-    neighbours = [(drawn[1:], drawn[:-1]), (drawn[:, 1:], drawn[:, :-1]), (drawn[..., 1:], drawn[..., :-1])]
-    neighbours += [(drawn, decoding._uniform(range(60), 80, 11, seed)) for seed in (0, 6, 8, 2**64 - 1)]
-    neighbours += [(drawn, np.roll(drawn, 1, axis=(0, 1))), (drawn[:, :60], drawn[:, :60].swapaxes(0, 1))]
-    for a, b in neighbours:
+    neighbors = [(drawn[1:], drawn[:-1]), (drawn[:, 1:], drawn[:, :-1]), (drawn[..., 1:], drawn[..., :-1])]
+    neighbors += [(drawn, decoding._uniform(range(60), 80, 11, seed)) for seed in (0, 6, 8, 2**64 - 1)]
+    neighbors += [(drawn, np.roll(drawn, 1, axis=(0, 1))), (drawn[:, :60], drawn[:, :60].swapaxes(0, 1))]
+    for a, b in neighbors:
         assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 4.5 / np.sqrt(a.size)
         assert (a == b).mean() < 0.02
 

@@ -31,7 +31,7 @@ def targets(count: int) -> Tensor:
 
 
 def placed(batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``inputs`` and the neighbours' places."""
+    """``inputs`` and the neighbors' places."""
     return *inputs(batch), PLACES.expand(batch, -1, -1) + torch.arange(batch)[:, None, None]
 
 
@@ -70,7 +70,7 @@ def test_the_papers_configuration() -> None:
 
 @pytest.mark.parametrize("positions", POSITIONS)
 @torch.no_grad()
-def test_fewer_neighbours_than_usual_will_do(positions: Positions) -> None:
+def test_fewer_neighbors_than_usual_will_do(positions: Positions) -> None:
     model = tiny_tokens(replace(TOKENS, neighbor_positions=positions))
     photo, near, tokens, places = placed(2)
     for k in range(3):
@@ -79,8 +79,8 @@ def test_fewer_neighbours_than_usual_will_do(positions: Positions) -> None:
         assert torch.isfinite(model.logits(memory, targets(2))[-1]).all()
 
 
-def test_too_many_neighbours_or_no_places_are_refused(token_model: TokenModel, one_line: OneLine) -> None:
-    with one_line("3 neighbours at most, not 4"):
+def test_too_many_neighbors_or_no_places_are_refused(token_model: TokenModel, one_line: OneLine) -> None:
+    with one_line("3 neighbors at most, not 4"):
         token_model.memory_of(*inputs(2, neighbors=4))
     with one_line("need neighbor_places"):
         tiny_tokens(replace(TOKENS, neighbor_positions="spherical")).memory_of(*inputs(2))
@@ -125,7 +125,7 @@ def test_a_longer_embedding_is_no_louder() -> None:
 
 @pytest.mark.parametrize("positions", POSITIONS)
 @torch.no_grad()
-def test_the_order_of_the_neighbours(positions: Positions) -> None:
+def test_the_order_of_the_neighbors(positions: Positions) -> None:
     model, target = tiny_tokens(replace(TOKENS, neighbor_positions=positions)), targets(4)
     photo, near, tokens, places = placed(4)
     logits = model.logits(model.memory_of(photo, near, tokens, places), target)
@@ -139,7 +139,7 @@ def test_the_order_of_the_neighbours(positions: Positions) -> None:
 
 @pytest.mark.parametrize("positions", POSITIONS)
 @torch.no_grad()
-def test_the_places_of_the_neighbours(positions: Positions) -> None:
+def test_the_places_of_the_neighbors(positions: Positions) -> None:
     model, target = tiny_tokens(replace(TOKENS, neighbor_positions=positions)), targets(4)
     photo, near, tokens, places = placed(4)
     logits = model.logits(model.memory_of(photo, near, tokens, places), target)

@@ -86,7 +86,7 @@ def test_within_is_not_wide_at_a_fine_level() -> None:
     area = 4 * np.pi * 6371**2 / (6 * 4**20)
     assert len(counted(lattice)) == pytest.approx(np.pi * 0.1**2 / area, rel=0.4)
     assert len(counted(Lattice.within(S2Tokenizer(30), 48.8583, 2.2945, 0.0))) == 1
-    # A country at ten metres: only its border is followed down to single cells.
+    # A country at ten meters: only its border is followed down to single cells.
     wide = Lattice.within(fine, 48.8583, 2.2945, 50.0)
     assert int((wide.end - wide.first).sum()) == pytest.approx(np.pi * 50.0**2 / area, rel=0.45)
     assert len(wide.first) < 200_000
@@ -111,7 +111,7 @@ def test_decoding_never_leaves(model: TokenModel, memory: Tensor, tokenizer: S2T
     kept = np.random.default_rng([size, seed]).choice(384, size, replace=False)
     for found in all_ways(model, memory, lattice_of(tokenizer, kept)):
         assert np.isin(numbers(model, found.tokens), kept).all()
-        # The model's own probability: not renormalised over the lattice.
+        # The model's own probability: not renormalized over the lattice.
         real, expected = found.log_prob.isfinite(), scored(model, memory, found.tokens)
         assert real.sum(dim=1).tolist() == [min(size, 7) if found.log_prob.shape[1] == 7 else real.shape[1]] * BATCH
         torch.testing.assert_close(found.log_prob[real], expected[real], rtol=0, atol=1e-4)

@@ -128,7 +128,7 @@ def test_reward_scores_follow_from_states_one_by_one(geolocator: Geolocator, tab
     pool, scores = tables.pool, scores_of("reward", geolocator, tables)
     with torch.inference_mode():
         for b, c in np.argwhere(pool.mask).tolist():
-            memory = geolocator.memory(tables.embeddings[b : b + 1], tables.neighbours[b : b + 1])
+            memory = geolocator.memory(tables.embeddings[b : b + 1], tables.neighbors[b : b + 1])
             cell = torch.from_numpy(geolocator.tokenizer.encode(*pool.lat_lon[b, c : c + 1].T))
             last = geolocator.tokens.states(memory, cell)[0, -1]
             chances = head(last).softmax(-1).tolist()
@@ -139,7 +139,7 @@ def test_reward_scores_follow_from_states_one_by_one(geolocator: Geolocator, tab
 
 def test_states_of_other_photos_change_nothing(geolocator: Geolocator, tables: Tables) -> None:
     def states(some: Tables) -> torch.Tensor:
-        return geolocator.states(some.embeddings, some.neighbours, some.pool)
+        return geolocator.states(some.embeddings, some.neighbors, some.pool)
 
     whole = states(tables)
     assert whole.shape == (*tables.pool.mask.shape, TOKENS.d_model)

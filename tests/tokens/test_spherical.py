@@ -80,7 +80,7 @@ def test_poles_and_date_line() -> None:
     close(poles, torch.tensor([0.0, 0.0, 1.0]).expand_as(poles), 1e-7)
 
 
-def test_a_metre_is_told_apart() -> None:
+def test_a_meter_is_told_apart() -> None:
     """Single precision would lose it in the degrees, not in the rotation."""
     near = torch.tensor([[48.85837, 2.294481], [48.85837 + 1e-5, 2.294481]], dtype=torch.float64)
     here, there = rotations(near)
@@ -133,7 +133,7 @@ def test_half_precision_stays_half() -> None:
     assert turned.dtype == torch.bfloat16 and turned.isfinite().all()
 
 
-def test_attention_among_neighbours_does_not_see_where_greenwich_lies() -> None:
+def test_attention_among_neighbors_does_not_see_where_greenwich_lies() -> None:
     """Turning the Earth about its axis moves every place by one rotation; squeezing it does not."""
     batch, k, each, heads, size = 3, 5, 6, 4, 16
     query, key, value = (numbers(batch, k * each, heads * size, seed=seed) for seed in range(3))

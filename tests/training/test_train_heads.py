@@ -222,7 +222,7 @@ def call(*arguments: object) -> int:
 def test_the_index_takes_the_projections_up_and_photos_are_located(
     trained: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The road without a token model: neighbours and places by GPS embedding, verified by the alignment."""
+    """The road without a token model: neighbors and places by GPS embedding, verified by the alignment."""
     from PIL import Image
 
     index = trained.with_name("w-index")

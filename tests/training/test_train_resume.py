@@ -44,7 +44,7 @@ def both(index_folder: Path, geolocator: Geolocator, tmp_path_factory: pytest.Te
     folder = tmp_path_factory.mktemp("photos") / "stages"
     shutil.copytree(index_folder / "stages", folder)
     walked, options = RunFolder(folder, geolocator), Options(neighbors=TOKENS.neighbors)
-    tables = walked.tables(options, walked.walk(options, until="neighbours"))
+    tables = walked.tables(options, walked.walk(options, until="neighbors"))
     return read_photos(tables, geolocator.index, TOKENS, held_out=20, seed=1)
 
 

@@ -39,9 +39,7 @@ def test_bins_are_parted_at_1_25_200_750_and_2500_km(geolocator: Geolocator, mon
     assert states.shape == (2, 12, geolocator.tokens.config.d_model) and states.dtype == torch.float16
 
 
-def test_gallery_photos_meet_other_photos_as_neighbours(
-    geolocator: Geolocator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gallery_photos_meet_other_photos_as_neighbors(geolocator: Geolocator, monkeypatch: pytest.MonkeyPatch) -> None:
     met: list[tuple[Embeddings, Neighbors]] = []
     search = stages.search
 

@@ -58,9 +58,9 @@ def index(folder: Path) -> GeoIndex:
 
 @pytest.fixture(scope="module")
 def tables(folder: Path, index: GeoIndex, alignment: GeoAlignment) -> Tables:
-    """The gallery's own photos up to their neighbours."""
+    """The gallery's own photos up to their neighbors."""
     walked = RunFolder(folder, Models(alignment, None, index, Tuning()))
-    return walked.tables(OPTIONS, walked.walk(OPTIONS, until="neighbours"))
+    return walked.tables(OPTIONS, walked.walk(OPTIONS, until="neighbors"))
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +233,7 @@ def test_photos_without_a_place_are_left_out(
     lat = [None if i < 60 else value for i, value in enumerate(table["lat"].to_pylist())]
     write_table(tmp_path / "photos.parquet", table.set_column(2, "lat", pa.array(lat, pa.float64())))
     walked = RunFolder(tmp_path, Models(alignment, None, index, Tuning()))
-    tables = walked.tables(OPTIONS, walked.walk(OPTIONS, until="neighbours"))
+    tables = walked.tables(OPTIONS, walked.walk(OPTIONS, until="neighbors"))
     photos, validation = read_photos(tables, index, TOKENS, held_out=20, seed=1)
     assert torch.equal(validation.tokens, both[1].tokens)
     rows = set[int]().union(*rows_of(photos.vectors, index))

@@ -143,7 +143,7 @@ def test_no_training_sees_a_test_photo(made: tuple[Path, dict[str, Seen]]) -> No
     assert {what: one.kept() for what, one in seen.items()} == {what: [] for what in TRAININGS}
     counts = {what: sum(map(len, one.views)) for what, one in seen.items() if what != "verifier"}
     validation = places([draw_views("validation", 2000, 0)])
-    # Tuning compares its photos with their neighbours' pictures.
+    # Tuning compares its photos with their neighbors' pictures.
     assert counts.pop("tuning") > 12 and len(seen["tuning"].places() & validation) == 12
     assert counts == {"alignment": 12, "tokens": 60 + 48, "reward": 0}
     assert not validation & (seen["alignment"].places() | seen["tokens"].places())

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rag_geotoken.decision.tuning import Tuning
-from rag_geotoken.types import MLLM, NEIGHBOUR, Pool, Predictions
+from rag_geotoken.types import MLLM, NEIGHBOR, Pool, Predictions
 from rag_geotoken.verifiers.router import GATE_SCORE, features, fit_router, gate, route
 
 FEATURES = 6
@@ -19,10 +19,10 @@ def one(lat: float, lon: float) -> tuple[Pool, Predictions]:
     pool = Pool(
         np.array([[[lat, lon]]]),
         np.zeros((1, 1), np.float32),
-        np.full((1, 1), NEIGHBOUR, np.int8),
+        np.full((1, 1), NEIGHBOR, np.int8),
         np.ones((1, 1), bool),
     )
-    return pool, Predictions(np.array([[lat, lon]]), np.full((1, 5), 0.5), np.array([NEIGHBOUR], np.int8))
+    return pool, Predictions(np.array([[lat, lon]]), np.full((1, 5), 0.5), np.array([NEIGHBOR], np.int8))
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_a_place_of_the_models_own_counts_only_inside_the_gate(
     assert gate(pool, given[0], given[2]).tolist() == [inside]
     routed = route(pool, decided, *given, ALWAYS, "none")
     assert routed.lat_lon[0].tolist() == list(own if inside else (48.2, 16.4))
-    assert routed.source[0] == (MLLM if inside else NEIGHBOUR) and np.isfinite(routed.confidence).all()
+    assert routed.source[0] == (MLLM if inside else NEIGHBOR) and np.isfinite(routed.confidence).all()
 
 
 def test_without_weights_the_pool_decides() -> None:

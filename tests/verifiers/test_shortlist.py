@@ -7,7 +7,7 @@ import pytest
 
 from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.geo.sphere import haversine_km
-from rag_geotoken.types import GPS, NEIGHBOUR, SAMPLE, Neighbors, Places, Pool
+from rag_geotoken.types import GPS, NEIGHBOR, SAMPLE, Neighbors, Places, Pool
 from rag_geotoken.verifiers.shortlist import AGREE_KM, APART_KM, candidates, evidence, shortlist
 
 TUNING = Tuning(search_weights=(0.5, 1.0, 0.5), alignment_scale=3.0)
@@ -20,7 +20,7 @@ def make_pool(rng: np.random.Generator, photos: int, entries: int) -> Pool:
     weight = np.where(mask, rng.dirichlet(np.full(entries, 0.3), photos), 0.0) + np.where(mask, 1e-6, 0.0)
     with np.errstate(divide="ignore"):
         log_weight = np.log(weight / weight.sum(axis=1, keepdims=True)).astype(np.float32)
-    source = rng.choice([NEIGHBOUR, SAMPLE, GPS], (photos, entries)).astype(np.int8)
+    source = rng.choice([NEIGHBOR, SAMPLE, GPS], (photos, entries)).astype(np.int8)
     return Pool(lat_lon, log_weight, source, mask)
 
 

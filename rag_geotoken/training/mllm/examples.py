@@ -53,8 +53,8 @@ class Examples:
     """N photos with what the pipeline knows of each.
 
     images: N references; truth (N, 2) degrees; chosen, found: M candidates a photo and their evidence; places: N x M
-    texts; near (N, M): the most alike neighbour's picture near each candidate, or None. seen: the same photos, compared
-    with their neighbours' pictures.
+    texts; near (N, M): the most alike neighbor's picture near each candidate, or None. seen: the same photos, compared
+    with their neighbors' pictures.
     """
 
     images: list[str]
@@ -113,7 +113,7 @@ def read_examples(tables: Tables, index: GeoIndex, tuning: Tuning) -> Examples:
 
     Raises GeoError when a place is not known.
     """
-    truth, whole, neighbors = tables.photos.lat_lon, tables.pool, tables.neighbours
+    truth, whole, neighbors = tables.photos.lat_lon, tables.pool, tables.neighbors
     if not np.isfinite(truth).all():
         raise GeoError("training a verifier needs photos whose places are known")
     aligned = tables.verdicts["alignment"].over(whole.mask)

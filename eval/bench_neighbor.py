@@ -1,9 +1,9 @@
-"""How much a busy neighbour slows us: `python eval/bench_neighbour.py --index runs/demo/index [--json OUT]`.
+"""How much a busy neighbor slows us: `python eval/bench_neighbor.py --index runs/demo/index [--json OUT]`.
 
 Each task runs in processes of its own, alone and beside one process that never rests, with different settings of idle
 OpenMP threads, in turn. ``before`` is what libgomp does by itself: idle threads spin 300,000 times before they sleep.
 ``ours`` is what the package sets on import. Exits 1 when ours is more than 8 % slower than before alone, or beside a
-neighbour more than 2.2 times as long as alone.
+neighbor more than 2.2 times as long as alone.
 """
 
 from __future__ import annotations
@@ -73,14 +73,14 @@ def timed(task: str, policy: dict[str, str], index: Path, busy: bool) -> float:
     """Seconds of a task in a process of its own."""
     variables = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
     environment = {name: value for name, value in os.environ.items() if name not in variables} | policy
-    neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
+    neighbor = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
     try:
         command = [sys.executable, __file__, "--task", task, "--index", str(index)]
         told = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
     finally:
-        if neighbour:
-            neighbour.kill()
-            neighbour.wait()
+        if neighbor:
+            neighbor.kill()
+            neighbor.wait()
     return float(told.split()[-1])
 
 
@@ -90,7 +90,7 @@ def ratio(seconds: list[float], of: list[float]) -> float:
 
 
 def main() -> int:
-    """Run every task with every policy, alone and beside a neighbour, some rounds in turn."""
+    """Run every task with every policy, alone and beside a neighbor, some rounds in turn."""
     parser = argparse.ArgumentParser(description="Time decoding, encoding, search and the road beside a busy process.")
     parser.add_argument("--index", type=Path, default=Path("runs/demo/index"))
     parser.add_argument("--rounds", type=int, default=5)
@@ -108,7 +108,7 @@ def main() -> int:
         policies = [name for name in POLICIES if task == "decoding" or name in EVERYWHERE]
         found: dict[tuple[str, bool], list[float]] = {}
         for i in range(arguments.rounds):
-            for name in policies if i % 2 else policies[::-1]:  # in turn, so that a drift favours none
+            for name in policies if i % 2 else policies[::-1]:  # in turn, so that a drift favors none
                 for busy in (False, True):
                     seconds = timed(task, POLICIES[name], arguments.index, busy)
                     found.setdefault((name, busy), []).append(seconds)
@@ -128,7 +128,7 @@ def main() -> int:
         for rows in tasks.values()
     )
     if arguments.json:
-        command = f"python eval/bench_neighbour.py --index runs/demo/index --rounds {arguments.rounds}"
+        command = f"python eval/bench_neighbor.py --index runs/demo/index --rounds {arguments.rounds}"
         record: dict[str, Any] = {"command": command, "rounds": arguments.rounds, "repeats": REPEATS, "photos": PHOTOS}
         record |= {"policies": POLICIES, "seed": 0, "threads": os.cpu_count(), "met": met, "tasks": tasks}
         write_json(arguments.json, record | {"versions": versions()})
