@@ -35,7 +35,7 @@ from rag_geotoken.storage.parquet import versions
 from rag_geotoken.storage.recipes import training_recipe
 from rag_geotoken.types import GPS, NEIGHBOR, RADII_KM, Photos, Pool
 from rag_geotoken.verifiers import load_verifier
-from rag_geotoken.verifiers.range_plus import Look
+from rag_geotoken.verifiers.range_plus import RangeBank
 
 SOURCE = "blue-marble:validation,n=3000,seed=1"
 VERIFIERS: list[tuple[str, ...]] = [(), ("look",), ("alignment",), ("alignment", "look")]
@@ -113,12 +113,12 @@ def compare(models: Models) -> dict[str, Any]:
 
 
 def speed() -> dict[str, Any]:
-    """Seconds of ``Look.of``, the best of three, and what its products of matrices alone would take."""
+    """Seconds of ``RangeBank.of``, the best of three, and what its products of matrices alone would take."""
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(2 * BANK + PLACES, DIM)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     lat_lon = np.column_stack([rng.uniform(-80, 80, BANK + PLACES), rng.uniform(-180, 180, BANK + PLACES)])
-    look = Look(lat_lon[:BANK], vectors[:BANK], vectors[BANK : 2 * BANK])
+    look = RangeBank(lat_lon[:BANK], vectors[:BANK], vectors[BANK : 2 * BANK])
     seconds = min(_seconds(lambda: look.of(lat_lon[BANK:], vectors[2 * BANK :])) for _ in range(3))
     few, keys, zeros = (torch.from_numpy(x) for x in (vectors[:2048], look.place, np.zeros(BANK, np.float32)))
     with torch.inference_mode():

@@ -26,7 +26,7 @@ class Tuning:
     mllm_share: the weight of places that a multimodal model names, in a pool that has them.
     visual_km: how near to a moved place an entry is supported by it. visual_spread_km, visual_confidence_scale,
     visual_confidence_km: in the place of the three below where pictures were compared, which tell places closer.
-    look_beta, look_semantic, look_spatial: how RANGE estimates a look (see :meth:`.Look.of`).
+    look_beta, look_semantic, look_spatial: how RANGE estimates a look (see :meth:`.RangeBank.of`).
     spread_km: spread of the places behind one pool entry, for the utility of a decision.
     confidence_scale: all weights of a pool are raised to this power where a confidence is stated, since sharp weights
     decide best and are far too sure of themselves; confidence_km is the spread that goes with it.

@@ -182,7 +182,7 @@ def _cut_block(views: Floats, picture: str, size: int) -> NDArray[np.uint8]:
 
 
 def _rgb(earth: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Look up packed pixels by flat index -> float RGB on a new last axis."""
+    """RangeBank up packed pixels by flat index -> float RGB on a new last axis."""
     import torch
 
     packed = earth.view(-1)[index]

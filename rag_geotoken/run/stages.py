@@ -20,7 +20,7 @@ from rag_geotoken.photos.pictures import load_pictures
 from rag_geotoken.tokens import decoding
 from rag_geotoken.tokens.frontier import frontier
 from rag_geotoken.tokens.posterior import effective_area_km2
-from rag_geotoken.tokens.region import Lattice
+from rag_geotoken.tokens.region import Region
 from rag_geotoken.types import (
     BEAM,
     GREEDY,
@@ -80,13 +80,13 @@ def search(models: Models, options: Options, tables: Tables) -> Neighbors:
 def propose(models: Models, options: Options, tables: Tables) -> Candidates:
     """Embeddings and neighbors -> cells, decoded in every way that is asked for."""
     tokens, memory = models.tokens, models.memory(tables.embeddings, tables.neighbors)
-    lattice = Lattice.within(models.tokenizer, *options.within) if options.within else None
+    region = Region.within(models.tokenizer, *options.within) if options.within else None
     decoded: list[tuple[int, decoding.Decoded]] = []
     for name in options.propose:
         if name == "greedy":
-            decoded.append((GREEDY, decoding.greedy(tokens, memory, lattice)))
+            decoded.append((GREEDY, decoding.greedy(tokens, memory, region)))
         elif name == "beam":
-            decoded.append((BEAM, decoding.beam(tokens, memory, options.beam_width, lattice)))
+            decoded.append((BEAM, decoding.beam(tokens, memory, options.beam_width, region)))
         else:
             drawn = decoding.sample(
                 tokens,
@@ -97,7 +97,7 @@ def propose(models: Models, options: Options, tables: Tables) -> Candidates:
                 keys=tables.embeddings.keys,
                 top_p=options.top_p,
                 epsilon=options.epsilon,
-                lattice=lattice,
+                region=region,
             )
             decoded.append((SAMPLE, drawn))
     cells = torch.cat([d.tokens for _, d in decoded], dim=1).numpy()

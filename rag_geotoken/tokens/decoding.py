@@ -1,6 +1,6 @@
 """Decoding: from a memory to cells. Pure and seeded: logits and token ids only, no files, no clock.
 
-Log-probabilities are always the model's own: neither tempered nor renormalized over what a truncation or a lattice
+Log-probabilities are always the model's own: neither tempered nor renormalized over what a truncation or a region
 leaves.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from rag_geotoken.errors import GeoError
 from rag_geotoken.tokens.model import TokenModel
 from rag_geotoken.tokens.prefix_tree import PrefixTree
-from rag_geotoken.tokens.region import Lattice
+from rag_geotoken.tokens.region import Region
 
 
 @dataclass(frozen=True)
@@ -28,16 +28,16 @@ class Decoded:
     log_prob: Tensor
 
 
-def greedy(model: TokenModel, memory: Tensor, lattice: Lattice | None = None) -> Decoded:
+def greedy(model: TokenModel, memory: Tensor, region: Region | None = None) -> Decoded:
     """The likeliest token at every step, N = 1."""
-    return beam(model, memory, 1, lattice)
+    return beam(model, memory, 1, region)
 
 
 @torch.inference_mode()
-def beam(model: TokenModel, memory: Tensor, width: int, lattice: Lattice | None = None) -> Decoded:
+def beam(model: TokenModel, memory: Tensor, width: int, region: Region | None = None) -> Decoded:
     """Beam search: the ``width`` likeliest prefixes are kept at every step; a width above the six faces is fine.
 
-    Within a lattice of fewer than ``width`` cells, the rest of the beam repeats the best with a log-probability of
+    Within a region of fewer than ``width`` cells, the rest of the beam repeats the best with a log-probability of
     minus infinity. Raises GeoError for a width below 1.
     """
     if width < 1:
@@ -48,8 +48,8 @@ def beam(model: TokenModel, memory: Tensor, width: int, lattice: Lattice | None 
     tokens, log_prob = node[..., None][..., :0], torch.zeros(batch, 1, device=memory.device)
     for t, size in enumerate(model.vocab_sizes):
         step = log_prob[..., None] + tree.logits(t).float().log_softmax(-1)
-        if lattice is not None:
-            step = step.masked_fill(~lattice.allowed(tokens), -torch.inf)
+        if region is not None:
+            step = step.masked_fill(~region.allowed(tokens), -torch.inf)
         log_prob, flat = step.flatten(1).topk(min(width, step[0].numel()))
         parent, token = flat // size, flat % size
         tokens = torch.cat([pick(tokens, parent), token[..., None]], dim=-1)
@@ -69,7 +69,7 @@ def sample(
     keys: Sequence[int] | None = None,
     top_p: float = 1.0,
     epsilon: float = 0.0,
-    lattice: Lattice | None = None,
+    region: Region | None = None,
 ) -> Decoded:
     """``n`` samples a photo, sorted by their log-probability.
 
@@ -94,7 +94,7 @@ def sample(
         # Rounding may lead one step past the last token that has a chance.
         return torch.where(chances.gather(-1, token[..., None])[..., 0] > 0, token, chances.argmax(-1))
 
-    tokens, log_prob, _ = _walk(model, memory, n, choose, lattice)
+    tokens, log_prob, _ = _walk(model, memory, n, choose, region)
     log_prob, order = log_prob.sort(dim=1, descending=True, stable=True)
     return Decoded(pick(tokens, order), log_prob)
 
@@ -111,7 +111,7 @@ def _walk(
     memory: Tensor,
     n: int,
     choose: Callable[[int, Tensor], Tensor],
-    lattice: Lattice | None = None,
+    region: Region | None = None,
     to_the_end: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``n`` sequences a photo, tokens chosen from logits (B, n, V) -> tokens, log-probability, last states.
@@ -123,7 +123,7 @@ def _walk(
     tokens, log_prob = node[..., None][..., :0], torch.zeros(node.shape, device=memory.device)
     for t, size in enumerate(model.vocab_sizes):
         logits = pick(tree.logits(t), which).float()
-        open_ = logits if lattice is None else logits.masked_fill(~lattice.allowed(tokens), -torch.inf)
+        open_ = logits if region is None else logits.masked_fill(~region.allowed(tokens), -torch.inf)
         token = choose(t, open_)
         log_prob = log_prob + logits.log_softmax(-1).gather(-1, token[..., None])[..., 0]
         tokens = torch.cat([tokens, token[..., None]], dim=-1)

@@ -1,4 +1,4 @@
-"""A lattice of valid cells: decoding inside it can only end in one of them."""
+"""A region of valid cells: decoding inside it can only end in one of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rag_geotoken.geo.cells import S2Tokenizer
 from rag_geotoken.geo.sphere import haversine_km
 
 
-class Lattice:
+class Region:
     """Some of the cells of a tokenizer's level, asked prefix by prefix which next tokens lead to one of them.
 
     Cells are counted along the Hilbert curves of the six faces; the valid ones are kept as ranges of these numbers,
@@ -30,7 +30,7 @@ class Lattice:
         self.end = torch.from_numpy(reached[np.append(gaps, -1)])
 
     @classmethod
-    def within(cls, tokenizer: S2Tokenizer, lat: float, lon: float, km: float) -> Lattice:
+    def within(cls, tokenizer: S2Tokenizer, lat: float, lon: float, km: float) -> Region:
         """The cells whose center lies within ``km`` of a place, and the cell of the place itself."""
         own = np.ravel_multi_index(tuple(tokenizer.encode(lat, lon)), tokenizer.vocab_sizes)
         return cls(tokenizer, np.concatenate([[[own, own + 1]], *_disk(tokenizer, lat, lon, km)]))

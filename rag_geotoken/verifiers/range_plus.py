@@ -27,7 +27,7 @@ BATCH = 128  # places at a time
 
 
 @dataclass(frozen=True)
-class Look:
+class RangeBank:
     """A bank of places whose look is known: lat_lon (N, 2) degrees, place and image embeddings (N, dim), length one."""
 
     lat_lon: Floats
@@ -67,14 +67,14 @@ def likeness(photo: Vectors, looks: Vectors) -> Vectors:
     return cosine
 
 
-def bank_of(index: GeoIndex, embed: Callable[[Floats], Vectors]) -> Look:
+def bank_of(index: GeoIndex, embed: Callable[[Floats], Vectors]) -> RangeBank:
     """A gallery as a bank, a seeded draw of it where it is large; ``embed``: places -> embeddings."""
     count = len(index.rows)
     rows = np.sort(np.random.default_rng(0).choice(count, min(count, BANK), replace=False))
-    return Look(index.lat_lon[rows], embed(index.lat_lon[rows]), index.image_parts(rows))
+    return RangeBank(index.lat_lon[rows], embed(index.lat_lon[rows]), index.image_parts(rows))
 
 
-def bank(models: Models) -> Look:
+def bank(models: Models) -> RangeBank:
     """The gallery of the models as RANGE's bank, made once."""
     return models.kept("range", lambda: bank_of(models.index, models.alignment.embed_places))
 

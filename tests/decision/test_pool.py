@@ -102,7 +102,7 @@ def test_a_pool_of_one_kind_alone(neighbors: Neighbors, candidates: Candidates) 
 
 
 def test_a_candidate_without_a_chance_is_no_entry(candidates: Candidates) -> None:
-    # So a beam inside a lattice of few cells is filled up.
+    # So a beam inside a region of few cells is filled up.
     log_prob = candidates.log_prob.copy()
     log_prob[:, 3] = -np.inf
     alone = replace(candidates, tokens=candidates.tokens.copy(), log_prob=log_prob)

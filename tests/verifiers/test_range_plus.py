@@ -18,7 +18,7 @@ from rag_geotoken.storage.recipes import read_recipe
 from rag_geotoken.training.tuning import _looks
 from rag_geotoken.types import Embeddings, Photos, Pool, Tables
 from rag_geotoken.verifiers import load_verifier
-from rag_geotoken.verifiers.range_plus import Look, bank, bank_of
+from rag_geotoken.verifiers.range_plus import RangeBank, bank, bank_of
 
 DIM = 6
 
@@ -33,7 +33,7 @@ def places(count: int, seed: int) -> NDArray[np.float64]:
     return np.column_stack([rng.uniform(-80, 80, count), rng.uniform(-180, 180, count)])
 
 
-BANK = Look(places(40, 0), drawn(40, 1), drawn(40, 2))
+BANK = RangeBank(places(40, 0), drawn(40, 1), drawn(40, 2))
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
@@ -53,7 +53,7 @@ def test_it_is_the_formula(beta: float, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_sharp_look_is_that_of_the_nearest_photo() -> None:
     """Also 1 km apart, where single precision sees no angle."""
-    bank = Look(np.array([[10.0, 20.0], [10.0, 20.009]]), drawn(2, 5), drawn(2, 6))
+    bank = RangeBank(np.array([[10.0, 20.0], [10.0, 20.009]]), drawn(2, 5), drawn(2, 6))
     looks = bank.of(np.array([[10.0, 20.008]]), drawn(1, 7), beta=0.0, spatial=1e10)
     np.testing.assert_allclose(looks[0], bank.image[1], atol=1e-5)
 
@@ -62,7 +62,7 @@ def test_the_index_knows_how_its_places_look(geolocator: Geolocator) -> None:
     index, spots = geolocator.index, geolocator.index.lat_lon[[3, 50]]
     embed = geolocator.alignment.embed_places
     image = index.vectors(np.arange(len(index.rows)))[:, 0]
-    expected = Look(index.lat_lon, embed(index.lat_lon), image).of(spots, embed(spots), 0.7)
+    expected = RangeBank(index.lat_lon, embed(index.lat_lon), image).of(spots, embed(spots), 0.7)
     np.testing.assert_allclose(bank_of(index, embed).of(spots, embed(spots), 0.7), expected, atol=1e-6)
     np.testing.assert_allclose(bank(geolocator).of(spots, embed(spots), 0.7), expected, atol=1e-6)
 
