@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 # What the demo needs, and what checks need besides: a newcomer's first command brings nothing more than it uses.
 STAMP := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
+DOCS := $(VENV)/.installed-docs
 # vLLM wants other versions than we do, and gigabytes: it has an environment and constraints of its own.
 VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.installed
@@ -16,12 +17,14 @@ export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 INSTALL := install --quiet --disable-pip-version-check --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-all test-vllm lint weights clean .venv-vllm
+.PHONY: help demo test test-all test-nightly test-vllm lint docs weights clean .venv-vllm
 
 help:
 	@echo "make demo       run the main job on the embedded Earth imagery, into runs/demo (a few minutes)"
 	@echo "make test       style, types and tests (8 minutes at most on 2 quiet cores)"
 	@echo "make test-all   what trains or serves for long, a real vLLM server among it"
+	@echo "make test-nightly  the property tests with fifty times as many examples (an hour or more)"
+	@echo "make docs       the site of the pages in docs/, into runs/site"
 	@echo "make test-vllm  requests to a real vLLM server on the CPU (2.5 GB, a few minutes)"
 	@echo "make lint       style and types only"
 	@echo "make weights    train the embedded models again, into runs/weights (about two hours on 2 cores)"
@@ -40,15 +43,22 @@ $(DEV): $(STAMP) tests/support/declare_operators.py
 	$(BIN)/python tests/support/declare_operators.py
 	@touch $@
 
+$(DOCS): $(STAMP)
+	$(BIN)/pip $(INSTALL) -e '.[demo,docs]'
+	@touch $@
+
 # make demo MLLM=vllm serves the embedded multimodal model by a real vLLM server and asks that.
 demo: $(STAMP) $(if $(filter vllm,$(MLLM)),$(VLLM_STAMP))
 	$(BIN)/rag-geotoken demo --out runs/demo $(if $(filter vllm,$(MLLM)),--vllm-python $(VLLM)/bin/python)
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2
 
 test-all: test-vllm
 	$(BIN)/python -m pytest -m slow
+
+test-nightly: $(DEV)
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -n 2
 
 # torchaudio, torchcodec and triton break torch's CPU build, or weigh a gigabyte, and the server needs none of them.
 $(VLLM_STAMP): export PIP_CONSTRAINT := $(CURDIR)/constraints-vllm.txt
@@ -69,8 +79,13 @@ test-vllm: $(DEV) $(VLLM_STAMP)
 
 lint: $(DEV)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/typos
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 weights: $(STAMP)
 	$(BIN)/rag-geotoken train alignment --out runs/weights
