@@ -139,12 +139,15 @@ def test_no_more_than_the_time_for_all(server: VllmServer) -> None:
 
 
 def test_stopping_early_leaves_nothing_behind(client: ServerClient) -> None:
+    before = set(threading.enumerate())
     replies = client.ask(REQUESTS)
     next(replies)
     assert isinstance(replies, Iterator)
     replies.close()  # type: ignore[attr-defined]
     assert not [
-        thread for thread in threading.enumerate() if not thread.daemon and thread is not threading.main_thread()
+        thread
+        for thread in set(threading.enumerate()) - before
+        if not thread.daemon and thread is not threading.main_thread()
     ]
     assert ask(client, REQUESTS[:1])[0].error is None
 
