@@ -1,4 +1,4 @@
-"""Where were these pictures taken? The road in memory: pictures in, predictions out."""
+"""This is the road in memory: pictures in, predictions out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Given = Picture | Path
 
 
 class Geolocator(Models):
-    """Says where pictures were taken: models and index, loaded once; call it with pictures.
+    """A geolocator says where pictures were taken: models and index are loaded once, then call it with pictures.
 
     Example:
         >>> geolocator = Geolocator.from_pretrained("runs/demo/index")  # doctest: +SKIP

@@ -1,1 +1,1 @@
-"""The command line."""
+"""These are the commands that people type."""

@@ -1,4 +1,4 @@
-"""The command line: thin. Everything heavy is imported by the command that uses it."""
+"""The command line is thin: everything heavy is imported by the command that uses it."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def where(
     k: Annotated[int, typer.Option(min=1, max=1000, help="Places to show a text.")] = 10,
     as_json: Json = False,
 ) -> None:
-    """The places most like a text, among GeoCLIP's gallery, with their probabilities."""
+    """List the places most like a text, among GeoCLIP's gallery, with their probabilities."""
     from rag_geotoken.peers.locate import places_of
 
     found = places_of(texts, weights, backbone, k)
@@ -229,7 +229,7 @@ def evaluate(
     geodesic: Annotated[bool, typer.Option(help="Distances on the WGS84 ellipsoid instead of the sphere.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
 ) -> None:
-    """Shares of ALL photos within 1, 25, 200, 750 and 2500 km, median, GeoScore, 95 % intervals.
+    """Print shares of ALL photos within 1, 25, 200, 750 and 2500 km, median, GeoScore, 95 % intervals.
 
     A photo without an answer stays in the denominator and counts as wrong.
     """

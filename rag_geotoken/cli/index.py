@@ -1,4 +1,4 @@
-"""The commands of ``rag-geotoken index``."""
+"""These are the commands of ``rag-geotoken index``."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def index_search(
     backbone: Backbone = None,
     as_json: Json = False,
 ) -> None:
-    """The k gallery photos most like a picture, with their places and scores; a photo never finds itself."""
+    """List the k gallery photos most like a picture, with places and scores; a photo never finds itself."""
     from rag_geotoken.options import Options, parse_option
     from rag_geotoken.run.locate import neighbors_of
     from rag_geotoken.storage.weights import EARTH

@@ -1,4 +1,4 @@
-"""Options that several commands take, and those of a run, made from :class:`.Options`."""
+"""Several commands take these options; those of a run are made from :class:`.Options`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Ask the multimodal model
 
 
 def takes_options(command: Callable[..., None]) -> Callable[..., None]:
-    """A command with a parameter ``options: Options`` -> the same with an option for every field of it."""
+    """Give a command with a parameter ``options: Options`` an option for every field of it."""
     parameters = dict(inspect.signature(command, eval_str=True).parameters)
     del parameters["options"]
 

@@ -1,4 +1,4 @@
-"""The commands of ``rag-geotoken train``."""
+"""These are the commands of ``rag-geotoken train``."""
 
 from __future__ import annotations
 

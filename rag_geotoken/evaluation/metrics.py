@@ -1,4 +1,4 @@
-"""What a run is worth: shares within a radius, median, GeoScore, paired bootstrap intervals, calibration, abstention.
+"""Metrics of a run: shares within a radius, median, GeoScore, bootstrap intervals, calibration, abstention.
 
 Distances are kilometers, NaN where a photo got no answer. Such a photo stays in every denominator and counts as wrong.
 """
@@ -22,7 +22,7 @@ SHARES = (1.0, 0.9, 0.75, 0.5, 0.25)  # of the photos that are answered
 
 
 def accuracy(km: ArrayLike) -> dict[str, float]:
-    """Percent of ALL photos with a distance <= r, keyed by the radius: {"1": ..., "25": ..., ...}.
+    """Return the percent of ALL photos with a distance <= r, keyed by the radius: {"1": ..., "25": ..., ...}.
 
     By hand: distances (0.5, 30, NaN, 9000) give 25 % within 1 and 25 km, 50 % within 200 km and more.
 
@@ -37,13 +37,13 @@ def accuracy(km: ArrayLike) -> dict[str, float]:
 
 
 def geoscore(km: ArrayLike) -> float:
-    """Mean of 5000 exp(-d / 1492.7), the scale of GeoGuessr's world map; a photo without an answer scores 0."""
+    """Return the mean of 5000 exp(-d / 1492.7), the scale of GeoGuessr's world map; no answer scores 0."""
     return float(np.mean(5000 * np.exp(-_distances(km, 1) / GEOSCORE_SCALE_KM)))
 
 
 @dataclass(frozen=True)
 class Intervals:
-    """95 % intervals, low and high on the last axis, in percent; R runs over RADII_KM, V over the variants.
+    """These are 95 % intervals in percent, low and high on the last axis; R runs over RADII_KM, V over variants.
 
     Attributes:
         accuracy: (V, R, 2), of the share within each radius.
@@ -55,7 +55,7 @@ class Intervals:
 
 
 def bootstrap(km: ArrayLike, seed: int, draws: int = 1000) -> Intervals:
-    """Percentile intervals (Efron 1979), resampling photos; a draw takes the same photos for every variant.
+    """Return percentile intervals (Efron 1979); a draw takes the same photos for every variant.
 
     Photos alike in every hit of every variant are interchangeable, so a draw is one multinomial over the distinct
     patterns of hits: the same distribution as drawing N photos, at a cost that does not grow with N.
@@ -82,7 +82,7 @@ def bootstrap(km: ArrayLike, seed: int, draws: int = 1000) -> Intervals:
 
 
 def summary(km: ArrayLike, interval: Floats) -> dict[str, Any]:
-    """Figures of `metrics.json`: n, acc, median_km (None when most photos have no answer) and ci95, ready for JSON.
+    """Return the figures of `metrics.json`: n, acc, median_km (None when most have no answer) and ci95.
 
     Args:
         km: distances (N,), NaN for no answer.
@@ -102,7 +102,7 @@ def _accuracy_and_median(distances: Floats) -> dict[str, Any]:
 
 
 def calibration(confidence: ArrayLike, km: ArrayLike) -> dict[str, dict[str, Any]]:
-    """Reliability of the stated confidences: does a place given 80 % lie within the radius 80 times in 100?
+    """Measure stated confidences: does a place given 80 % lie within the radius 80 times in 100?
 
     Expected calibration error after Naeini et al. (AAAI 2015): the mean over photos of |confidence - share right| of
     the photo's bin, bins of equal width. Photos that state no confidence (NaN) are left out, and n says how many stay.
@@ -149,7 +149,7 @@ def _reliability(stated: Floats, right: NDArray[np.bool_]) -> dict[str, Any]:
 
 
 def abstention(area_km2: ArrayLike, km: ArrayLike) -> list[dict[str, Any]]:
-    """What is left of the errors if only the photos with the least spread posterior are answered.
+    """Return what is left of the errors if only the photos with the least spread posterior are answered.
 
     By hand: areas (1, 9, 2, NaN) km2 and distances (0.5, 900, 30, NaN) km, half of them kept: the photos of 1 and 2
     km2, of which 50 % lie within 25 km and 100 % within 200 km.

@@ -1,4 +1,4 @@
-"""Scoring a file of predictions against the truth: CSV or Parquet in, the benchmarks' figures out."""
+"""A file of predictions is scored against the truth here: CSV or Parquet in, the benchmarks' figures out."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NO_NUMBER = frozenset({"", "nan", "none", "null", "na", "n/a"})
 def evaluate_csv(
     path: str | Path, geodesic: bool = False, *, truth: str | Path | None = None, seed: int = 0
 ) -> dict[str, Any]:
-    """Figures of a predictions file, over ALL its photos.
+    """Return the figures of a predictions file, over ALL its photos.
 
     The file is CSV (UTF-8, with a header) or Parquet (`.parquet`) with true_lat, true_lon and either pred_lat, pred_lon
     or lat, lon; other columns are ignored. A photo whose prediction is empty, NaN or half there counts as wrong and is
@@ -71,7 +71,7 @@ def evaluate_csv(
 
 
 def format_evaluation(result: dict[str, Any]) -> str:
-    """What `evaluate_csv` returned, as a few lines to read."""
+    """Format what `evaluate_csv` returned as a few lines to read."""
     radii = [str(r) for r in RADII_KM]
     median = "none (most photos have no answer)" if result["median_km"] is None else f"{result['median_km']:,.1f} km"
     rows = [

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML page that holds everything it shows and asks nothing of the network.
+"""The report of a run is one HTML page that holds everything it shows and asks nothing of the network.
 
 In `maps` places become pictures; every word, table, plot and mark is in `report.html.jinja`. The page has no script:
 maps and plots are SVG, and a policy in its head forbids loading anything.
@@ -82,7 +82,7 @@ def write_report(
 
 
 def example_of(tables: Tables, answers: Answers, index: GeoIndex, at: int) -> dict[str, Any]:
-    """One of the photos of tables and answers as :func:`write_report` shows it, but for its split."""
+    """Return one of the photos of tables and answers as :func:`write_report` shows it, but for its split."""
     truth, answer, near, pool = tables.photos.lat_lon[at], answers.lat_lon[at], tables.neighbors, tables.pool
     lat, lon = near.lat_lon[at, :NEIGHBORS].T
     neighbors = {"crop": index.pictures(near.rows[at, :NEIGHBORS], CROP), "lat": lat.tolist(), "lon": lon.tolist()}
@@ -114,7 +114,7 @@ def _records(columns: Mapping[str, Iterable[Any]]) -> list[dict[str, Any]]:
 
 
 def table_text(metrics: dict[str, Any]) -> str:
-    """The table of ``metrics.json`` as plain text: shares, median, gain by verification within 200 km, cost."""
+    """Format the table of ``metrics.json`` as text: shares, median, gain by verification within 200 km, cost."""
     radii, rows = "".join(f"{f'<= {r} km':>11}" for r in RADII_KM), metrics["variants"]
     width = max(len(row["name"]) for row in rows) + 2
     lines = [f"{'split':<10}{'variant':<{width}}{'n':>6}{radii}{'median km':>11}  {'gain at 200 km':<24}{'ms':>7}"]

@@ -1,1 +1,1 @@
-"""The gallery as an index that is built, searched and described."""
+"""The gallery is an index that is built, searched and described here."""

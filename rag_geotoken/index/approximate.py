@@ -1,4 +1,4 @@
-"""Approximate search with FAISS: which factory, how it is trained and filled, and how far it must look."""
+"""Approximate search with FAISS: these functions choose, train and fill an index, and measure how far it must look."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROUNDS = 10  # of k-means: what later ones gain is lost in the choice of nprobe
 
 
 def choose_factory(rows: int, dim: int, memory_gib: float = 16.0, recall: float = 0.95) -> str:
-    """A FAISS factory for so many vectors that stays within so much memory, after autofaiss' rules.
+    """Choose a FAISS factory for so many vectors that stays within so much memory, after autofaiss' rules.
 
     Exact ``Flat`` on all three parts (12 * dim bytes a row) while rows are few, or where nothing may be missed
     (``recall`` 1), if it fits; else :func:`inverted_factory`, whose nprobe is what ``recall`` decides. Raises GeoError
@@ -35,7 +35,7 @@ def choose_factory(rows: int, dim: int, memory_gib: float = 16.0, recall: float 
 
 
 def inverted_factory(rows: int, dim: int, memory_gib: float = 16.0) -> str:
-    """Inverted lists of half precision, of 8 bits, or of product codes: the first that fits. Raises GeoError.
+    """Choose inverted lists of half precision, of 8 bits or of product codes, the first that fits, or raise GeoError.
 
     They look at the image part alone, and the best of what they find are compared exactly. A graph (HNSW) is never
     chosen: it is no faster at the same recall on the galleries of ``bench index``, it takes longer to build, and one of
@@ -56,12 +56,12 @@ def inverted_factory(rows: int, dim: int, memory_gib: float = 16.0) -> str:
 
 
 def inverted_lists(rows: int) -> int:
-    """How many lists: the power of two nearest to 4 * sqrt(rows), the fewest that FAISS' guidelines name."""
+    """Return how many lists to make: the power of two nearest to 4 * sqrt(rows), the fewest that FAISS advises."""
     return 1 << max(4, round(math.log2(4.0 * math.sqrt(rows))))
 
 
 def sample_size(factory: str, rows: int, dim: int) -> int:
-    """Vectors to train on: 40 a list (FAISS asks for 39), no fewer than 65,536, within ``SAMPLE_BYTES``."""
+    """Return how many vectors to train on: 40 a list (FAISS asks for 39), at least 65,536, within ``SAMPLE_BYTES``."""
     if factory.startswith("HNSW"):
         return min(rows, 1000)  # half precision learns nothing, but wants to be trained
     lists = int(factory.split("IVF")[1].split(",")[0].split("_")[0]) if "IVF" in factory else 0
@@ -69,7 +69,7 @@ def sample_size(factory: str, rows: int, dim: int) -> int:
 
 
 def seconds_to_train(sample: Vectors, lists: int) -> float:
-    """About how long k-means will take over a sample (N, dim), from the time of a small part of it."""
+    """Estimate how long k-means will take over a sample (N, dim), from the time of a small part of it."""
     import faiss
 
     few = sample[: max(256, len(sample) // 200)]
@@ -79,7 +79,7 @@ def seconds_to_train(sample: Vectors, lists: int) -> float:
 
 
 def train(factory: str, sample: Vectors, say: Callable[[str], object]) -> Any:
-    """An empty index of that factory, inner product, trained on the sample (N, dim). Raises GeoError.
+    """Return an empty index of that factory, inner product, trained on the sample (N, dim), or raise GeoError.
 
     ``say`` hears in one line what is done and about how long it takes.
     """
@@ -107,21 +107,21 @@ def train(factory: str, sample: Vectors, say: Callable[[str], object]) -> Any:
 
 
 def inverted(index: Any) -> Any:
-    """The part of an index that holds inverted lists, or None."""
+    """Return the part of an index that holds inverted lists, or None."""
     import faiss
 
     return faiss.try_extract_index_ivf(index)
 
 
 def effort_name(index: Any) -> str:
-    """Which number says how far a search looks: nprobe, efSearch, or none."""
+    """Name the number that says how far a search looks: nprobe, efSearch, or none."""
     if inverted(index) is not None:
         return "nprobe"
     return "efSearch" if hasattr(index, "hnsw") else ""
 
 
 def effort(index: Any, value: int, selector: Any = None) -> Any:
-    """Search parameters: so many lists or graph nodes, only rows that a faiss.IDSelector lets through."""
+    """Return search parameters: so many lists or graph nodes, only rows that a faiss.IDSelector lets through."""
     faiss: Any = importlib.import_module("faiss")  # its parameters' Python side takes names that its types do not know
     if inverted(index) is not None:
         inner = faiss.SearchParametersIVF(nprobe=value, sel=selector)
@@ -133,7 +133,7 @@ def effort(index: Any, value: int, selector: Any = None) -> Any:
 
 
 def efforts(index: Any) -> Iterator[int]:
-    """What to try for nprobe or efSearch, growing by half and less each time."""
+    """Return the values of nprobe or efSearch to try, growing by half and less each time."""
     lists = inverted(index)
     most = lists.nlist if lists is not None else 1024
     value = 1 if lists is not None else 24
@@ -144,12 +144,12 @@ def efforts(index: Any) -> Iterator[int]:
 
 
 def recall_at(found: NDArray[np.int64], truth: NDArray[np.int64]) -> float:
-    """The share of each query's true rows (Q, K) that are among the found ones (Q, M)."""
+    """Return the share of each query's true rows (Q, K) that are among the retrieved ones (Q, M)."""
     return float((truth[:, :, None] == found[:, None, :]).any(axis=2).mean())
 
 
 def tune(index: Any, queries: Vectors, truth: NDArray[np.int64], k: int, recall: float) -> tuple[int, float]:
-    """The least nprobe or efSearch that finds the share ``recall`` of the true rows (Q, T) among k -> it, its recall.
+    """Find the least nprobe or efSearch that retrieves the share ``recall`` of the true rows (Q, T), and its recall.
 
     Where none does, the largest.
     """
@@ -163,7 +163,7 @@ def tune(index: Any, queries: Vectors, truth: NDArray[np.int64], k: int, recall:
 
 
 def open_index(path: Path, size: int, factory: str) -> Any:
-    """Read a FAISS file of so many bytes, mapped into memory where its kind allows. Raises GeoError.
+    """Read a FAISS file of so many bytes, mapped into memory where its kind allows, or raise GeoError.
 
     No vector or loop that the file asks for may be larger than the file itself.
     """
@@ -179,7 +179,7 @@ def open_index(path: Path, size: int, factory: str) -> Any:
 
 
 def on_gpu(index: Any) -> Any:
-    """The same index on all GPUs, where faiss-gpu is installed and has its kind; else itself."""
+    """Return the same index on all GPUs, where faiss-gpu is installed and has its kind, else itself."""
     import faiss
 
     if not hasattr(faiss, "StandardGpuResources") or hasattr(index, "hnsw"):

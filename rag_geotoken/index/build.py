@@ -1,4 +1,4 @@
-"""Building an index: from the stage tables of photos to a folder that :class:`.GeoIndex` opens."""
+"""An index is built here, from the stage tables of photos to a folder that :class:`.GeoIndex` opens."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ REFINE = (2, 3, 5, 8, 12, TRUTH)
 
 @dataclass(frozen=True)
 class Plan:
-    """What an index may cost: memory, the share of true neighbors to be found, or a FAISS factory outright."""
+    """A plan says what an index may cost: memory, the share of true neighbors to be found, or a factory outright."""
 
     factory: str | None = None
     memory_gib: float = 16.0
     recall: float = 0.95
 
     def choose(self, rows: int, dim: int) -> str:
-        """The factory for so many photos. Raises GeoError for a target out of range or no room."""
+        """Choose the factory for so many photos, or raise GeoError for a target out of range or no room."""
         if not (0 < self.recall <= 1 and self.memory_gib > 0):
             raise GeoError(
                 f"recall {self.recall:g}, memory {self.memory_gib:g} GiB: give 0 to 1, and more than nothing"
@@ -72,7 +72,7 @@ def build_index(
     plan: Plan | None = None,
     heads: Heads | None = None,
 ) -> dict[str, Any]:
-    """Write an index of the photos that have a vector and a place -> its manifest.
+    """Write an index of the photos that have a vector and a place, and return its manifest.
 
     The files are stage tables, row for row; thumbnails are kept in the index where they were made. The vectors are
     embeddings; or, with a plan and the model's heads, projections, whose image parts are searched approximately and the

@@ -1,4 +1,4 @@
-"""GeoCLIP's retrieval without a list of places: the S2 cells most like a photo's GPS embedding, coarse to fine."""
+"""GeoCLIP's retrieval works here without a list of places: over S2 cells, coarse to fine."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ KEPT = 32  # coarse cells a photo whose parts are looked at
 
 
 def coarse_cells(gallery: Floats) -> NDArray[np.uint64]:
-    """The coarse cells of every region that has one of the places (N, 2): elsewhere no place is sought."""
+    """Return the coarse cells of every region that has one of the places (N, 2): elsewhere no place is sought."""
     regions = np.unique(cell_ids(gallery[:, 0], gallery[:, 1], REGION))
     return descendants(regions, REGION, COARSE).ravel()
 
 
 def cell_vectors(gallery: Floats, embed: Callable[[Floats], NDArray[np.float32]]) -> NDArray[np.float16]:
-    """Embeddings (cells, dim) of the centers of :func:`coarse_cells`, in half precision: an index keeps them."""
+    """Embed the centers of :func:`coarse_cells` as (cells, dim) in half precision: an index keeps them."""
     return embed(np.stack(cell_centers(coarse_cells(gallery)), axis=-1)).astype(np.float16)
 
 
 class GpsSearch:
-    """Cells around the gallery, all compared with a photo, then the best ones' parts."""
+    """This search compares a photo with all cells around the gallery, then with the parts of the best ones."""
 
     def __init__(self, alignment: GeoAlignment, index: GeoIndex) -> None:
-        """The cells' embeddings are those that the index keeps, else made now, which takes seconds."""
+        """Take the cells' embeddings that the index keeps, or make them now, which takes seconds."""
         self.alignment, self.cells = alignment, coarse_cells(index.lat_lon)
         kept = index.cell_vectors
         vectors = cell_vectors(index.lat_lon, alignment.embed_places) if kept is None else kept

@@ -1,4 +1,4 @@
-"""What an index folder's manifest says, for people."""
+"""This module says for people what the manifest of an index says."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def describe(manifest: dict[str, Any]) -> str:
-    """The checked manifest of an index -> lines of a name and what it is; what was not recorded is said to be so."""
+    """Return lines of a name and what it is from a checked manifest; what was not recorded is said to be so."""
     exact = manifest["factory"] == "Flat"
     parts = ", ".join(manifest.get("parts", [])) or "not recorded"
     lines = {

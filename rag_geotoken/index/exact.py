@@ -1,4 +1,4 @@
-"""Exact search without an index: every row, block by block, the best k kept."""
+"""Exact search needs no index: every row is compared, block by block, and the best k are kept."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Vectors = NDArray[np.float32]
 def scan(
     queries: Vectors, blocks: Iterable[tuple[NDArray[np.int64], Vectors]], k: int
 ) -> tuple[Vectors, NDArray[np.int64]]:
-    """The k rows of highest inner product with each query (B, dim) -> scores and rows (B, k), best first.
+    """Return scores and rows (B, k) of the highest inner products with each query (B, dim), best first.
 
     blocks: row numbers (R,) and their vectors (R, dim), of which one at a time is in memory. Where there are fewer than
     k rows in all, the rest is -inf and -1.

@@ -1,4 +1,4 @@
-"""Gallery rows that a query is not to find: those with its own pixels, and, where asked, those of its own author."""
+"""Some gallery rows are not to be found: those with a query's own pixels and, if asked, those of its author."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NO_ONE, UNKNOWN = -1, -2  # a row without an author; an author without a row
 
 
 def copies(rows: pa.Table, digests: Sequence[str]) -> NDArray[np.int64]:
-    """The rows that have one of these digests, in order."""
+    """Return the rows that have one of these digests, in order."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -25,7 +25,7 @@ def copies(rows: pa.Table, digests: Sequence[str]) -> NDArray[np.int64]:
 
 
 def own_rows(rows: pa.Table, digests: Sequence[str]) -> NDArray[np.int64]:
-    """Rows with each digest -> (B, most found), padded with -1."""
+    """Return the rows with each digest as (B, most of one), padded with -1."""
     there, by_digest = copies(rows, digests), dict[str, list[int]]()
     for row, digest in zip(there.tolist(), rows["digest"].take(there).to_pylist(), strict=True):
         by_digest.setdefault(digest, []).append(row)
@@ -35,14 +35,14 @@ def own_rows(rows: pa.Table, digests: Sequence[str]) -> NDArray[np.int64]:
 
 
 class Authors:
-    """Who took each gallery photo: ``numbers`` (rows,), -1 where nobody knows."""
+    """This table says who took each gallery photo: ``numbers`` (rows,), -1 where nobody knows."""
 
     def __init__(self, names: pa.ChunkedArray) -> None:
-        """names: (rows,), null where nobody knows."""
+        """Number the names (rows,), null where nobody knows."""
         coded = names.combine_chunks().dictionary_encode()
         self.numbers: NDArray[np.int32] = coded.indices.fill_null(NO_ONE).to_numpy()
         self._number_of = {name: number for number, name in enumerate(coded.dictionary.to_pylist())}
 
     def named(self, names: Sequence[str | None]) -> NDArray[np.int64]:
-        """Names (B,) -> their numbers; -2 for an author without a photo here, or none."""
+        """Return the numbers of names (B,), -2 for an author without a photo here, or none."""
         return np.array([self._number_of.get(name, UNKNOWN) for name in names], np.int64)

@@ -1,4 +1,4 @@
-"""The files of an index folder, and the manifest that vouches for them."""
+"""An index folder consists of these files and of the manifest that vouches for them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FORMATS = {"rag-geotoken-index/1": (VECTORS, ROWS), "rag-geotoken-index/2": (VEC
 
 
 def check_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of an index folder, sizes and SHA-256s of its files verified. Raises GeoError."""
+    """Return the manifest of an index folder, its files' sizes and SHA-256s verified, or raise GeoError."""
     if not (folder / MANIFEST).is_file():
         raise GeoError(f"no index in {folder}: build one with rag-geotoken index build")
     manifest: dict[str, Any] = read_json(folder / MANIFEST)
@@ -40,13 +40,13 @@ def check_manifest(folder: Path) -> dict[str, Any]:
 
 
 def files_of(manifest: dict[str, Any]) -> tuple[str, ...]:
-    """The files that an index of this manifest is made of."""
+    """Return the names of the files that an index of this manifest is made of."""
     pictures, cells = (BYTES, OFFSETS) if manifest.get("thumbnails") else (), (CELLS,) if manifest.get("cells") else ()
     return FORMATS[manifest["format"]] + pictures + cells
 
 
 def built_from(folder: Path, made_from: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest of a sound index made from the same things, or None."""
+    """Return the manifest of a sound index made from the same things, or None."""
     with suppress(GeoError):
         manifest = check_manifest(folder)
         if manifest["made_from"] == made_from:
@@ -55,7 +55,7 @@ def built_from(folder: Path, made_from: dict[str, Any]) -> dict[str, Any] | None
 
 
 def write_manifest(folder: Path, facts: dict[str, Any], made_from: dict[str, Any]) -> dict[str, Any]:
-    """Write the manifest of an index whose files are all there -> it. Files of another kind of index are removed."""
+    """Write and return the manifest of an index whose files are complete; files of another kind are removed."""
     names = files_of(facts)
     for stray in {PROJECTIONS, BYTES, OFFSETS, CELLS} - set(names):
         (folder / stray).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""GeoIndex: a gallery to be searched, a Parquet table of its rows, and a JSON manifest. Built by :mod:`.indexing`."""
+"""GeoIndex is a gallery to be searched: vectors, a Parquet table of its rows, and a JSON manifest."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class GeoIndex:
-    """A gallery that can be searched: after G3, a photo is [image | gps | text], each part of length one.
+    """This is a gallery that can be searched: after G3, a photo is [image | gps | text], each part of length one.
 
     faiss_index: inner product, exact over 3 * dim, or approximate over the image part alone. Of the latter kind,
     projections (rows, dim) float16 are memory-mapped, and heads make the three parts (N, 3, dim) of them, by which what
@@ -56,16 +56,16 @@ class GeoIndex:
 
     @property
     def identity(self) -> Any:
-        """What results follow from: the digest of every file."""
+        """Return what results follow from: the digest of every file."""
         return self.manifest["sha256"]
 
     @cached_property
     def lat_lon(self) -> NDArray[np.float64]:
-        """(rows, 2) degrees."""
+        """Return the places (rows, 2) in degrees."""
         return np.column_stack([self.rows["lat"].to_numpy(), self.rows["lon"].to_numpy()])
 
     def vectors(self, rows: NDArray[np.int64]) -> Vectors:
-        """Embeddings of the given rows, any shape -> rows.shape + (3, dim): image, gps and text.
+        """Return the embeddings of rows of any shape as rows.shape + (3, dim): image, GPS and text.
 
         Raises GeoError when the index holds projections and was opened without heads.
         """
@@ -79,7 +79,7 @@ class GeoIndex:
         return result.reshape(*rows.shape, 3, -1)
 
     def pictures(self, rows: NDArray[np.int64], size: int) -> NDArray[np.uint8]:
-        """The pictures behind rows of any shape -> rows.shape + (size, size, 3); zeros for one that cannot be read.
+        """Return the pictures of rows of any shape as rows.shape + (size, size, 3), zeros where one cannot be read.
 
         They are kept for the next photos, whose neighbors are often the same, up to ``KEPT_BYTES``.
         """
@@ -95,7 +95,7 @@ class GeoIndex:
         return np.stack([found[row] for row in wanted])[back.reshape(rows.shape)]
 
     def picture_files(self, rows: NDArray[np.int64]) -> Sequence[str | bytes]:
-        """What ``load_pictures`` reads for rows (N,): the index's own thumbnails, else references into the source."""
+        """Return what ``load_pictures`` reads for rows (N,): the index's own thumbnails, else references."""
         if self.thumbnails is not None:
             return [self.thumbnails[row] for row in rows.tolist()]
         return list(self.rows["image"].take(rows).to_pylist())
@@ -112,7 +112,7 @@ class GeoIndex:
         exact: bool = False,
         authors: list[str | None] | None = None,
     ) -> Neighbors:
-        """The k nearest rows of each query (B, 3, dim), the three inner products added with the given weights.
+        """Return the k nearest rows of each query (B, 3, dim), the three inner products added with the given weights.
 
         A row with a query's own digest (the same pixels) is passed over: a photo never finds itself. keep: a mask
         (rows,) of those that may be found. dissimilar: the k rows least like the query, the least first. exact: every
@@ -158,7 +158,7 @@ class GeoIndex:
     def mask(
         self, within: tuple[float, float, float] | None = None, not_author: str | None = None, at_least: int = 0
     ) -> Mask | None:
-        """Rows no further than (lat, lon, km) from a place, and not of an author -> a mask (rows,); None for all.
+        """Return a mask (rows,) of those within (lat, lon, km) and not of an author, or None for all.
 
         at_least: where fewer rows lie inside, as many as that, the nearest to the place.
         """
@@ -213,7 +213,7 @@ class GeoIndex:
             yield some, self.vectors(some).reshape(len(some), -1) if parts else self.image_parts(some)
 
     def image_parts(self, rows: NDArray[np.int64]) -> Vectors:
-        """The image part (N, dim) of rows (N,)."""
+        """Return the image part (N, dim) of rows (N,)."""
         return self.vectors(rows)[:, 0] if self.projections is None else unit(self.projections[rows])
 
     @cached_property
@@ -225,7 +225,7 @@ class GeoIndex:
         return Authors(self.rows["author"])
 
     def check_encoder(self, encoder: str) -> None:
-        """Raises GeoError when the index was built with another encoder."""
+        """Raise GeoError when the index was built with another encoder."""
         if self.manifest["encoder"] != encoder:
             raise GeoError(
                 f"the index was built with encoder {self.manifest['encoder']}, the model is {encoder}: "
@@ -264,7 +264,7 @@ class GeoIndex:
 
 
 def unit(projections: NDArray[np.float16]) -> Vectors:
-    """Projections (N, dim) -> image parts: the same directions, of length one."""
+    """Return the image parts of projections (N, dim): the same directions, of length one."""
     vectors = projections.astype(np.float32)
     vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     return vectors

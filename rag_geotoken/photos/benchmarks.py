@@ -1,4 +1,4 @@
-"""Sources `im2gps3k:DIR` and `yfcc4k:DIR`: the two test sets of the papers, a CSV and a folder of pictures.
+"""The sources `im2gps3k:DIR` and `yfcc4k:DIR` are the papers' test sets, a CSV and a folder of pictures each.
 
 Sets: Vo, Jacobs, Hays, Revisiting IM2GPS in the deep learning era (ICCV 2017); CSVs: TIBHannover/GeoEstimation.
 """
@@ -20,7 +20,7 @@ FOLDERS = {"im2gps3k": ("im2gps3ktest", "images", "."), "yfcc4k": ("yfcc4k", "im
 
 
 def read(name: str, rest: str) -> pa.Table:
-    """The photos table of ``im2gps3k`` or ``yfcc4k``, ``DIR[,limit=N][,seed=S]``: id, image, lat, lon, place, author.
+    """Read the photos table of ``im2gps3k`` or ``yfcc4k``, ``DIR[,limit=N][,seed=S]``.
 
     A photo whose picture is missing keeps its row: it fails when it is loaded and stays in the denominator. A remark
     in the table's schema says how many. Raises GeoError when the folder or its CSV is missing or wrong.

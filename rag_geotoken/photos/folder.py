@@ -1,4 +1,4 @@
-"""Source `folder:DIR`: picture files, with coordinates from `photos.csv` among them or from their EXIF tags."""
+"""The source `folder:DIR` is picture files, with places from `photos.csv` among them or from their EXIF tags."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NEEDED, KNOWN = ("file", "lat", "lon"), ("file", "lat", "lon", "place", "author"
 
 
 def read(rest: Path | str) -> pa.Table:
-    """The photos table of ``DIR[,limit=N][,seed=S]``, sorted by path.
+    """Read the photos table of ``DIR[,limit=N][,seed=S]``, sorted by path.
 
     Columns: id (path within the folder), image (path), lat, lon, place, author. A photo that `photos.csv` (file, lat,
     lon[, place, author]) names takes everything from there: empty cells mean unknown. Any other photo takes its

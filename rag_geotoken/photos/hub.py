@@ -1,4 +1,4 @@
-"""Source `hub:NAME`: a data set of a hub, or a local one, through `datasets` in streaming.
+"""The source `hub:NAME` is a data set of a hub, or a local one, read through `datasets` in streaming.
 
 A stream is read from its start only, and a picture in a Parquet file only with its whole row group; later stages want
 single pictures, and want them again. So the photos asked for are copied once, their bytes as they are, into a tar in
@@ -44,7 +44,7 @@ LINES = re.compile(r"\s+")
 
 
 def read(rest: str) -> pa.Table:
-    """The photos table of ``NAME[,config=C][,split=S][,revision=R][,limit=N][,seed=S]``.
+    """Read the photos table of ``NAME[,config=C][,split=S][,revision=R][,limit=N][,seed=S]``.
 
     Columns: id, image, lat, lon, place, author. ``NAME`` is a data set of the hub, or a local path: a folder of Parquet
     files or pictures, what `save_to_disk` wrote, or one Parquet file. ``limit`` takes the first usable photos. With

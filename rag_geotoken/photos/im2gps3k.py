@@ -1,4 +1,4 @@
-"""Source `im2gps3k:DIR`: a test set of the papers, described in :mod:`.benchmarks`."""
+"""The source `im2gps3k:DIR` is a test set of the papers, described in :mod:`.benchmarks`."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""What a user names to be located: pictures, folders, lists in CSV files and sources -> one photos table."""
+"""What a user names to be located becomes one photos table: pictures, folders, CSV files and sources."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def read_photos(photos: list[str], limit: int | None = None) -> pa.Table:
-    """Pictures, folders, CSVs with a column ``image`` and sources -> one photos table, each photo once.
+    """Read pictures, folders, CSVs with a column ``image`` and sources as one photos table, each photo once.
 
     Coordinates of a source are kept as the truth to compare with; those in EXIF are not read. At most ``limit`` photos
     in all, the first. Raises GeoError for an empty folder, a missing file or a CSV without the column.

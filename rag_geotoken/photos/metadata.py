@@ -1,4 +1,4 @@
-"""Metadata of photo collections: CSV files nobody has vetted, read as text in columns, then turned into values."""
+"""Metadata of photo collections are CSV files nobody has vetted: read as text, then turned into values."""
 
 from __future__ import annotations
 
@@ -69,20 +69,20 @@ def _header(path: Path) -> list[str]:
 
 
 def clean(text: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Text (N,) without space around it; null where it is missing or only says so."""
+    """Strip text (N,) of space around it; null where it is missing or only says so."""
     text = pc.utf8_trim_whitespace(text)
     return pc.if_else(pc.is_in(text, value_set=pa.array(MISSING)), pa.scalar(None, pa.string()), text)
 
 
 def degrees(text: pa.ChunkedArray, limit: float) -> pa.ChunkedArray:
-    """Text (N,) -> degrees (N,) float64; null where it is no number or outside -limit..limit."""
+    """Parse text (N,) as degrees (N,) float64; null where it is no number or outside -limit..limit."""
     is_number = pc.match_substring_regex(text, NUMBER)
     number = pc.cast(pc.if_else(is_number, text, pa.scalar(None, pa.string())), pa.float64())
     return pc.if_else(pc.less_equal(pc.abs(number), limit), number, pa.scalar(None, pa.float64()))
 
 
 def photo_rows(path: Path, left_out: LeftOut, needed: Sequence[str] = (), optional: Sequence[str] = ()) -> pa.Table:
-    """A CSV's usable rows: id, lat, lon in degrees, and the other columns as text. Raises GeoError as `read_csv`.
+    """Return a CSV's usable rows: id, lat, lon in degrees, and the other columns as text.
 
     The id is IMG_ID with ``_`` for ``/``, as the pictures are named. What is not usable is counted: broken lines, rows
     without id, without a value in a needed column, without coordinates on Earth, and ids that were there before.

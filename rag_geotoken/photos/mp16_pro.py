@@ -1,4 +1,4 @@
-"""Source `mp16-pro:DIR`: the gallery MP16-Pro as it lies on disk, photos in their tar, metadata in a CSV.
+"""The source `mp16-pro:DIR` is the gallery MP16-Pro as it lies on disk: photos in their tar, a CSV.
 
 Format and rules: Jia et al., G3 (NeurIPS 2024), and the data set Jia-py/MP16-Pro on the hub.
 """
@@ -24,7 +24,7 @@ SMALLEST = 5 * 1024  # bytes; a picture of this size or below says only that the
 
 
 def read(rest: str) -> pa.Table:
-    """The photos table of ``DIR[,limit=N][,seed=S]``: id, image, lat, lon, place, author, in the order of the tar.
+    """Read the photos table of ``DIR[,limit=N][,seed=S]``, in the order of the tar.
 
     ``DIR`` holds ``mp-16-images.tar``, or its pieces ``mp-16-images00``, ``01``, ... as they are downloaded, and itself
     or in ``metadata/`` one of the two CSVs; the fuller one counts if both are there. ``place`` is G3's text of city,

@@ -1,4 +1,4 @@
-"""Sources of photos, written SCHEME:REST: one file a source, each with ``read(rest)``, a function to the photos table.
+"""Sources of photos are written SCHEME:REST; each is a file with ``read(rest)``, which returns a photos table.
 
 A source whose pictures are no files has ``draw(references, size)`` besides, which makes pixels of its references, and
 ``PIXELS``, the side of the squares that hold all they show. One that keeps some of its photos for evaluation has
@@ -21,18 +21,18 @@ SCHEMES = ("blue-marble", "folder", "hub", "im2gps3k", "mp16-pro", "yfcc4k")
 
 
 def source_module(text: str) -> ModuleType | None:
-    """The module behind ``SCHEME:REST``, of a source or of a picture's reference; None where the text is none."""
+    """Return the module behind ``SCHEME:REST``, of a source or of a picture's reference, or None."""
     scheme, colon, _ = text.partition(":")
     return import_module(f"rag_geotoken.photos.{scheme.replace('-', '_')}") if colon and scheme in SCHEMES else None
 
 
 def limited(source: str, limit: int | None) -> str:
-    """A source with at most so many photos, whatever limit it gives itself; as it is without a limit."""
+    """Return a source with at most so many photos, whatever limit it gives itself; as it is without a limit."""
     return source if limit is None else f"{source},limit={limit}"
 
 
 def read_source(source: str) -> pa.Table:
-    """Read a source -> photos: id, image (reference), lat, lon, place, author.
+    """Read the photos of a source: id, image (reference), lat, lon, place, author.
 
     Behind a source stands ``,limit=N`` for the first N photos and ``,limit=N,seed=S`` for N random ones. What was left
     out is in the schema's metadata: `photos.read_left_out`. Raises GeoError for another scheme or what the source says.
@@ -41,14 +41,14 @@ def read_source(source: str) -> pa.Table:
 
 
 def check_use(source: str, use: str) -> None:
-    """Raises GeoError where a source keeps those photos for something else than this use, such as ``train tokens``."""
+    """Raise GeoError where a source keeps those photos for something else than this use, such as ``train tokens``."""
     module = _module(source)
     if hasattr(module, "check_use"):
         module.check_use(source.partition(":")[2], use)
 
 
 def view_source(source: str) -> tuple[ModuleType, str]:
-    """The module of a source that draws views afresh, and their split. Raises GeoError for any other source.
+    """Return the module of a source that draws views afresh, and their split, or raise GeoError.
 
     It has ``draw_views(split, n, seed)``, which are places first, ``cut(views)``, their pixels, and ``is_unseen(lat,
     lon)``, where no training may look.

@@ -1,4 +1,4 @@
-"""What all sources share: the photos table, the settings behind a name, subsets, and what was left out."""
+"""All sources share this: the photos table, the settings behind a name, subsets, and what was left out."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHOWN = 10  # ids named for each reason
 
 @dataclass(frozen=True)
 class Settings:
-    """What stands behind SCHEME: a folder or name, how many photos, and which."""
+    """This is what stands behind SCHEME: a folder or name, how many photos, and which."""
 
     where: str
     limit: int | None = None
@@ -39,7 +39,7 @@ class Settings:
     config: str | None = None
 
     def choose(self, count: int) -> NDArray[np.int64]:
-        """The rows to take out of ``count``, ascending: all, the first ``limit``, or a random subset by ``seed``."""
+        """Choose rows of ``count``, ascending: all, the first ``limit``, or a random subset by ``seed``."""
         if self.limit is None or self.limit >= count:
             return np.arange(count)
         if self.seed is None:
@@ -48,7 +48,7 @@ class Settings:
 
 
 def parse(rest: str, known: Sequence[str] = ("limit", "seed")) -> Settings:
-    """``"DIR,limit=1000,seed=1"`` -> settings. Raises GeoError for a number that is none.
+    """Parse ``"DIR,limit=1000,seed=1"`` into settings, or raise GeoError for a number that is none.
 
     Read from the end, so a folder's name may hold commas; of a setting given twice the last one counts.
     """
@@ -68,7 +68,7 @@ def parse(rest: str, known: Sequence[str] = ("limit", "seed")) -> Settings:
 
 @dataclass
 class LeftOut:
-    """Rows of a source that became no photo, by reason, the first of each named; and remarks on the whole source."""
+    """This counts rows of a source that became no photo, by reason, the first of each named, and keeps remarks."""
 
     reasons: dict[str, dict[str, Any]] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
@@ -80,7 +80,7 @@ class LeftOut:
         entry["first"] += list(ids)[: SHOWN - len(entry["first"])]
 
     def drop(self, table: pa.Table, bad: NDArray[np.bool_] | pa.ChunkedArray, reason: str) -> pa.Table:
-        """The table (with a column ``id``) without its bad rows (N,), which are counted."""
+        """Return the table (with a column ``id``) without its bad rows (N,), which are counted."""
         bad = np.asarray(bad, bool)
         if not bad.any():
             return table
@@ -88,19 +88,19 @@ class LeftOut:
         return table.filter(pa.array(~bad))
 
     def line(self) -> str:
-        """One line, such as "left out: 12 without a country, 3 of 5 KB or less; the tar is cut off"; or nothing."""
+        """Return one line, such as "left out: 12 without a country, 3 of 5 KB or less; the tar is cut off"."""
         counts = ", ".join(f"{entry['photos']:,} {reason}" for reason, entry in self.reasons.items())
         return "; ".join([f"left out: {counts}"] * bool(counts) + self.remarks)
 
 
 def photos_table(columns: dict[str, Any], left_out: LeftOut) -> pa.Table:
-    """The photos table of those columns, null where one is not given; it carries what was left out in its schema."""
+    """Make a photos table of columns, null where one is not given; its schema carries what was left out."""
     count = len(columns["id"])
     arrays = [columns.get(f.name, pa.nulls(count, f.type)) for f in SCHEMA]
     return pa.table(arrays, schema=SCHEMA.with_metadata({"left_out": json.dumps(vars(left_out), ensure_ascii=False)}))
 
 
 def read_left_out(table: pa.Table) -> LeftOut:
-    """What a source left out on the way to its photos table; nothing where the table does not say."""
+    """Return what a source left out on the way to its photos table; nothing where the table does not say."""
     text = (table.schema.metadata or {}).get(b"left_out")
     return LeftOut(**json.loads(text)) if text else LeftOut()

@@ -1,4 +1,4 @@
-"""Pictures inside a tar, read where they lie: an index of its members, references to them, and their bytes.
+"""Pictures inside a tar are read where they lie: by an index of its members and references to them.
 
 The tar may also be a row of pieces (``NAME00``, ``NAME01``, ...), as hubs with a limit on file sizes keep it.
 """
@@ -35,7 +35,7 @@ BATCH = 65_536  # members
 
 
 def tar_files(folder: Path, name: str) -> list[Path]:
-    """``folder/NAME.tar``, or else its pieces NAME00, NAME01, ... up to the first gap; empty where there is none."""
+    """Return ``folder/NAME.tar``, or else its pieces NAME00, NAME01, ... up to the first gap."""
     whole = folder / f"{name}.tar"
     if whole.is_file():
         return [whole]
@@ -46,7 +46,7 @@ def tar_files(folder: Path, name: str) -> list[Path]:
 
 
 def tar_index(files: list[Path]) -> pa.Table:
-    """The members of a tar: name (without folders), file (row in ``files``, -1 across two), offset and size in bytes.
+    """Index the members of a tar: name (without folders), file (-1 across two), offset and size in bytes.
 
     Members of one name are one: the last, as tar has it. The schema's metadata ``tar`` is JSON with ``cut_off``: the
     byte where the tar ends before its end, or null. Built once, then kept as ``NAME.index.parquet`` beside the tar, or
@@ -69,7 +69,7 @@ def tar_index(files: list[Path]) -> pa.Table:
 
 
 def references(files: list[Path], index: pa.Table) -> pa.Array:
-    """Rows of the index -> picture references ``tar:PATH#OFFSET+SIZE``."""
+    """Make picture references ``tar:PATH#OFFSET+SIZE`` of rows of the index."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -79,7 +79,7 @@ def references(files: list[Path], index: pa.Table) -> pa.Array:
 
 
 def read_member(reference: str, cap: int) -> bytes:
-    """The bytes of the member that a reference names, at most ``cap`` of them.
+    """Read the bytes of the member that a reference names, at most ``cap`` of them.
 
     A reference is not trusted: where it says, a tar header must stand, of a plain file of that size, all in the file.
     Raises GeoError with the reason, without the reference; OSError for a file that is missing or may not be read.
@@ -200,7 +200,7 @@ class _Joined:
             file.close()
 
     def place(self, start: int, size: int) -> tuple[int, int]:
-        """Which file holds bytes start..start+size, and where in it they begin; file -1 if they lie across two."""
+        """Return which file holds bytes start..start+size, and where in it they begin; -1 if they lie across two."""
         file = bisect_right(self._ends, start)
         begin = self._ends[file - 1] if file else 0
         return (file if start + size <= self._ends[file] else -1), start - begin

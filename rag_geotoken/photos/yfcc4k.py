@@ -1,4 +1,4 @@
-"""Source `yfcc4k:DIR`: a test set of the papers, described in :mod:`.benchmarks`."""
+"""The source `yfcc4k:DIR` is a test set of the papers, described in :mod:`.benchmarks`."""
 
 from functools import partial
 

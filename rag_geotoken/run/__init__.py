@@ -1,1 +1,1 @@
-"""The road from photos to predictions, and who walks it."""
+"""This room is the road from photos to predictions, and who walks it."""

@@ -1,4 +1,4 @@
-"""Ablations: options of the road crossed, every variant decided from tables that are shared, compared on all photos."""
+"""An ablation crosses options of the road; variants share tables and are compared on all photos."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def ablate(
     matcher: str | None = None,
     mllm: Callable[[], MllmSession] | None = None,
 ) -> dict[str, Any]:
-    """Run a recipe into ``out`` -> what ``metrics.json`` holds; report.html shows it, predictions.parquet has the best.
+    """Run a recipe into ``out``: metrics.json (returned), report.html, and predictions.parquet of the best variant.
 
     Run again, only what is missing is done. photos: a source on which every variant is run, and index: one in the place
     of the recipe's own. mllm: opens the multimodal model, where a variant asks one. Raises GeoError for a recipe that
@@ -95,7 +95,7 @@ def _identity(plan: Recipe, runs: Mapping[str, tuple[RunFolder, Made]], models: 
 
 
 def walk_variants(run: RunFolder, variants: list[Variant]) -> Made:
-    """The road in a run's folder, once for every set of options that differ before the decision."""
+    """Walk the road in a run's folder, once for every set of options that differ before the decision."""
     groups, made = dict[str, list[Variant]](), Made()
     for variant in variants:
         groups.setdefault(_road_key(variant.options), []).append(variant)
@@ -125,7 +125,7 @@ def _shared(group: list[Variant]) -> Options:
 
 @dataclass
 class Result:
-    """A variant on a split: its row of ``metrics.json``, distances (N,), NaN without an answer, and photos."""
+    """This is a variant on a split: its row of ``metrics.json``, distances (N,), NaN without an answer, and photos."""
 
     row: dict[str, Any]
     km: Floats
@@ -175,7 +175,7 @@ def _distances(run: RunFolder, name: str) -> Floats:
 
 
 def oracle(run: RunFolder, options: Options, files: dict[str, str]) -> Floats:
-    """Distance (N,) of the best place that may be each photo's answer, NaN for unreadable ones. Not a method."""
+    """Return the distance (N,) of the best place of each photo's pool, NaN where unreadable; this is no method."""
     pool = chosen_pool(options, run.tables(options, files).pool)
     return _nearest_of(run, pool.lat_lon, pool.mask)
 

@@ -1,4 +1,4 @@
-"""From a source to an index: photos, embeddings or projections, thumbnails, then the index itself."""
+"""A source becomes an index here: photos, embeddings or projections, thumbnails, then the index itself."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from rag_geotoken.types import Photos
 def make_index(
     folder: Path, source: str, alignment: GeoAlignment, plan: Plan | None = None, thumbnails: int | None = None
 ) -> dict[str, Any]:
-    """Read a source, encode its photos and write the index -> its manifest; what is done stays done.
+    """Read a source, encode its photos, write the index and return its manifest; what is done stays done.
 
     plan: what it may cost; an exact index where that is enough. thumbnails: keep the pictures too, their longer side so
     many pixels. Stage tables lie beside it in ``stages``.
@@ -53,7 +53,7 @@ def _embeddings(folder: Path, alignment: GeoAlignment) -> Path:
 
 
 def project(folder: Path, alignment: GeoAlignment) -> Path:
-    """Photos -> projections: the one vector that the three parts of an embedding follow from, in half precision.
+    """Project photos to the one vector that the parts of an embedding follow from, in half precision.
 
     Columns id, projection (dim), digest, error: a sixth of the bytes of embeddings.
     """

@@ -1,4 +1,4 @@
-"""The main job on embedded data: a recipe of the ablation engine that ships with the package."""
+"""The demo is the main job on embedded data: a recipe of the ablation engine that ships with the package."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run_demo(
     mllm: str | None = None,
     log: Log = print,
 ) -> dict[str, Any]:
-    """Run the demo's recipe into ``out`` -> what ``metrics.json`` holds. What is already there is not done again.
+    """Run the demo's recipe into ``out`` and return what ``metrics.json`` holds; nothing is done twice.
 
     test_n, seed: how many test photos are drawn, and which; half as many, 1,000 at most, of the other splits. gallery:
     photos in the index. mllm: a multimodal model that verifies too, as :func:`.open_client` takes it; without one, its

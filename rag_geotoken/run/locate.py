@@ -1,4 +1,4 @@
-"""Locate a user's own photos: from paths to a file of answers, stage tables kept beside it."""
+"""A user's own photos are located here: from paths to a file of answers, stage tables kept beside it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def locate_photos(table: pa.Table, models: Models, options: Options, out: Path, run: Path) -> tuple[int, list[str]]:
-    """Locate the photos of a table, write ``out`` -> how many have an answer, errors of the others.
+    """Locate the photos of a table and write ``out``; return how many have an answer, and errors of the others.
 
     Every stage's table is kept in ``run``. Raises GeoError when nothing can be located or a file cannot be written:
     call :func:`.check_output` before models are opened.
@@ -46,7 +46,7 @@ def neighbors_of(
     dissimilar: bool = False,
     backbone: str | None = None,
 ) -> list[dict[str, Any]]:
-    """The k rows of an index most, or least, like a picture: rank, score, id, lat, lon, place. Raises GeoError.
+    """Return the k rows of an index most, or least, like a picture: rank, score, id, lat, lon, place.
 
     within and not_author leave rows out before the search; where fewer than k are left, there are fewer.
     """

@@ -1,4 +1,4 @@
-"""Stages on disk: each table made once, block by block, and gone on with where it was stopped."""
+"""Stages on disk are tables made once, block by block, and gone on with where they were stopped."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run_stage(
     block: int | None = None,
     alone: bool = False,
 ) -> Path:
-    """A stage of a run with a progress bar: ``inputs`` are tables of its folder, ``ids`` the photos; see :func:`stage`.
+    """Run a stage with a progress bar: ``inputs`` are tables of its folder, ``ids`` the photos; see :func:`stage`.
 
     many: whether its work takes little memory a photo, so that large runs have large blocks, where none is given.
     alone: whether its blocks are made one after the other.
@@ -58,7 +58,7 @@ def stage(
     progress: Callable[[int], object] = lambda done: None,
     alone: bool = False,
 ) -> Path:
-    """Makes `folder/name.parquet` from blocks of photos, unless it is already made from the same things -> its path.
+    """Make `folder/name.parquet` from blocks of photos, unless it is already made from the same things.
 
     The stage is known by the SHA-256 of its name, recipe, input files, keys and block. Every finished block is kept
     as a file of its own until all are there, so a stage that was stopped goes on with the blocks that are missing and

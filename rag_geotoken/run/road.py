@@ -1,4 +1,4 @@
-"""The road from photos to predictions: every stage once, in order. Who walks it is in :mod:`.walk`.
+"""The road from photos to predictions has every stage once, in order; who walks it is in :mod:`.walk`.
 
 photos -> embeddings -> neighbors -> candidates -> pool -> verdicts -> predictions
                      -> places     -> posterior
@@ -47,7 +47,7 @@ SHARES = ("neighbor_share", "neighbor_scale", "gps_share", "visual_share", "matc
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the road: a block of photos with the tables it ``reads`` -> a result of ``kind``.
+    """A stage makes of a block of photos, with the tables that it ``reads``, a result of ``kind``.
 
     depends, models, tuning: the options, the models (see :meth:`.Models.identity`) and the numbers of the tuning that
     it follows from besides; all of the tuning where it is ``*``. version: raised when the code gives other results, so
@@ -67,7 +67,7 @@ class Stage:
     whole: bool = False
 
     def settings(self, models: Models, options: Options) -> dict[str, Any]:
-        """All that the result follows from besides the tables read, as JSON values."""
+        """Return all that the result follows from besides the tables read, as JSON values."""
         tuned = asdict(models.tuning)
         found = {name: value for name, value in asdict(options).items() if name in self.depends}
         found |= {"pooled": list(options.pooled)} if "sources" in self.depends else {}
@@ -76,7 +76,7 @@ class Stage:
 
 
 def road(options: Options) -> list[Stage]:
-    """The stages that the options ask for, in order; the last one decides."""
+    """Return the stages that the options ask for, in order; the last one decides."""
     alone = options.sources[0] if len(options.sources) == 1 else None
     pool = f"pool-{alone}" if alone else "pool"
     verdicts = [_verdict(name, pool, options) for name in sorted(options.verify)]

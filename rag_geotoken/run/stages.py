@@ -1,4 +1,4 @@
-"""What each stage of the road does with a block of photos."""
+"""Here stands what each stage of the road does with a block of photos."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ from rag_geotoken.verifiers import Verifier
 
 
 def embed(models: Models, options: Options, tables: Tables) -> Embeddings:
-    """Pictures -> embeddings, zeros where a picture cannot be read."""
+    """Embed pictures, as zeros where one cannot be read."""
     return embed_pictures(models.alignment, tables.photos.images)
 
 
 def embed_pictures(alignment: GeoAlignment, images: Sequence[Picture]) -> Embeddings:
-    """The same, without an index: an index is made of these."""
+    """Embed pictures without an index: an index is made of these."""
     pixels, errors = alignment.load(images)
     vectors = alignment.embed(pixels)
     vectors[[error is not None for error in errors]] = 0.0
@@ -55,12 +55,12 @@ def embed_pictures(alignment: GeoAlignment, images: Sequence[Picture]) -> Embedd
 
 
 def digests(pixels: NDArray[np.uint8]) -> list[str]:
-    """A name for each picture's pixels (B, H, W, 3), 32 hexadecimal digits, by which a photo knows itself."""
+    """Name each picture's pixels (B, H, W, 3) by 32 hexadecimal digits, by which a photo knows itself."""
     return [blake2b(picture.tobytes(), digest_size=16).hexdigest() for picture in pixels]
 
 
 def search(models: Models, options: Options, tables: Tables) -> Neighbors:
-    """Embeddings -> the k nearest gallery photos; a photo never finds its own pixels.
+    """Search the k gallery photos nearest to each embedding; a photo never finds its own pixels.
 
     Within a region, where fewer photos lie than asked for, the nearest to its middle are taken.
     """
@@ -78,7 +78,7 @@ def search(models: Models, options: Options, tables: Tables) -> Neighbors:
 
 @torch.inference_mode()
 def propose(models: Models, options: Options, tables: Tables) -> Candidates:
-    """Embeddings and neighbors -> cells, decoded in every way that is asked for."""
+    """Decode cells from embeddings and neighbors, in every way that is asked for."""
     tokens, memory = models.tokens, models.memory(tables.embeddings, tables.neighbors)
     region = Region.within(models.tokenizer, *options.within) if options.within else None
     decoded: list[tuple[int, decoding.Decoded]] = []
@@ -112,17 +112,17 @@ def propose(models: Models, options: Options, tables: Tables) -> Candidates:
 
 
 def find_places(models: Models, options: Options, tables: Tables) -> Places:
-    """Embeddings -> the places most like each photo's GPS embedding."""
+    """Find the places most like each photo's GPS embedding."""
     return models.gps_search(tables.embeddings.gps, options.gps_places)
 
 
 def believe(models: Models, options: Options, tables: Tables) -> Posterior:
-    """Embeddings and neighbors -> what the token model believes of each photo as a whole."""
+    """Ask the token model what it believes of each photo as a whole."""
     return frontier(models.tokens, models.memory(tables.embeddings, tables.neighbors), options.openings)
 
 
 def match(models: Models, options: Options, tables: Tables) -> Places:
-    """Pictures and neighbors -> where each neighbor's picture puts the photo, and how well the two fit."""
+    """Compare pictures: where does each neighbor's picture put the photo, and how well do the two fit?"""
     pixels, errors = load_pictures(tables.photos.images, models.matcher.size)
     if any(errors):
         raise GeoError(f"a picture is gone since it was encoded: {next(filter(None, errors))}")
@@ -137,25 +137,25 @@ def match(models: Models, options: Options, tables: Tables) -> Places:
 
 
 def diversify(models: Models, options: Options, tables: Tables) -> MllmVerdict:
-    """Pictures and neighbors -> a multimodal model's answers to G3's prompts, which join the pool."""
+    """Ask a multimodal model G3's prompts; its answers join the pool."""
     from rag_geotoken.verifiers.mllm import diverse_places
 
     return diverse_places(models, options, tables)
 
 
 def pool(models: Models, options: Options, tables: Tables) -> Pool:
-    """The tables so far -> the places that verifiers score."""
+    """Pool the tables so far into the places that verifiers score."""
     return pool_of(tables, options, models.tokenizer, models.tuning)
 
 
 def verdict(verifier: Verifier, models: Models, options: Options, tables: Tables) -> Verdict:
-    """A verifier's score of every place; a multimodal model is asked about those alone that may be the answer."""
+    """Score every place by a verifier; a multimodal model sees those alone that may be the answer."""
     asks_model = verifier.kind is MllmVerdict
     return verifier.scores(models, options, tables, chosen_pool(options, tables.pool) if asks_model else tables.pool)
 
 
 def decide(models: Models, options: Options, tables: Tables) -> Answers:
-    """The pool and its verdicts -> answers of readable photos; those that are too unsure abstain, and say so."""
+    """Decide each readable photo by its pool and verdicts; those that are too unsure abstain, and say so."""
     chosen = chosen_pool(options, tables.pool)
     scores = {name: found.over(tables.pool.mask) for name, found in tables.verdicts.items() if name != "mllm"}
     given = strategies.Given(scores, models.tuning, tables.neighbors, models.tokenizer)

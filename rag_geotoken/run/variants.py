@@ -1,4 +1,4 @@
-"""Variants of an ablation: a recipe's lists of options crossed."""
+"""Variants of an ablation come from a recipe's lists of options, crossed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Name = Annotated[str, Field(pattern=r"^[^/.][^/]*$")]  # may be a part of a file
 
 @dataclass(frozen=True)
 class Variant:
-    """One cell of the crossing: options of the road and of the decision, the splits it is run on (all for none)."""
+    """A variant is one cell of the crossing: options, and the splits that it is run on (all for none)."""
 
     name: str
     options: Options
@@ -28,21 +28,21 @@ class Variant:
 
     @property
     def unverified(self) -> Options:
-        """The same without verification: what its gain is measured against."""
+        """Return the same options without verification: what a gain is measured against."""
         sources = tuple(name for name in self.options.sources if name not in ("visual", "mllm"))
         plain = {name: getattr(Options, name) for name in (*ASKING[1:], "select")}
         return replace(self.options, sources=sources, verify=(), **plain)
 
 
 class Block(BaseModel, extra="allow", strict=True):
-    """A table of ``[[variants]]``: besides name and splits, options whose values are crossed."""
+    """This is a table of ``[[variants]]``: besides name and splits, options whose values are crossed."""
 
     name: Name | None = None
     photos: list[str] = []
 
 
 class Recipe(BaseModel, extra="forbid", strict=True):
-    """An ablation: splits of photos by name, options of every variant, the variants, and what the report says."""
+    """A recipe is an ablation: splits of photos by name, common options, the variants, and what the report says."""
 
     photos: dict[Name, str] = Field(min_length=1)
     blocks: list[Block] = Field(min_length=1, alias="variants")
@@ -56,12 +56,12 @@ class Recipe(BaseModel, extra="forbid", strict=True):
 
     @cached_property
     def variants(self) -> list[Variant]:
-        """Every combination of every block's values."""
+        """Return every combination of every block's values."""
         return [variant for block in self.blocks for variant in _crossed(block, self.options)]
 
 
 def read_variants(recipe: Mapping[str, Any], photos: str | None = None) -> Recipe:
-    """A recipe as TOML gives it -> the same checked. Raises GeoError for what does not fit.
+    """Check a recipe as TOML gives it, or raise GeoError for what does not fit.
 
     photos: a source in the place of the recipe's own, on which every variant is run.
     """

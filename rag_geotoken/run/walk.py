@@ -1,4 +1,4 @@
-"""Who walks the road: in memory, tables passed on; or in a folder, every finished block kept and gone on with."""
+"""The road is walked in memory, tables passed on, or in a folder, every finished block kept."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FEWEST = 8  # photos in a part of a batch
 
 
 def in_memory(models: Models, options: Options, photos: Photos, block: int = BLOCK) -> Answers:
-    """Photos -> answers in order, at most so many photos in a part."""
+    """Answer photos in order, at most so many in a part."""
 
     def work(part: Photos) -> Answers:
         tables = embedded(models, options, part)
@@ -43,14 +43,14 @@ def in_memory(models: Models, options: Options, photos: Photos, block: int = BLO
 
 
 def embedded(models: Models, options: Options, photos: Photos) -> Tables:
-    """Photos -> tables that hold their embeddings, those of unreadable ones among them."""
+    """Return tables that hold the embeddings of photos, those of unreadable ones among them."""
     tables, first = Tables(photos), road(options)[0]
     tables.put(first.name, first.work(models, options, tables))
     return tables
 
 
 def answered(models: Models, options: Options, tables: Tables, until: str = "predictions") -> Any:
-    """Tables of readable photos that hold embeddings -> the result of a later stage, and of all before it."""
+    """Walk on from embeddings of readable photos to a later stage, and return its result."""
     result: Any = Answers.of(tables.photos, [])
     for step in road(options)[1:] if len(tables.photos) else ():
         result = step.work(models, options, tables)
@@ -61,7 +61,7 @@ def answered(models: Models, options: Options, tables: Tables, until: str = "pre
 
 
 def complete(photos: Photos, errors: Sequence[str | None], decided: Answers | None) -> Answers:
-    """Answers of the readable photos -> of all, the others with their errors."""
+    """Complete the answers of the readable photos by the others, with their errors."""
     answers = Answers.of(photos, errors)
     good = np.array([error is None for error in errors], bool)
     if decided is not None and good.any():
@@ -73,7 +73,7 @@ def complete(photos: Photos, errors: Sequence[str | None], decided: Answers | No
 
 
 def write_photos(folder: Path, source: str) -> Path:
-    """The photos table of a source: id, image, lat, lon, place, author.
+    """Write the photos table of a source: id, image, lat, lon, place, author.
 
     The source is read each time and known by what it holds, since a folder can change under the same name. What it left
     out stands by reason in ``left_out.json``, and in one line on standard error.
@@ -91,14 +91,14 @@ def write_photos(folder: Path, source: str) -> Path:
 
 
 class RunFolder:
-    """A folder with ``photos.parquet`` in which the road is walked, with one set of options after another.
+    """In this folder with ``photos.parquet`` the road is walked, with one set of options after another.
 
     Tables are shared where they follow from the same things. The first table of a stage bears its name, others that of
     their contents behind it. ``reused``: those that were there already. ``seconds``: what making each took.
     """
 
     def __init__(self, folder: Path, models: Models) -> None:
-        """Answers of a multimodal model are kept in the folder."""
+        """Keep the answers of a multimodal model in the folder."""
         self.folder = folder
         self.models = models.replace(mllm=models.mllm.kept_in(folder)) if models.mllm else models
         self.reused: list[str] = []
@@ -108,18 +108,18 @@ class RunFolder:
 
     @cached_property
     def photos(self) -> Photos:
-        """All photos, readable or not."""
+        """Return all photos, readable or not."""
         return Photos.from_table(read_table(self.folder / "photos.parquet"))
 
     @cached_property
     def errors(self) -> list[str | None]:
-        """Why each photo cannot be read, once the road has passed the embeddings."""
+        """Return why each photo cannot be read, once the road has passed the embeddings."""
         errors: list[str | None] = read_table(self.folder / "embeddings.parquet", ["error"])["error"].to_pylist()
         return errors
 
     @cached_property
     def readable(self) -> NDArray[np.int64]:
-        """Positions of the readable photos among all. Raises GeoError when there is none."""
+        """Return the positions of the readable photos among all, or raise GeoError when there is none."""
         good = np.flatnonzero([error is None for error in self.errors])
         if not len(good):
             raise GeoError(f"none of the {len(self.errors)} pictures can be read; the first: {self.errors[0]}")
@@ -133,7 +133,7 @@ class RunFolder:
         until: str = "predictions",
         given: Sequence[str] = (),
     ) -> dict[str, str]:
-        """Make the tables that the options ask for -> stage to table.
+        """Make the tables that the options ask for, and return stage to table.
 
         Args:
             options: Of the decision.
@@ -158,13 +158,13 @@ class RunFolder:
         return files
 
     def result(self, name: str, kind: type[Any]) -> Any:
-        """A table of the folder as its type."""
+        """Return a table of the folder as its type."""
         if name not in self._read:
             self._read[name] = kind.from_table(read_table(self.folder / f"{name}.parquet"))
         return self._read[name]
 
     def tables(self, options: Options, files: dict[str, str], at: slice = slice(None)) -> Tables:
-        """What :meth:`walk` made with these options before the decision, of readable photos."""
+        """Return what :meth:`walk` made with these options before the decision, of readable photos."""
         rows = self.readable[at]
         tables = Tables(self.photos[rows])
         for step in road(options):

@@ -1,1 +1,1 @@
-"""How things are kept: files, Parquet tables, weights, folders of models, recipes; and how long work is done."""
+"""This room keeps things: files, Parquet tables, weights, folders of models, recipes."""

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and their checks."""
+"""Files written here appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rag_geotoken.errors import GeoError
 
 
 def write_whole(path: Path | str, write: Callable[[Path], object]) -> None:
-    """Calls `write` with a hidden sibling of `path`, then puts that file in the place of `path` in one step.
+    """Call `write` with a hidden sibling of `path`, then put that file in the place of `path` in one step.
 
     Missing folders are made. Whatever goes wrong, `path` stays as it was and the sibling is removed.
 
@@ -42,7 +42,7 @@ def write_whole(path: Path | str, write: Callable[[Path], object]) -> None:
 
 
 def check_writable(folder: Path | str) -> None:
-    """Makes a folder where it is missing and tries to write in it: better now than after the work.
+    """Make a folder where it is missing and try to write in it: better now than after the work.
 
     Raises:
         GeoError: the folder cannot be made or written.
@@ -57,19 +57,19 @@ def check_writable(folder: Path | str) -> None:
 
 
 def shipped(name: str) -> Path:
-    """A file or folder that travels with the package: in a wheel it lies inside, in a checkout beside it."""
+    """Return a file or folder that travels with the package: inside it in a wheel, beside it in a checkout."""
     package = Path(__file__).parents[1]
     inside = package / name
     return inside if inside.exists() else package.parent / name
 
 
 def cache_folder() -> Path:
-    """Where things are kept that can be made again: ``$XDG_CACHE_HOME/rag-geotoken``, or under ``~/.cache``."""
+    """Return where things are kept that can be made again: ``$XDG_CACHE_HOME/rag-geotoken``, or in ``~/.cache``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rag-geotoken"
 
 
 def remove(path: Path) -> None:
-    """Removes a file if it is there and can be removed."""
+    """Remove a file if it exists and can be removed."""
     # Where a folder is read-only or no folder, the file was never written, and the first error says why.
     with contextlib.suppress(OSError):
         path.unlink(missing_ok=True)
@@ -82,17 +82,17 @@ def _reason(error: OSError) -> str:
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Writes `text` as UTF-8, whole or not at all."""
+    """Write `text` as UTF-8, whole or not at all."""
     write_whole(path, lambda beside: beside.write_bytes(text.encode()))
 
 
 def write_json(path: Path | str, obj: object) -> None:
-    """Writes `obj` as indented JSON in the order given; NaN and infinity are refused, since JSON has none."""
+    """Write `obj` as indented JSON in the order given; NaN and infinity are refused, since JSON has none."""
     write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path | str) -> Any:
-    """Reads a JSON file.
+    """Read a JSON file.
 
     Raises:
         GeoError: the file is missing or is not JSON.
@@ -107,7 +107,7 @@ def read_json(path: Path | str) -> Any:
 
 
 def file_sha256(path: Path | str) -> str:
-    """The SHA-256 of a file, as 64 hexadecimal digits.
+    """Return the SHA-256 of a file, as 64 hexadecimal digits.
 
     Raises:
         GeoError: the file is missing or cannot be read.

@@ -1,4 +1,4 @@
-"""The folder of a pretrained model: found or downloaded from a hub, and told apart from others by its files."""
+"""The folder of a pretrained model is found here, or downloaded from a hub, and identified by its files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model", WEIGHTS)  # what is fe
 
 
 def find_model(name: str | Path) -> Path:
-    """The folder of that name, or a hub's snapshot, downloaded the first time.
+    """Return the folder of that name, or a hub's snapshot, downloaded the first time.
 
     Raises GeoError when there is none, or it holds no weights in safetensors.
     """
@@ -28,14 +28,14 @@ def find_model(name: str | Path) -> Path:
 
 
 def model_identity(folder: Path) -> str:
-    """The folder's name and twelve hexadecimal digits of SHA-256 over all that answers follow from."""
+    """Return the folder's name and twelve hexadecimal digits of SHA-256 over all that answers follow from."""
     paths = sorted({path for pattern in FILES for path in folder.glob(pattern)})
     told = "".join(f"{path.name} {file_sha256(path)}\n" for path in paths)
     return f"{folder.resolve().name}@{hashlib.sha256(told.encode()).hexdigest()[:12]}"
 
 
 def find_folder(name: str, files: Sequence[str], needed: Sequence[str], option: str) -> Path:
-    """The folder of a model: the one of that name, or a hub's snapshot, downloaded unless it is there already.
+    """Return the folder of a model: the one of that name, or a hub's snapshot, downloaded if it is missing.
 
     Args:
         name: A folder, or OWNER/NAME of the hub.
@@ -70,7 +70,7 @@ def find_folder(name: str, files: Sequence[str], needed: Sequence[str], option: 
 
 
 def holds(folder: Path, patterns: Sequence[str]) -> bool:
-    """Whether a file of a folder matches one of the patterns."""
+    """Return whether a file of a folder matches one of the patterns."""
     return any(any(folder.glob(pattern)) for pattern in patterns)
 
 
@@ -90,14 +90,14 @@ def _not_had(name: str, option: str, error: Exception) -> GeoError:
 
 
 def brief(error: Exception) -> str:
-    """An error's first line, cut."""
+    """Return an error's first line, cut."""
     lines = str(error).strip().splitlines()
     return lines[0][:160] if lines else type(error).__name__
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' bars and reports, such as of what one tower leaves over of a whole CLIP."""
+    """Silence transformers' bars and reports, such as of what one tower leaves over of a whole CLIP."""
     import transformers
 
     logging: Any = transformers.utils.logging

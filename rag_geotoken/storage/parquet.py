@@ -1,4 +1,4 @@
-"""Tables in Parquet: the same rows give the same bytes, and a broken file is never read."""
+"""Tables are kept as Parquet: the same rows give the same bytes, and a broken file is never read."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ ROW_GROUP = 65_536  # rows
 
 
 def write_table(path: Path | str, table: pa.Table) -> None:
-    """Writes `table` as Parquet; the same table gives the same bytes."""
+    """Write `table` as Parquet; the same table gives the same bytes."""
     write_tables(path, [table])
 
 
 def write_tables(path: Path | str, tables: Iterable[pa.Table]) -> int:
-    """Writes tables of one schema below each other, no row group across two; returns the number of rows."""
+    """Write tables of one schema below each other, no row group across two; return the number of rows."""
     import pyarrow.parquet as pq
 
     rows, rest = 0, iter(tables)
@@ -48,7 +48,7 @@ def write_tables(path: Path | str, tables: Iterable[pa.Table]) -> int:
 
 
 def read_table(path: Path | str, columns: Sequence[str] | None = None) -> pa.Table:
-    """Reads a Parquet table, or only some of its columns in the order given.
+    """Read a Parquet table, or only some of its columns in the order given.
 
     Raises:
         GeoError: the file is missing or broken, or a column is not in it.
@@ -71,7 +71,7 @@ def read_table(path: Path | str, columns: Sequence[str] | None = None) -> pa.Tab
 
 
 def table_sha256(table: pa.Table) -> str:
-    """The SHA-256 of a table's schema and rows, as 64 hexadecimal digits."""
+    """Return the SHA-256 of a table's schema and rows, as 64 hexadecimal digits."""
     import pyarrow as pa
 
     sink = pa.BufferOutputStream()
@@ -81,7 +81,7 @@ def table_sha256(table: pa.Table) -> str:
 
 
 def fixed_list(array: NDArray[Any]) -> pa.FixedSizeListArray:
-    """A column of vectors: (N, D) or (N, D, E, ...) numbers become N nested lists of fixed size, without a copy."""
+    """Return vectors (N, D) or (N, D, E, ...) as a column of N nested lists of fixed size, without a copy."""
     import pyarrow as pa
 
     if array.ndim < 2 or 0 in array.shape[1:]:
@@ -93,7 +93,7 @@ def fixed_list(array: NDArray[Any]) -> pa.FixedSizeListArray:
 
 
 def to_numpy(column: pa.ChunkedArray | pa.Array) -> NDArray[Any]:
-    """The array (N, D, ...) behind a column of `fixed_list`, or (N,) behind a plain one.
+    """Return the array (N, D, ...) behind a column of `fixed_list`, or (N,) behind a plain one.
 
     A view that cannot be written where the column is one chunk of numbers, else a copy.
 
@@ -115,7 +115,7 @@ def to_numpy(column: pa.ChunkedArray | pa.Array) -> NDArray[Any]:
 
 
 def spread(values: NDArray[Any], mask: NDArray[np.bool_], fill: float | None = None) -> NDArray[Any]:
-    """Values (L, ...) at the L true places of a mask (N, M) -> (N, M, ...); elsewhere ``fill`` or the first value."""
+    """Spread values (L, ...) over the L true places of a mask (N, M), elsewhere ``fill`` or the first value."""
     if mask.all():
         return values.reshape(*mask.shape, *values.shape[1:])
     whole = np.full((*mask.shape, *values.shape[1:]), values[0] if fill is None else fill, values.dtype)
@@ -124,7 +124,7 @@ def spread(values: NDArray[Any], mask: NDArray[np.bool_], fill: float | None = N
 
 
 def pad_lists(lists: pa.ChunkedArray, fill: float = np.nan) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-    """A column of N lists of numbers -> (N, M), ``fill`` behind each, and where one is (N, M); M at least 1."""
+    """Pad a column of N lists of numbers to (N, M), M at least 1, with ``fill``, and say where values are (N, M)."""
     import pyarrow.compute as pc
 
     lengths = pc.list_value_length(lists).to_numpy()
@@ -133,7 +133,7 @@ def pad_lists(lists: pa.ChunkedArray, fill: float = np.nan) -> tuple[NDArray[Any
 
 
 def versions(*more: str) -> dict[str, str]:
-    """The versions of Python, of the libraries that results depend on and of more, found without importing them."""
+    """Return the versions of Python and of the libraries that results depend on, found without importing them."""
     found = {"python": platform.python_version()}
     for library in ("numpy", "torch", "transformers", "faiss-cpu", "pillow", "pyarrow", *more):
         try:

@@ -1,4 +1,4 @@
-"""One progress bar for all long work."""
+"""All long work shows one kind of progress bar."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LINE_EVERY = 10.0  # seconds
 
 @contextmanager
 def progress_bar(total: int, description: str) -> Iterator[Callable[[int], None]]:
-    """Yields `advance(n)`: say how many more of `total` are done.
+    """Yield `advance(n)`, which says how many more of `total` are done.
 
     A bar with the time left on a terminal; elsewhere a plain line at most every ten seconds. All on standard error.
     """

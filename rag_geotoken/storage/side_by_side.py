@@ -1,4 +1,4 @@
-"""Parts of a batch computed side by side, one a core, so that no thread waits for another at every layer."""
+"""Parts of a batch are computed side by side, one a core, so that no thread waits for another at every layer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _worker = local()
 
 
 def cores() -> int:
-    """How many parts run at a time: PyTorch's threads; 1 inside a part, and where a GPU does the work."""
+    """Return how many parts run at a time: PyTorch's threads; 1 inside a part, and where a GPU does the work."""
     busy = getattr(_worker, "busy", False) or torch.cuda.is_available()
     return 1 if busy else min(torch.get_num_threads(), MOST)
 

@@ -1,4 +1,4 @@
-"""Trained weights that travel with the package, and how weights are written and read: JSON beside safetensors."""
+"""Weights are JSON beside safetensors; the trained ones that travel with the package lie here too."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EARTH = Path(__file__).parent / "earth"
 
 
 class Pretrained(nn.Module):
-    """A model that lies in a folder as ``FILE.json``, which holds its ``config``, and ``FILE.safetensors``."""
+    """Such a model lies in a folder as ``FILE.json``, which holds its ``config``, and ``FILE.safetensors``."""
 
     file: ClassVar[str]
     config_type: ClassVar[type[Any]]
@@ -58,7 +58,7 @@ class Pretrained(nn.Module):
 
 
 def fingerprint(*models: nn.Module) -> str:
-    """64 hexadecimal digits that follow from the models' tensors and their names."""
+    """Return 64 hexadecimal digits that follow from the models' tensors and their names."""
     digest = hashlib.sha256()
     for name, value in (pair for model in models for pair in model.state_dict().items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype};".encode())
