@@ -83,7 +83,7 @@ class S2Tokenizer:
 
     def decode(self, tokens: ArrayLike) -> tuple[Floats, Floats]:
         """Return the cell centers lat (N,), lon (N,) in degrees of tokens (N, t), 1 <= t <= T."""
-        return _centers(self.tokens_to_ids(tokens))
+        return cell_centers(self.tokens_to_ids(tokens))
 
     def cell_ids(self, lat: ArrayLike, lon: ArrayLike) -> Ids:
         """Return the ids (N,) of the cells of this level that hold points (N,), (N,); see `cell_ids`."""
@@ -140,7 +140,27 @@ def cell_ids(lat: ArrayLike, lon: ArrayLike, level: int = MAX_LEVEL) -> Ids:
 
 def cell_centers(ids: ArrayLike) -> tuple[Floats, Floats]:
     """Return the centers lat (...), lon (...) of cells (...) of any level; raise GeoError for an invalid id."""
-    return _centers(_check_ids(ids))
+    checked = _check_ids(ids)
+    k = _log2_size(checked)
+    face = (checked >> np.uint64(61)).astype(np.int64)
+    first = checked - _low_bit(checked)  # leaf in the cell, without the lowest bit
+    position = (first.astype(np.int64) >> 1) & ((1 << 60) - 1)
+    orientation = (face & 1) << 16
+    i = j = np.zeros_like(face)
+    for shift in (24, 16, 8, 0):
+        entry = TO_IJ.take(orientation | (position >> (2 * shift)) & 0xFFFF)
+        i = i << 8 | (entry >> 8) & 255
+        j = j << 8 | entry & 255
+        orientation = entry & 0x30000
+    # The first leaf is in one corner: round down to the low corner, go half an edge up, in half leaves.
+    s = (((np.stack([i, j]) >> k << 1) | 1) << k) / (2 * LEAVES)
+    upper = 0.5 + np.abs(s - 0.5)  # the projection is odd about the middle of the face
+    u, v = np.copysign((4 * upper * upper - 1) / 3, s - 0.5)
+    one = np.ones_like(u)
+    x = np.choose(face, [one, -u, -u, -one, v, v])
+    y = np.choose(face, [u, one, -v, -v, -one, u])
+    z = np.choose(face, [v, v, one, -u, -u, -one])
+    return np.degrees(np.arctan2(z, np.sqrt(x * x + y * y))), np.degrees(np.arctan2(y, x))
 
 
 def cell_level(ids: ArrayLike) -> Ints:
@@ -246,30 +266,6 @@ def _hilbert(face: Ints, i: Ints, j: Ints) -> Ids:
         orientation = entry & 0x30000
     ids: Ids = position.view(np.uint64) << np.uint64(1) | np.uint64(1)
     return ids
-
-
-def _centers(ids: Ids) -> tuple[Floats, Floats]:
-    """Return the centers in degrees of ids that are known to be valid."""
-    k = _log2_size(ids)
-    face = (ids >> np.uint64(61)).astype(np.int64)
-    first = ids - _low_bit(ids)  # leaf in the cell, without the lowest bit
-    position = (first.astype(np.int64) >> 1) & ((1 << 60) - 1)
-    orientation = (face & 1) << 16
-    i = j = np.zeros_like(face)
-    for shift in (24, 16, 8, 0):
-        entry = TO_IJ.take(orientation | (position >> (2 * shift)) & 0xFFFF)
-        i = i << 8 | (entry >> 8) & 255
-        j = j << 8 | entry & 255
-        orientation = entry & 0x30000
-    # The first leaf is in one corner: round down to the low corner, go half an edge up, in half leaves.
-    s = (((np.stack([i, j]) >> k << 1) | 1) << k) / (2 * LEAVES)
-    upper = 0.5 + np.abs(s - 0.5)  # the projection is odd about the middle of the face
-    u, v = np.copysign((4 * upper * upper - 1) / 3, s - 0.5)
-    one = np.ones_like(u)
-    x = np.choose(face, [one, -u, -u, -one, v, v])
-    y = np.choose(face, [u, one, -v, -v, -one, u])
-    z = np.choose(face, [v, v, one, -u, -u, -one])
-    return np.degrees(np.arctan2(z, np.sqrt(x * x + y * y))), np.degrees(np.arctan2(y, x))
 
 
 def _curve_tables() -> tuple[Ints, Ints]:
