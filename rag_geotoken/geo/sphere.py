@@ -67,7 +67,8 @@ def geodesic_km(lat1: ArrayLike, lon1: ArrayLike, lat2: ArrayLike, lon2: ArrayLi
     from pyproj import Geod
 
     points = np.broadcast_arrays(*(np.asarray(a, np.float64) for a in (lon1, lat1, lon2, lat2)))
-    _, _, meters = Geod(ellps="WGS84").inv(*(values.ravel() for values in points))
+    x1, y1, x2, y2 = (values.ravel() for values in points)
+    _, _, meters = Geod(ellps="WGS84").inv(x1, y1, x2, y2)
     km: Floats = np.asarray(meters).reshape(points[0].shape) / 1000
     return km
 

@@ -74,7 +74,7 @@ def _align(photo: Tensor, near: Tensor) -> Registration:
     A warp (a, b, x, y) takes photo pixels p to neighbor pixels [a -b, b a] p + (x, y), both from the middle.
     """
     quarter_photo = avg_pool2d(photo, 2)
-    quarter_near = avg_pool2d(near.flatten(1, 2), 2).view(*near.shape[:3], SIDE // 2, SIDE // 2)
+    quarter_near = avg_pool2d(near.flatten(0, 1), 2).view(*near.shape[:3], SIDE // 2, SIDE // 2)
     guesses = _search(quarter_photo, quarter_near)
     repeated = quarter_near.repeat_interleave(KEPT, 1)
     warps, correlation, cover = _gauss_newton(quarter_photo, repeated, guesses, steps=STEPS[0])
