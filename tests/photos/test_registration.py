@@ -78,24 +78,24 @@ def near() -> Floats:
 
 
 @pytest.fixture(scope="module")
-def found(photos: Floats, near: Floats) -> Registration:
+def registered(photos: Floats, near: Floats) -> Registration:
     return register(cut_all(photos), cut_all(near))
 
 
 def test_a_shift_turn_and_scale_are_measured_to_a_part_of_a_pixel(
-    photos: Floats, near: Floats, found: Registration
+    photos: Floats, near: Floats, registered: Registration
 ) -> None:
-    expected, sure = true_registration(photos, near), found.alike > 0.5
+    expected, sure = true_registration(photos, near), registered.alike > 0.5
     assert sure.float().mean() > 0.9
-    assert (found.middle - expected.middle).abs()[sure].max() < 0.25 / 64
-    assert (found.ratio - expected.ratio).abs()[sure].max() < 0.01
-    assert (found.turn - expected.turn).abs()[sure].rad2deg().max() < 0.5
+    assert (registered.middle - expected.middle).abs()[sure].max() < 0.25 / 64
+    assert (registered.ratio - expected.ratio).abs()[sure].max() < 0.01
+    assert (registered.turn - expected.turn).abs()[sure].rad2deg().max() < 0.5
 
 
-def test_the_order_and_number_of_photos_do_not_matter(photos: Floats, near: Floats, found: Registration) -> None:
+def test_the_order_and_number_of_photos_do_not_matter(photos: Floats, near: Floats, registered: Registration) -> None:
     back = register(cut_all(photos)[::-1][:2], cut_all(near)[::-1][:2])
-    np.testing.assert_allclose(back.middle, found.middle.flip(0)[:2], atol=1e-4)
-    np.testing.assert_allclose(back.alike, found.alike.flip(0)[:2], atol=1e-4)
+    np.testing.assert_allclose(back.middle, registered.middle.flip(0)[:2], atol=1e-4)
+    np.testing.assert_allclose(back.alike, registered.alike.flip(0)[:2], atol=1e-4)
 
 
 def test_other_places_and_pictures_of_nothing_are_no_match(photos: Floats, near: Floats) -> None:
@@ -107,14 +107,14 @@ def test_other_places_and_pictures_of_nothing_are_no_match(photos: Floats, near:
     assert all(values.isfinite().all() for values in vars(blank).values()) and blank.alike.max() == 0
 
 
-def test_pictures_of_any_size_are_compared(photos: Floats, near: Floats, found: Registration) -> None:
+def test_pictures_of_any_size_are_compared(photos: Floats, near: Floats, registered: Registration) -> None:
     large = cut_all(near)[:2].repeat(2, axis=2).repeat(2, axis=3)
     same = register(cut_all(photos)[:2], large)
-    np.testing.assert_allclose(same.middle, found.middle[:2], atol=1e-4)
+    np.testing.assert_allclose(same.middle, registered.middle[:2], atol=1e-4)
 
 
-def test_moved_places_meet_where_the_photo_was_taken(photos: Floats, near: Floats, found: Registration) -> None:
-    moved, sure = moved_places(found, near[..., :2], 300.0), found.alike.numpy() > 0.5
+def test_moved_places_meet_where_the_photo_was_taken(photos: Floats, near: Floats, registered: Registration) -> None:
+    moved, sure = moved_places(registered, near[..., :2], 300.0), registered.alike.numpy() > 0.5
     km = haversine_km(moved[..., 0], moved[..., 1], PLACES[:, :1], PLACES[:, 1:])
     assert np.median(km[sure]) < 0.5 and km[sure].max() < 5
 
@@ -198,9 +198,9 @@ def test_a_neighbor_without_its_picture_costs_a_match(geolocator: Geolocator, ne
     locator = Geolocator(geolocator.alignment, None, replace(geolocator.index, rows=table), TUNING)
     tables = Tables(Photos.of(list(cut_all(photos[:1])), ["it"]))
     tables.put("neighbors", Neighbors(rows, near[:1, :, :2], np.ones((1, K), np.float32)))
-    found = stages.match(locator, OPTIONS, tables)
-    assert found.scores[0, 3] == 0 and (np.delete(found.scores[0], 3) > 0.5).sum() >= K - 2
-    best = found.lat_lon[0, found.scores[0].argmax()]
+    matches = stages.match(locator, OPTIONS, tables)
+    assert matches.scores[0, 3] == 0 and (np.delete(matches.scores[0], 3) > 0.5).sum() >= K - 2
+    best = matches.lat_lon[0, matches.scores[0].argmax()]
     assert haversine_km(*best, *PLACES[0]) < 5
 
 
