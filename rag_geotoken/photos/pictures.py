@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -69,9 +70,8 @@ def load_pictures(
     """
     pixels = np.zeros((len(references), size, size, 3), np.uint8)
     errors: list[str | None] = [None] * len(references)
-    resampling = Image.Resampling[interpolation.upper()]
-    drawn = draw(references, size)
-    for i, square in enumerate(read_pictures(references, lambda image: _square(image, size, fit, resampling), drawn)):
+    to_square = partial(_square, size=size, fit=fit, resampling=Image.Resampling[interpolation.upper()])
+    for i, square in enumerate(read_pictures(references, to_square, draw(references, size))):
         if isinstance(square, str):
             errors[i] = square
         else:
@@ -237,7 +237,7 @@ def _check_file(path: Path | str) -> None:
         raise GeoError(f"larger than {BYTE_CAP // 1_000_000} MB")
 
 
-def _square(image: Image.Image, size: int, fit: Fit, resampling: Image.Resampling) -> NDArray[np.uint8]:
+def _square(image: Image.Image, *, size: int, fit: Fit, resampling: Image.Resampling) -> NDArray[np.uint8]:
     """Resize the shorter side (for "squash" both sides) to ``size`` pixels and crop the middle."""
     orientation = _orientation(image)
     picture = _rgb(image if fit == "squash" else middle(image))
