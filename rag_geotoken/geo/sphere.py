@@ -1,7 +1,8 @@
-"""Distances and directions on the Earth: arrays that broadcast; degrees in, latitude first; kilometers out.
+"""These functions compute distances and directions on the Earth, on arrays that broadcast.
 
-Great circles are on a sphere of 6371 km, as the benchmarks of image geolocalization have it; geodesics are on WGS84.
-The formulas take any longitude and let NaN through (no place, no distance); `check_lat_lon` guards what comes in.
+Degrees go in, latitude first; kilometers come out. Great circles are on a sphere of 6371 km, as in the benchmarks of
+image geolocalization; geodesics are on WGS84. The formulas take any longitude and pass NaN on; `check_lat_lon`
+validates input.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ EARTH_RADIUS_KM = 6371.0
 
 
 def check_lat_lon(lat: ArrayLike, lon: ArrayLike) -> tuple[Floats, Floats]:
-    """Latitudes in -90..90 and longitudes in -180..180 (both ends included), as float64 in the shapes they came in.
+    """Return latitudes (-90..90) and longitudes (-180..180), ends included, as float64 in their own shapes.
 
     Raises GeoError for the first value not a number, not finite or out of range, and for shapes that do not broadcast.
     """
@@ -37,21 +38,21 @@ def _check(values: ArrayLike, name: str, limit: int, hint: str) -> Floats:
         raise GeoError(f"a {name} is not a number ({error}): give degrees") from None
     if array.size == 0 or (array.min() >= -limit and array.max() <= limit):  # false when there is a NaN
         return array
-    at = np.argwhere(~(np.abs(array) <= limit))[0].tolist()
-    value = array[tuple(at)]
-    where = "" if not at else f" at position {at[0] if len(at) == 1 else at}"
+    position = np.argwhere(~(np.abs(array) <= limit))[0].tolist()
+    value = array[tuple(position)]
+    where = f" at position {position[0] if len(position) == 1 else position}" if position else ""
     if not np.isfinite(value):
         raise GeoError(f"{name} {value}{where} is not a finite number: drop the row or give degrees")
     raise GeoError(f"{name} {value}{where} is outside -{limit}..{limit} degrees: {hint}")
 
 
 def haversine_km(lat1: ArrayLike, lon1: ArrayLike, lat2: ArrayLike, lon2: ArrayLike) -> Floats:
-    """Great-circle distance by the haversine formula (Sinnott, Sky and Telescope 68, 1984), broadcasting.
+    """Return the great-circle distance by the haversine formula (Sinnott, Sky and Telescope 68, 1984).
 
-    Exact to rounding at short distance, to 0.3 m beside the antipode. By hand: one degree of latitude is
+    Exact to rounding at short distance, to 0.3 m near the antipode. Example: one degree of latitude is
     6371 * pi / 180 = 111.1949 km.
     """
-    phi1, lambda1, phi2, lambda2 = (np.radians(np.asarray(a, np.float64)) for a in (lat1, lon1, lat2, lon2))
+    phi1, lambda1, phi2, lambda2 = _radians(lat1, lon1, lat2, lon2)
     half_lat, half_lon = np.sin((phi2 - phi1) / 2), np.sin((lambda2 - lambda1) / 2)
     a = half_lat**2 + np.cos(phi1) * np.cos(phi2) * half_lon**2
     km: Floats = 2 * EARTH_RADIUS_KM * np.arcsin(np.sqrt(np.minimum(a, 1)))
@@ -59,43 +60,43 @@ def haversine_km(lat1: ArrayLike, lon1: ArrayLike, lat2: ArrayLike, lon2: ArrayL
 
 
 def geodesic_km(lat1: ArrayLike, lon1: ArrayLike, lat2: ArrayLike, lon2: ArrayLike) -> Floats:
-    """Shortest distance on the WGS84 ellipsoid (Karney, J. Geodesy 87, 2013, through PROJ), broadcasting.
+    """Return the shortest distance on the WGS84 ellipsoid (Karney, J. Geodesy 87, 2013, through PROJ).
 
-    By hand: a degree of longitude on the equator is 6378.137 * pi / 180 = 111.3195 km.
+    Example: a degree of longitude on the equator is 6378.137 * pi / 180 = 111.3195 km.
     """
     from pyproj import Geod
 
     points = np.broadcast_arrays(*(np.asarray(a, np.float64) for a in (lon1, lat1, lon2, lat2)))
-    x1, y1, x2, y2 = (p.ravel() for p in points)
+    x1, y1, x2, y2 = (values.ravel() for values in points)
     _, _, meters = Geod(ellps="WGS84").inv(x1, y1, x2, y2)
     km: Floats = np.asarray(meters).reshape(points[0].shape) / 1000
     return km
 
 
 def to_unit(lat: ArrayLike, lon: ArrayLike) -> Floats:
-    """Points (...) to unit vectors (..., 3): x through (0, 0), y through (0, 90), z through the north pole."""
-    phi, theta = np.radians(np.asarray(lat, np.float64)), np.radians(np.asarray(lon, np.float64))
-    x, y, z = np.broadcast_arrays(np.cos(phi) * np.cos(theta), np.cos(phi) * np.sin(theta), np.sin(phi))
-    return np.stack([x, y, z], axis=-1)
+    """Return points (...) as unit vectors (..., 3): x through (0, 0), y through (0, 90), z through the north pole."""
+    phi, theta = _radians(lat, lon)
+    xyz = np.cos(phi) * np.cos(theta), np.cos(phi) * np.sin(theta), np.sin(phi)
+    return np.stack(np.broadcast_arrays(*xyz), axis=-1)
 
 
 def from_unit(xyz: ArrayLike) -> tuple[Floats, Floats]:
-    """Vectors (..., 3) of any length but zero to lat (...) in -90..90 and lon (...) in -180..180.
+    """Return lat (...) in -90..90 and lon (...) in -180..180 of vectors (..., 3) of any length but zero.
 
     Raises GeoError for a zero vector, which has no direction (such as the mean of two antipodes).
     """
     vectors = np.asarray(xyz, np.float64)
-    x, y, z = vectors[..., 0], vectors[..., 1], vectors[..., 2]
-    if np.any((x == 0) & (y == 0) & (z == 0)):
+    if not vectors.any(axis=-1).all():
         raise GeoError("a vector of length zero points nowhere on the Earth: leave it out")
+    x, y, z = np.moveaxis(vectors, -1, 0)
     return np.degrees(np.arctan2(z, np.hypot(x, y))), np.degrees(np.arctan2(y, x))
 
 
 def pairwise_km(lat_lon: ArrayLike) -> Floats:
-    """Great-circle distances within each set of points: (..., C, 2) to (..., C, C), symmetric, zero on the diagonal.
+    """Return the great-circle distances (..., C, C) within each set of points (..., C, 2).
 
-    By the length of the chord, coordinate by coordinate, so that near points do not cancel: right to a micrometer
-    at short distance and to 0.3 m beside the antipode.
+    Symmetric, zero on the diagonal. The differences of unit vectors give the chords without cancellation between near
+    points: exact to a micrometer at short distance and to 0.3 m near the antipode.
     """
     points = np.asarray(lat_lon, np.float64)
     xyz = to_unit(points[..., 0], points[..., 1])
@@ -112,16 +113,21 @@ def pairwise_km(lat_lon: ArrayLike) -> Floats:
 def destination(
     lat: ArrayLike, lon: ArrayLike, bearing_deg: ArrayLike, distance_km: ArrayLike
 ) -> tuple[Floats, Floats]:
-    """Where a great circle leads: start, bearing (clockwise from north) and distance to lat, lon; all broadcast.
+    """Return lat and lon of the point at a distance along the great circle that leaves a start at a bearing.
 
-    At a pole the bearing is from the meridian given as `lon`. By hand: 111.1949 km north of (0, 0) is (1, 0).
+    The bearing is clockwise from north, at a pole from the meridian `lon`. Example: 111.1949 km north of (0, 0) is
+    (1, 0).
     """
-    phi, theta, turn = (np.radians(np.asarray(a, np.float64)) for a in (lat, lon, bearing_deg))
+    phi, theta, bearing = _radians(lat, lon, bearing_deg)
     angle = np.asarray(distance_km, np.float64) / EARTH_RADIUS_KM
-    # Along the circle: the start, and the unit vector that leaves it towards the bearing (its north and east parts).
-    north, east = np.cos(turn) * np.sin(angle), np.sin(turn) * np.sin(angle)
-    out = np.cos(phi) * np.cos(angle) - np.sin(phi) * north
-    x = out * np.cos(theta) - east * np.sin(theta)
-    y = out * np.sin(theta) + east * np.cos(theta)
+    # North and east parts of the unit vector at the start towards the bearing; `outward` is away from the Earth's axis.
+    north, east = np.cos(bearing) * np.sin(angle), np.sin(bearing) * np.sin(angle)
+    outward = np.cos(phi) * np.cos(angle) - np.sin(phi) * north
+    x = outward * np.cos(theta) - east * np.sin(theta)
+    y = outward * np.sin(theta) + east * np.cos(theta)
     z = np.sin(phi) * np.cos(angle) + np.cos(phi) * north
     return from_unit(np.stack(np.broadcast_arrays(x, y, z), axis=-1))
+
+
+def _radians(*degrees: ArrayLike) -> tuple[Floats, ...]:
+    return tuple(np.radians(np.asarray(values, np.float64)) for values in degrees)

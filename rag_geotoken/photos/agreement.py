@@ -1,8 +1,8 @@
-"""Where a photo was taken, by how it lies to pictures whose places are known: the places must agree.
+"""These functions estimate where a photo was taken from its registration with pictures whose places are known.
 
-A registration says where the middle of a neighbor's picture lies in the photo. Turned by the photo's own turn and
-scaled by its own width, which nobody tells, that is the way from the photo to the neighbor's place. So every neighbor
-moves the photo somewhere, and the turn and width under which most of them move it to one spot are the photo's own.
+A registration says where the middle of a neighbor's picture lies in the photo. Rotated by the photo's own turn and
+scaled by its own width, both unknown, that is the offset from the photo to the neighbor's place. So every neighbor
+votes for a place, and the turn and width under which most of the votes meet in one point are the photo's own.
 """
 
 from __future__ import annotations
@@ -14,111 +14,107 @@ from torch import Tensor
 from rag_geotoken.geo.sphere import EARTH_RADIUS_KM, Floats, from_unit, to_unit
 from rag_geotoken.photos.registration import Registration
 
-# A view's turn, and the logarithm of its width over the usual one, spread so: what is believed of photo and neighbors.
+# Prior spreads of a view's turn and of the log of its width over the usual one, for photo and neighbors.
 TURN_SPREAD, WIDTH_SPREAD = 0.3, 0.2
 TURNS, WIDTHS = np.linspace(-0.84, 0.84, 17), np.linspace(-0.5, 0.5, 9)
-# Places agree within so many km, at first on a grid of turns and widths, then ever closer as the fit goes on.
+# Distance at which places agree: first on a grid of turns and widths, then ever smaller in the steps of the fit.
 GRID_KM, FIT_KM = 30.0, (30.0, 30.0, 30.0, 10.0, 10.0, 4.0, 4.0, 4.0)
 ERROR_KM = 0.5  # of a neighbor's place, against the spreads above
 CHUNK = 64  # photos at a time
 
 
 @torch.inference_mode()
-def moved_places(found: Registration, places: Floats, width_km: float) -> Floats:
-    """Neighbors' places (B, K, 2) in degrees -> where each says the photo was taken (B, K, 2).
+def moved_places(registration: Registration, places: Floats, width_km: float) -> Floats:
+    """Return for each neighbor's place (B, K, 2) in degrees where that neighbor says the photo was taken (B, K, 2).
 
-    width_km: of a view in the middle, by which a photo that agrees with one neighbor alone is scaled. On a sphere, the
-    photo as a plane that touches it (gnomonic), turned against north by what the neighbors agree on.
+    width_km: The median width of a view, the scale of a photo that agrees with one neighbor only. The photo is a plane
+    that touches the sphere (gnomonic projection), rotated against north by what the neighbors agree on.
     """
     result = np.empty_like(places)
     for start in range(0, len(places), CHUNK):
-        at = slice(start, start + CHUNK)
-        part = Registration(*(values[at] for values in vars(found).values()))
-        spots = torch.from_numpy(to_unit(places[at, :, 0], places[at, :, 1]))
-        _, pose = _fit(part, spots, *_vote(part, spots, width_km), width_km)
-        result[at] = np.stack(from_unit(_taken_from(spots, _ways(part.middle, pose[:, None])).numpy()), axis=-1)
+        rows = slice(start, start + CHUNK)
+        part = Registration(*(values[rows] for values in vars(registration).values()))
+        neighbors = torch.from_numpy(to_unit(places[rows, :, 0], places[rows, :, 1]))
+        offsets = _offsets(part.middle, _fit(part, neighbors, width_km)[:, None])
+        # The offsets are east and north at the photo, not at the neighbor: a fixed point.
+        moved = _move(neighbors, -offsets)
+        for _ in range(3):
+            moved = _move(moved, _project(moved, neighbors)[0] - offsets)
+        result[rows] = np.stack(from_unit(moved.numpy()), axis=-1)
     return result
 
 
-def _vote(found: Registration, spots: Tensor, width_km: float) -> tuple[Tensor, Tensor]:
-    """The best of a grid of turns and widths -> the photo's place (B, 3), and its pose (B, 2): see :func:`_ways`.
+def _vote(registration: Registration, neighbors: Tensor, width_km: float) -> tuple[Tensor, Tensor]:
+    """Return the photo's place (B, 3) and pose (B, 2) that are best on a grid of turns and widths.
 
-    Every neighbor's view of the photo's place is a candidate; the others vote for it by their likeness, less so where
-    they lie elsewhere or would themselves be turned or scaled beyond belief.
+    Every neighbor's estimate of the photo's place is a candidate; the other neighbors vote for it by their similarity,
+    less so where their estimates lie elsewhere or their own turn or width would be implausible.
     """
-    widths, turns = (torch.from_numpy(v).flatten() for v in np.meshgrid(WIDTHS, TURNS, indexing="ij"))
+    turns, widths = (torch.from_numpy(values).flatten() for values in np.meshgrid(TURNS, WIDTHS))
     poses = _pose(widths, turns, width_km)
-    moved = _step(spots[:, None], -_ways(found.middle[:, None], poses[:, None]))  # (B, M, K, 3)
+    moved = _move(neighbors[:, None], -_offsets(registration.middle[:, None], poses[:, None]))  # (B, M, K, 3)
     square = (2 - 2 * moved @ moved.mT).clamp_min(0) * (EARTH_RADIUS_KM / GRID_KM) ** 2
-    odd = ((turns[:, None] - found.turn[:, None]) / TURN_SPREAD) ** 2
-    odd = odd + ((widths[:, None] - found.ratio[:, None]) / WIDTH_SPREAD) ** 2
-    votes = (torch.exp(-0.5 * square) @ (found.alike[:, None] * torch.exp(-0.5 * odd))[..., None])[..., 0]
+    penalty = ((turns[:, None] - registration.turn[:, None]) / TURN_SPREAD) ** 2
+    penalty = penalty + ((widths[:, None] - registration.ratio[:, None]) / WIDTH_SPREAD) ** 2
+    votes = (torch.exp(-0.5 * square) @ (registration.alike[:, None] * torch.exp(-0.5 * penalty))[..., None])[..., 0]
     votes = votes * torch.exp(-0.5 * ((turns / TURN_SPREAD) ** 2 + (widths / WIDTH_SPREAD) ** 2))[:, None]
     best = votes.flatten(1).argmax(dim=1)
-    way, every = best // spots.shape[1], torch.arange(len(spots))
-    return moved[every, way, best % spots.shape[1]], poses[way]
+    way, neighbor = best // neighbors.shape[1], best % neighbors.shape[1]
+    return moved[torch.arange(len(neighbors)), way, neighbor], poses[way]
 
 
-def _fit(found: Registration, spots: Tensor, place: Tensor, pose: Tensor, width_km: float) -> tuple[Tensor, Tensor]:
-    """Place (B, 3) and pose (B, 2) by weighted least squares over the neighbors that agree, ever fewer."""
-    right, down = found.middle.unbind(-1)
+def _fit(registration: Registration, neighbors: Tensor, width_km: float) -> Tensor:
+    """Return the photo's pose (B, 2) by weighted least squares over the neighbors that agree, ever fewer."""
+    place, pose = _vote(registration, neighbors, width_km)
+    right, down = registration.middle.unbind(-1)
     one, zero = torch.ones_like(right), torch.zeros_like(right)
     # east = p right - q down + shift, north = -q right - p down + shift
     terms = torch.stack([torch.stack([right, -down, one, zero], -1), torch.stack([-down, -right, zero, one], -1)], -2)
     for km in FIT_KM:
-        seen, near = _seen_from(place, spots)
-        away = (seen - _ways(found.middle, pose[:, None])).square().sum(-1)
-        weight = found.alike * torch.exp(-0.5 * away / km**2) * near
+        projected, near = _project(place[:, None], neighbors)
+        square = (projected - _offsets(registration.middle, pose[:, None])).square().sum(-1)
+        weight = registration.alike * torch.exp(-0.5 * square / km**2) * near
         total = weight.sum(1) + 1.0
-        believed = _pose((weight * found.ratio).sum(1) / total, (weight * found.turn).sum(1) / total, width_km)
-        sure = (ERROR_KM / (width_km * WIDTH_SPREAD)) ** 2 * total
-        normal = (terms.mT @ (terms * weight[..., None, None])).sum(1)
-        wanted = (terms.mT @ (seen * weight[..., None])[..., None]).sum(1)[..., 0]
-        normal[:, [0, 1], [0, 1]] += sure[:, None]
-        wanted[:, :2] += sure[:, None] * believed
-        solved = torch.linalg.solve(normal + 1e-9 * torch.eye(4, dtype=torch.float64), wanted)
-        pose, place = solved[:, :2], _step(place, solved[:, 2:])
-    return place, pose
+        log_width, turn = ((weight * values).sum(1) / total for values in (registration.ratio, registration.turn))
+        prior_weight = (ERROR_KM / (width_km * WIDTH_SPREAD)) ** 2 * total
+        matrix = (terms.mT @ (terms * weight[..., None, None])).sum(1)
+        vector = (terms.mT @ (projected * weight[..., None])[..., None]).sum(1)[..., 0]
+        matrix[:, [0, 1], [0, 1]] += prior_weight[:, None]
+        vector[:, :2] += prior_weight[:, None] * _pose(log_width, turn, width_km)
+        solved = torch.linalg.solve(matrix + 1e-9 * torch.eye(4, dtype=torch.float64), vector)
+        pose, place = solved[:, :2], _move(place, solved[:, 2:])
+    return pose
 
 
 def _pose(log_width: Tensor, turn: Tensor, width_km: float) -> Tensor:
-    """(..., 2): the kilometers of a photo's width as a complex number, its turn clockwise from north as the angle."""
+    """Return (..., 2): a photo's width in km as a complex number, its turn clockwise from north as the angle."""
     return width_km * log_width.exp()[..., None] * torch.stack([turn.cos(), turn.sin()], -1)
 
 
-def _ways(middle: Tensor, pose: Tensor) -> Tensor:
-    """Right and down (..., 2) in a photo's widths, under its pose (..., 2) -> kilometers east and north."""
+def _offsets(middle: Tensor, pose: Tensor) -> Tensor:
+    """Return km east and north (..., 2) of points right and down (..., 2) in widths of a photo of a pose (..., 2)."""
     (right, down), (p, q) = middle.unbind(-1), pose.unbind(-1)
     return torch.stack([p * right - q * down, -q * right - p * down], -1)
 
 
 def _axes(place: Tensor) -> tuple[Tensor, Tensor]:
-    """East and north at unit vectors (..., 3)."""
+    """Return the unit vectors east and north at unit vectors (..., 3)."""
     east = torch.stack([-place[..., 1], place[..., 0], torch.zeros_like(place[..., 0])], -1)
     east = east / east.norm(dim=-1, keepdim=True).clamp_min(1e-12)
     return east, torch.linalg.cross(place, east)
 
 
-def _step(place: Tensor, km: Tensor) -> Tensor:
-    """From unit vectors (..., 3) kilometers east and north (..., 2) in the tangent plane -> unit vectors."""
+def _move(place: Tensor, km: Tensor) -> Tensor:
+    """Move unit vectors (..., 3) by kilometers east and north (..., 2) in their tangent planes."""
     east, north = _axes(place)
-    there = place + (km[..., :1] * east + km[..., 1:] * north) / EARTH_RADIUS_KM
-    unit: Tensor = there / there.norm(dim=-1, keepdim=True)
+    moved = place + (km[..., :1] * east + km[..., 1:] * north) / EARTH_RADIUS_KM
+    unit: Tensor = moved / moved.norm(dim=-1, keepdim=True)
     return unit
 
 
-def _seen_from(place: Tensor, spots: Tensor) -> tuple[Tensor, Tensor]:
-    """Spots (..., K, 3) in the tangent plane of a place (..., 3) or (..., K, 3): km (..., K, 2), and which are near."""
-    place = place if place.dim() == spots.dim() else place[..., None, :]
+def _project(place: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Project points (..., K, 3) onto the tangent plane of a place: km (..., K, 2), and a mask of those near it."""
     east, north = _axes(place)
-    cosine = (spots * place).sum(-1)
-    km = torch.stack([(spots * east).sum(-1), (spots * north).sum(-1)], -1) * EARTH_RADIUS_KM
+    cosine = (points * place).sum(-1)
+    km = torch.stack([(points * east).sum(-1), (points * north).sum(-1)], -1) * EARTH_RADIUS_KM
     return km / cosine.clamp_min(0.2)[..., None], cosine > 0.9
-
-
-def _taken_from(spots: Tensor, ways: Tensor) -> Tensor:
-    """The places (B, K, 3) from which each spot lies the given way, km east and north there (not at the spot)."""
-    place = _step(spots, -ways)
-    for _ in range(3):
-        place = _step(place, _seen_from(place, spots)[0] - ways)
-    return place

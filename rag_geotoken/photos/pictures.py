@@ -1,4 +1,7 @@
-"""Pictures from files nobody has vetted: bounded in bytes and pixels, and a broken one costs one row, never the run."""
+"""These functions load untrusted pictures, bounded in bytes and pixels.
+
+A broken picture costs its own row, never the run.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,15 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.Image import Transpose
 
 from rag_geotoken.errors import GeoError
 from rag_geotoken.photos import tar
@@ -28,54 +33,45 @@ BYTE_CAP = 50_000_000
 PIXEL_CAP = 100_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # MPO opens as the JPEG that it begins with
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".mpo")
-# How a picture becomes a square: its middle, as CLIP has it; the same with an odd margin halved to the even pixel, as
-# torchvision has it; all of it, out of shape.
+# How a picture becomes a square: cropped to its middle as in CLIP; cropped, an odd margin halved to the even pixel,
+# as in torchvision; or resized without keeping its aspect ratio.
 Fit = Literal["crop", "crop-even", "squash"]
 Interpolation = Literal["bicubic", "bilinear"]
-NEEDLE = 16  # times as long as wide
+MAX_ASPECT = 16  # longer side over shorter side
 THREADS = min(4, os.cpu_count() or 1)  # a picture at the cap takes 400 MB while it is decoded
 
-# EXIF orientation -> what brings the picture upright (CIPA DC-008, tag 0x0112).
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-# A file's name may hold line ends, terminal codes or bytes that are no text.
+# The transposition that brings a picture of an EXIF orientation upright (CIPA DC-008, tag 0x0112).
+UPRIGHT = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE}
+UPRIGHT |= {6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}
+# A file's name may hold line ends, terminal codes or bytes that are not text.
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
-_one_batch = threading.Lock()
-Used = TypeVar("Used")
+_filters_lock = threading.Lock()
+Result = TypeVar("Result")
 
 
 def load_pictures(
     references: Sequence[Picture], size: int, fit: Fit = "crop", interpolation: Interpolation = "bicubic"
 ) -> tuple[NDArray[np.uint8], list[str | None]]:
-    """Loads pictures upright, in color on white, as squares: the middle, resized (bicubic, antialiased) as CLIP's.
+    """Load pictures upright, as RGB on white, cut to squares and resized (antialiased) as in CLIP.
 
     Args:
         references: N paths of picture files, `tar:` references to files in a tar, references that a source draws, the
             bytes of files, or pictures in memory.
         size: Side of the square in pixels.
-        fit: What becomes of a picture that is no square. What a source draws always is one.
-        interpolation: Of picture files.
+        fit: How a picture file becomes a square. What a source draws is one already.
+        interpolation: For picture files.
 
     Returns:
-        Pixels (N, size, size, 3), rows from the top, red-green-blue; and for each photo None, or one line that says
-        why it could not be loaded. Its pixels are zeros then.
+        Pixels (N, size, size, 3), rows from the top, RGB; and for each photo None, or one line that says why it could
+        not be loaded. Its pixels are zeros then.
 
     Raises:
-        GeoError: what a source draws from is not there. A bad picture file raises nothing.
+        GeoError: The data that a source draws from is missing. A bad picture file raises nothing.
     """
     pixels = np.zeros((len(references), size, size, 3), np.uint8)
     errors: list[str | None] = [None] * len(references)
-    resampling = Image.Resampling[interpolation.upper()]
-    drawn = draw(references, size)
-    squares = read_pictures(references, lambda image: _square(image, size, fit, resampling), drawn)
-    for i, square in enumerate(squares):
+    to_square = partial(_square, size=size, fit=fit, resampling=Image.Resampling[interpolation.upper()])
+    for i, square in enumerate(read_pictures(references, to_square, draw(references, size))):
         if isinstance(square, str):
             errors[i] = square
         else:
@@ -84,9 +80,10 @@ def load_pictures(
 
 
 def draw(references: Sequence[Picture], size: int | None = None, at_most: bool = False) -> dict[int, NDArray[np.uint8]]:
-    """The references that a source draws itself: position -> pixels (size, size, 3).
+    """Return the pixels (size, size, 3) of those references that a source draws itself, by their position.
 
-    size: the source's own unless given; at_most: no larger than that. Raises GeoError as the source does.
+    size: The source's own unless given. at_most: Take the source's own size if it is smaller. Raises GeoError as the
+    source does.
     """
     by_source: dict[Any, list[int]] = {}
     for i, reference in enumerate(references):
@@ -94,84 +91,77 @@ def draw(references: Sequence[Picture], size: int | None = None, at_most: bool =
         if hasattr(module, "draw"):
             by_source.setdefault(module, []).append(i)
     drawn: dict[int, NDArray[np.uint8]] = {}
-    for module, at in by_source.items():
+    for module, positions in by_source.items():
         side = module.PIXELS if size is None else min(size, module.PIXELS) if at_most else size
-        drawn |= zip(at, module.draw([references[i] for i in at], side), strict=True)
+        drawn |= zip(positions, module.draw([references[i] for i in positions], side), strict=True)
     return drawn
 
 
 def read_pictures(
-    references: Sequence[Picture], use: Callable[[Image.Image], Used], drawn: Mapping[int, Used]
-) -> Iterator[Used | str]:
-    """Opens picture files and files in tars, several at a time, and yields in turn what `use` makes of each.
+    references: Sequence[Picture], convert: Callable[[Image.Image], Result], drawn: Mapping[int, Result]
+) -> Iterator[Result | str]:
+    """Yield in order the results of ``convert`` for pictures, several of which are decoded at a time.
 
-    In the place of one that could not be read stands one line that says why; what ``drawn`` has for a position is
-    taken as it is. `use` runs while others are decoded.
+    A picture that cannot be read yields one line that says why; a position in ``drawn`` yields what that holds.
     """
     files = [reference for i, reference in enumerate(references) if i not in drawn]
     with _strict_pillow(), ThreadPoolExecutor(THREADS) as pool:
-        made = pool.map(lambda reference: _load(reference, use), files)
+        results = pool.map(lambda reference: _load(reference, convert), files)
         for i in range(len(references)):
-            yield drawn[i] if i in drawn else next(made)
+            yield drawn[i] if i in drawn else next(results)
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The whole picture in color on white, turned as its EXIF says, without EXIF."""
+    """Return the whole picture as RGB on white, turned as its EXIF says, without EXIF."""
     orientation = _orientation(image)
-    picture = _rgb(image)
-    return picture.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else picture
+    return _turn(_rgb(image), orientation)
 
 
 def middle(image: Image.Image) -> Image.Image:
-    """The picture, or the middle of one over 16 times as long as wide: enlarged by the short side it would be huge."""
-    cut = (max(image.size) - NEEDLE * min(image.size)) // 2
-    if cut <= 0:
-        return image
-    left, top = (cut, 0) if image.width > image.height else (0, cut)
-    return image.crop((left, top, image.width - left, image.height - top))
+    """Crop a picture over 16 times as long as wide to its middle: resized by its shorter side it would be huge."""
+    margin = (max(image.size) - MAX_ASPECT * min(image.size)) // 2
+    return ImageOps.crop(image, (margin, 0) if image.width > image.height else (0, margin)) if margin > 0 else image
 
 
 def list_pictures(path: Path | str) -> list[str]:
-    """The picture files under a folder, at any depth, sorted, hidden ones left out; or the one file itself.
+    """List the picture files in a folder at any depth, sorted and without hidden ones; or the one file itself.
 
-    Raises:
-        GeoError: the path is missing, or the folder holds no picture.
+    Raises GeoError when the path is missing or the folder holds no picture.
     """
     path = Path(path)
     if path.is_file():
         return [str(path)]
     if not path.is_dir():
         raise GeoError(f"there is no picture or folder {path}")
-    found = []
+    pictures = []
     for folder, folders, files in os.walk(path):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(folder, name) for name in files if not name.startswith(".")]
-    pictures = sorted(file for file in found if file.suffix.lower() in ENDINGS and file.is_file())
+        visible = (Path(folder, name) for name in files if not name.startswith("."))
+        pictures += [file for file in visible if file.suffix.lower() in ENDINGS and file.is_file()]
     if not pictures:
         raise GeoError(f"folder {path} holds no picture: accepted endings are {' '.join(ENDINGS)}")
-    return [str(picture) for picture in pictures]
+    return [str(picture) for picture in sorted(pictures)]
 
 
 def exif_lat_lon(path: Path | str) -> tuple[float, float] | None:
-    """Latitude and longitude in degrees from a picture's GPS tags; None where they are missing, broken or unset."""
+    """Return latitude and longitude in degrees from a picture's GPS tags; None if missing, broken or unset."""
     try:
         with _strict_pillow(), _open(path) as image:
             gps = image.getexif().get_ifd(ExifTags.IFD.GPSInfo)
     except Exception:  # as in _load: whatever a broken file makes the decoder raise
         return None
-    lat = _degrees(gps.get(ExifTags.GPS.GPSLatitude), gps.get(ExifTags.GPS.GPSLatitudeRef), "N", "S", 90.0)
-    lon = _degrees(gps.get(ExifTags.GPS.GPSLongitude), gps.get(ExifTags.GPS.GPSLongitudeRef), "E", "W", 180.0)
-    if lat is None or lon is None:
-        return None
-    # Cameras without a fix write 0, 0; the only other thing there is open sea.
-    return None if lat == 0.0 == lon else (lat, lon)
+    tags = ExifTags.GPS
+    lat = _degrees(gps.get(tags.GPSLatitude), gps.get(tags.GPSLatitudeRef), signs={"N": 1.0, "S": -1.0}, limit=90.0)
+    lon = _degrees(gps.get(tags.GPSLongitude), gps.get(tags.GPSLongitudeRef), signs={"E": 1.0, "W": -1.0}, limit=180.0)
+    # Cameras without a fix write 0, 0, which is open sea.
+    return None if lat is None or lon is None or lat == 0.0 == lon else (lat, lon)
 
 
-def _degrees(values: Any, ref: Any, positive: str, negative: str, limit: float) -> float | None:
-    """Degrees, minutes, seconds -> signed degrees. A zero denominator reads as NaN: no degrees, or no minutes."""
+def _degrees(values: Any, ref: Any, *, signs: dict[str, float], limit: float) -> float | None:
+    """Return signed degrees from degrees, minutes and seconds; a zero denominator reads as NaN, which is none."""
     if isinstance(ref, bytes):
         ref = ref.decode("latin-1")
-    sign = {positive: 1.0, negative: -1.0}.get(ref.strip(" \0").upper()[:1]) if isinstance(ref, str) else None
+    sign = signs.get(ref.strip(" \0").upper()[:1]) if isinstance(ref, str) else None
     try:
         parts = [float(value) for value in (values if isinstance(values, tuple) else (values,))][:3]
     except (TypeError, ValueError, ArithmeticError):
@@ -186,17 +176,17 @@ def _degrees(values: Any, ref: Any, positive: str, negative: str, limit: float) 
 @contextmanager
 def _strict_pillow() -> Iterator[None]:
     # Warning filters belong to the whole process, so one batch at a time; the batch's threads share them.
-    with _one_batch, warnings.catch_warnings():
+    with _filters_lock, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         yield
 
 
-def _load(reference: Picture, use: Callable[[Image.Image], Used]) -> Used | str:
-    """What `use` makes of the picture, or one line that says what is wrong: what `_open` raises, or `use`."""
+def _load(reference: Picture, convert: Callable[[Image.Image], Result]) -> Result | str:
+    """Return the converted picture, or one line that says what is wrong with it."""
     try:
         with _open(reference) as image:
-            return use(image)
+            return convert(image)
     except GeoError as error:
         reason = str(error)
     except Exception:  # a decoder given broken bytes raises nearly anything: struct.error, IndexError, MemoryError
@@ -206,12 +196,16 @@ def _load(reference: Picture, use: Callable[[Image.Image], Used]) -> Used | str:
 
 
 def _open(path: Path | Picture) -> Image.Image:
-    """Opens a picture, of a file or of a file in a tar, without decoding it; the caps are checked first."""
+    """Open a picture without decoding it, after a check of the caps."""
     cap = min(PIXEL_CAP, Image.MAX_IMAGE_PIXELS or PIXEL_CAP)
     too_large = f"more than {cap // 1_000_000} megapixels"
     try:
-        if isinstance(path, Image.Image | np.ndarray):
-            image = path.copy() if isinstance(path, Image.Image) else _of_pixels(path)
+        if isinstance(path, Image.Image):
+            image = path.copy()
+        elif isinstance(path, np.ndarray):
+            if path.dtype != np.uint8 or path.ndim != 3 or path.shape[2] != 3 or 0 in path.shape:
+                raise GeoError(f"an array of shape {path.shape}, {path.dtype}: give (height, width, 3), uint8, RGB")
+            image = Image.fromarray(path)
         elif isinstance(path, bytes):
             image = Image.open(BytesIO(path), formats=FORMATS)
         elif str(path).startswith(tar.SCHEME):
@@ -233,12 +227,6 @@ def _open(path: Path | Picture) -> Image.Image:
     return image
 
 
-def _of_pixels(pixels: NDArray[np.uint8]) -> Image.Image:
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
-        raise GeoError(f"an array of shape {pixels.shape}, {pixels.dtype}: give (height, width, 3), uint8, RGB")
-    return Image.fromarray(pixels)
-
-
 def _check_file(path: Path | str) -> None:
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):  # a pipe would block, a device never end
@@ -249,32 +237,34 @@ def _check_file(path: Path | str) -> None:
         raise GeoError(f"larger than {BYTE_CAP // 1_000_000} MB")
 
 
-def _square(image: Image.Image, size: int, fit: Fit, resampling: Image.Resampling) -> NDArray[np.uint8]:
-    """The shorter side to ``size`` pixels, the longer one to a whole number, then the middle; or both sides to it."""
+def _square(image: Image.Image, *, size: int, fit: Fit, resampling: Image.Resampling) -> NDArray[np.uint8]:
+    """Resize the shorter side (for "squash" both sides) to ``size`` pixels and crop the middle."""
     orientation = _orientation(image)
     picture = _rgb(image if fit == "squash" else middle(image))
     short = min(picture.size)
     width, height = (size if fit == "squash" else size * side // short for side in picture.size)
-    picture = picture.resize((width, height), resampling)
-    if orientation in UPRIGHT:
-        picture = picture.transpose(UPRIGHT[orientation])
+    picture = _turn(picture.resize((width, height), resampling), orientation)
     margins = picture.width - size, picture.height - size
     left, top = (round(margin / 2) if fit == "crop-even" else margin // 2 for margin in margins)
     return np.asarray(picture.crop((left, top, left + size, top + size)))
 
 
 def _orientation(image: Image.Image) -> int:
-    """The picture's EXIF orientation, once it is decoded: Pillow brings TIFF upright as it decodes it."""
-    image.load()
+    """Decode a picture and return its EXIF orientation."""
+    image.load()  # Pillow turns TIFF upright as it decodes it
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # broken EXIF around good pixels is common: the picture is taken as it lies
+    except Exception:  # broken EXIF around good pixels is common: the picture is taken as stored
         return 1
+
+
+def _turn(image: Image.Image, orientation: int) -> Image.Image:
+    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
 
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
-        # Pillow's own conversion would cut everything above 255 to white.
+        # Pillow's own conversion would clip everything above 255 to white.
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise GeoError("32-bit gray values have no agreed white: save the picture with 8 or 16 bits")

@@ -1,9 +1,10 @@
-"""Street photos: counting of matches by hand, and both kinds of models, tiny and random, loaded as real ones are."""
+"""These tests count matches of known planes and load tiny random models of both kinds for street photos."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,8 +25,8 @@ from rag_geotoken.storage.parquet import read_table
 from rag_geotoken.types import Neighbors, Photos, Places, Tables
 
 
-def seen(points: Tensor, plane: Tensor) -> Tensor:
-    """Points (..., N, 2) through a homography."""
+def project(points: Tensor, plane: Tensor) -> Tensor:
+    """Map points (..., N, 2) by a homography."""
     moved = torch.cat([points, torch.ones_like(points[..., :1])], -1) @ plane.T
     return moved[..., :2] / moved[..., 2:]
 
@@ -38,25 +39,24 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def test_four_points_make_the_plane() -> None:
-    one = drawn(5, 4, 2)
-    found = homographies(one, seen(one, PLANE))
-    torch.testing.assert_close(found, PLANE.expand(5, 3, 3), atol=1e-6, rtol=1e-6)
+    first = drawn(5, 4, 2)
+    planes = homographies(first, project(first, PLANE))
+    torch.testing.assert_close(planes, PLANE.expand(5, 3, 3), atol=1e-6, rtol=1e-6)
     line = torch.linspace(0, 1, 4, dtype=torch.float64)[:, None].expand(4, 2)[None]
     assert torch.isfinite(homographies(line, line)).all()
 
 
-def test_matches_of_one_plane_are_counted_and_the_others_are_not() -> None:
-    one = drawn(4, 120, 2)
-    other = seen(one, PLANE)
-    other[0, 50:] = drawn(70, 2, seed=1)  # wrong ones
-    other[2] = drawn(120, 2, seed=2)  # all wrong
-    mirror = torch.tensor([[-1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
-    other[3] = seen(one[3], mirror)
-    there = torch.ones(4, 120, dtype=torch.bool)
-    there[1, 30:] = False
-    counts = planar_inliers(one.float(), other.float(), there).tolist()
+def test_only_matches_of_one_plane_are_counted() -> None:
+    first = drawn(4, 120, 2)
+    second = project(first, PLANE)
+    second[0, 50:] = drawn(70, 2, seed=1)  # wrong ones
+    second[2] = drawn(120, 2, seed=2)  # all wrong
+    second[3] = first[3] * torch.tensor([-1.0, 1.0]) + torch.tensor([1.0, 0.0])  # a mirror image
+    mask = torch.ones(4, 120, dtype=torch.bool)
+    mask[1, 30:] = False
+    counts = planar_inliers(first.float(), second.float(), mask).tolist()
     assert 45 <= counts[0] <= 54 and 27 <= counts[1] <= 30 and counts[2] <= CHANCE + 2 and counts[3] <= CHANCE + 2
-    assert planar_inliers(one.float(), other.float(), there).tolist() == counts  # seeded
+    assert planar_inliers(first.float(), second.float(), mask).tolist() == counts  # seeded
 
 
 def test_a_pattern_in_one_spot_counts_once_and_few_matches_not_at_all() -> None:
@@ -70,14 +70,8 @@ def test_a_pattern_in_one_spot_counts_once_and_few_matches_not_at_all() -> None:
 
 @pytest.fixture(scope="module", params=["efficientloftr", "lightglue"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random model, saved as transformers save one."""
-    from transformers import (
-        EfficientLoFTRConfig,
-        EfficientLoFTRForKeypointMatching,
-        LightGlueConfig,
-        LightGlueForKeypointMatching,
-        SuperPointConfig,
-    )
+    """Save a tiny random model as transformers does."""
+    import transformers as hf
 
     out = tmp_path_factory.mktemp("matcher") / request.param
     with torch.random.fork_rng(devices=[]), quiet():
@@ -85,14 +79,14 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         if request.param == "efficientloftr":
             widths = {"out_features": [16, 16, 16, 32], "hidden_size": 32, "num_attention_heads": 8}
             small = {"stage_num_blocks": [1, 1, 1, 1], "num_attention_layers": 1, "coarse_matching_threshold": 0.0}
-            EfficientLoFTRForKeypointMatching(EfficientLoFTRConfig(**widths, **small)).save_pretrained(out)
+            model = hf.EfficientLoFTRForKeypointMatching(hf.EfficientLoFTRConfig(**widths, **small))
         else:
             widths = {"encoder_hidden_sizes": [8, 8, 16, 16], "decoder_hidden_size": 32, "descriptor_decoder_dim": 32}
-            detector = SuperPointConfig(**widths, max_keypoints=64)
+            detector = hf.SuperPointConfig(**widths, max_keypoints=64)
             small = {"descriptor_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "filter_threshold": 0.0}
-            LightGlueForKeypointMatching(LightGlueConfig(keypoint_detector_config=detector, **small)).save_pretrained(
-                out
-            )
+            config = hf.LightGlueConfig(keypoint_detector_config=detector, **small)
+            model = hf.LightGlueForKeypointMatching(config)
+        model.save_pretrained(out)
     return out
 
 
@@ -109,35 +103,35 @@ def test_a_model_of_a_folder_scores_pairs(matcher: KeypointMatcher) -> None:
     photos, near = pictures(2), pictures(6, 1).reshape(2, 3, 60, 60, 3)
     near[1, 2] = 0
     places = np.zeros((2, 3, 2))
-    found = matcher.match(photos, near, places)
-    scores = found.scores
+    matches = matcher.match(photos, near, places)
+    scores = matches.scores
     assert scores.shape == (2, 3) and scores.dtype == np.float32 and np.isfinite(scores).all()
     assert (scores >= 0).all() and (scores < 1).all() and scores[1, 2] == 0
     np.testing.assert_array_equal(matcher.match(photos[1:], near[1:], places[1:]).scores, scores[1:])
-    np.testing.assert_array_equal(found.lat_lon, places)
+    np.testing.assert_array_equal(matches.lat_lon, places)
 
 
-def test_points_that_a_model_matches_are_those_it_says(matcher: KeypointMatcher, folder: Path) -> None:
-    """The model replaced by one that knows: partners by index for LightGlue, side by side for EfficientLoFTR."""
-    one = drawn(1, 40, 2).float()
+def test_the_matches_of_a_model_are_read_in_its_format(matcher: KeypointMatcher, folder: Path) -> None:
+    """A stand-in gives known matches: partners by index for LightGlue, by position for EfficientLoFTR."""
+    first = drawn(1, 40, 2).float()
     order = torch.randperm(40, generator=torch.Generator().manual_seed(3))
     paired = folder.name == "efficientloftr"
-    other = seen(one.double(), PLANE).float()
+    second = project(first.double(), PLANE).float()
     matches = torch.arange(40) if paired else torch.argsort(order)
     matches = torch.where(torch.arange(40) < 36, matches, -1)
 
-    class Knows:
+    class StandIn:
         config = matcher.model.config
 
         def __call__(self, pixel_values: Tensor) -> object:
             assert pixel_values.shape == (1, 2, 3, SIDE, SIDE)
-            points = other if paired else other[:, order]
+            points = second if paired else second[:, order]
             scores = torch.linspace(1, 0.1, 40).expand(1, 2, 40)
-            found = {"keypoints": torch.stack([one, points], 1), "matches": matches.expand(1, 2, 40)}
-            return type("Output", (), found | {"matching_scores": scores})
+            keypoints = torch.stack([first, points], 1)
+            return SimpleNamespace(keypoints=keypoints, matches=matches.expand(1, 2, 40), matching_scores=scores)
 
-    count = planar_inliers(one[:, :36], other[:, :36], torch.ones(1, 36, dtype=torch.bool)).item()
-    scores = KeypointMatcher(Knows(), "knows").match(pictures(1), pictures(1, 1)[None], np.zeros((1, 1, 2))).scores
+    count = planar_inliers(first[:, :36], second[:, :36], torch.ones(1, 36, dtype=torch.bool)).item()
+    scores = KeypointMatcher(StandIn(), "stand-in").match(pictures(1), pictures(1, 1)[None], np.zeros((1, 1, 2))).scores
     assert 30 <= count <= 36 and scores[0, 0] == pytest.approx((count - CHANCE) / (count - CHANCE + HALF), abs=0.03)
 
 
@@ -153,16 +147,15 @@ def test_folders_of_another_kind_are_named(folder: Path, clip_folder: Path, tmp_
         KeypointMatcher.from_pretrained(broken)
 
 
-def test_a_geolocator_asks_it(
+def test_a_geolocator_runs_it_in_batches(
     matcher: KeypointMatcher, geolocator: Geolocator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A few photos at a time; what is asked is what the scores are known by."""
     parts = geolocator.alignment, geolocator.tokens, geolocator.index, geolocator.tuning
     street = Geolocator(*parts, matcher=matcher)
-    asked = []
+    shapes = []
 
     def match(photos: NDArray[np.uint8], near: NDArray[np.uint8], places: NDArray[np.float64]) -> Places:
-        asked.append((photos.shape, near.shape))
+        shapes.append((photos.shape[:2], near.shape[:3]))
         return Places(places, np.full(near.shape[:2], 0.7, np.float32))
 
     monkeypatch.setattr(matcher, "match", match)
@@ -171,10 +164,10 @@ def test_a_geolocator_asks_it(
     tables = Tables(Photos.of(list(pictures(5)), list("abcde")))
     tables.put("neighbors", near)
     options = Options(verify=("visual",))
-    found = stages.match(street, options, tables)
-    np.testing.assert_array_equal(found.lat_lon, near.lat_lon)
-    assert (found.scores == np.float32(0.7)).all()
-    assert [(p[:2], n[:3]) for p, n in asked] == [((4, SIDE), (4, 2, SIDE)), ((1, SIDE), (1, 2, SIDE))]
+    matches = stages.match(street, options, tables)
+    np.testing.assert_array_equal(matches.lat_lon, near.lat_lon)
+    assert (matches.scores == np.float32(0.7)).all()
+    assert shapes == [((4, SIDE), (4, 2, SIDE)), ((1, SIDE), (1, 2, SIDE))]
     stage = next(stage for stage in road(options) if stage.name == "matches")
     assert stage.settings(street, options)["matcher"] == matcher.identity
     assert stage.settings(street, options) != stage.settings(geolocator, options)

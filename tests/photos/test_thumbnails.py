@@ -1,4 +1,4 @@
-"""Pictures kept in an index: small, without metadata, in the rows' order, and enough when the gallery is gone."""
+"""These tests check the small pictures in an index: without metadata, in the order of its rows."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from rag_geotoken.photos.blue_marble import cut, draw_views
 from rag_geotoken.photos.pictures import load_pictures
 from rag_geotoken.photos.thumbnails import BYTES, OFFSETS
 from rag_geotoken.run.build_index import make_index
-from rag_geotoken.storage.files import read_json, write_json
+from rag_geotoken.storage.files import file_sha256, read_json, write_json
 
 COUNT = 40
 
 
 @pytest.fixture(scope="module")
 def gallery(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures of a user's own, with GPS tags and a comment; the third has no place, one is no picture."""
+    """Make a folder of pictures with a comment in EXIF; one has no place, one is not a picture."""
     folder = tmp_path_factory.mktemp("gallery")
     for i, pixels in enumerate(cut(draw_views("train", COUNT, 4), "bmng", 96)):
         exif = Image.Exif()
@@ -49,15 +49,13 @@ def folder(
     return out
 
 
-def test_pictures_come_from_the_index_when_the_gallery_is_gone(
-    folder: Path, gallery: Path, alignment: GeoAlignment, tmp_path: Path
-) -> None:
+def test_pictures_come_from_the_index(folder: Path, gallery: Path, alignment: GeoAlignment) -> None:
     index = GeoIndex.load(folder, alignment.heads)
     rows = np.array([[0, 7, 37], [7, 2, 11]])
-    found = index.pictures(rows, 32)
+    pictures = index.pictures(rows, 32)
     names = index.rows["id"].to_pylist()
-    assert len(names) == COUNT - 2 and found.shape == (2, 3, 32, 32, 3)
-    for row, picture in zip(rows.ravel().tolist(), found.reshape(-1, 32, 32, 3), strict=True):
+    assert len(names) == COUNT - 2 and pictures.shape == (2, 3, 32, 32, 3)
+    for row, picture in zip(rows.ravel().tolist(), pictures.reshape(-1, 32, 32, 3), strict=True):
         expected = load_pictures([str(gallery / names[row])], 32)[0][0]
         assert np.abs(picture.astype(int) - expected).mean() < 6
     data = (folder / BYTES).read_bytes()
@@ -66,7 +64,7 @@ def test_pictures_come_from_the_index_when_the_gallery_is_gone(
         assert (picture.format, picture.size) == ("WEBP", (64, 43))
 
 
-def test_the_manifest_vouches_for_them(folder: Path, tmp_path: Path, one_line: OneLine) -> None:
+def test_the_manifest_has_their_digests(folder: Path, tmp_path: Path, one_line: OneLine) -> None:
     manifest = read_json(folder / "manifest.json")
     assert manifest["thumbnails"] == 64 and {BYTES, OFFSETS} <= manifest["sha256"].keys()
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
@@ -77,9 +75,7 @@ def test_the_manifest_vouches_for_them(folder: Path, tmp_path: Path, one_line: O
 
 
 def test_offsets_that_do_not_fit_are_refused(folder: Path, tmp_path: Path, one_line: OneLine) -> None:
-    """Also when the manifest vouches for them."""
-    from rag_geotoken.storage.files import file_sha256
-
+    """They are refused even when their digest is in the manifest."""
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     offsets = np.load(copy / OFFSETS)
     offsets[3], offsets[4] = offsets[4], offsets[3]
