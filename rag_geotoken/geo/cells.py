@@ -112,10 +112,14 @@ class S2Tokenizer:
         return ids
 
     def _split(self, ids: Ids) -> Ints:
-        shifts = np.array([61 - 2 * level for level in self.levels], np.uint64)
-        masks = np.array([7, *(size - 1 for size in self.vocab_sizes[1:])], np.uint64)
-        tokens: Ints = ((ids[..., None] >> shifts) & masks).astype(np.int64)
-        return tokens
+        flat = ids.ravel()
+        shifts = np.array([61 - 2 * level for level in self.levels], np.uint64)[:, None]
+        masks = np.array([7, *(size - 1 for size in self.vocab_sizes[1:])], np.uint64)[:, None]
+        tokens = np.empty((flat.size, self.length), np.int64)
+        for start in range(0, flat.size, CHUNK):  # what stays in the cache takes half the time
+            part = slice(start, start + CHUNK)
+            tokens[part] = ((flat[part] >> shifts) & masks).T
+        return tokens.reshape(*ids.shape, self.length)
 
 
 def cell_ids(lat: ArrayLike, lon: ArrayLike, level: int = MAX_LEVEL) -> Ids:
