@@ -38,16 +38,17 @@ def test_a_place_of_the_models_own_counts_only_inside_the_gate(
     own: tuple[float, float], gain: float, inside: bool
 ) -> None:
     pool, decided = one(48.2, 16.4)
-    given = np.array([own]), np.array([1.0]), np.array([gain])
-    assert gate(pool, given[0], given[2]).tolist() == [inside]
-    routed = route(pool, decided, *given, ALWAYS, "none")
+    named, gains = np.array([own]), np.array([gain])
+    assert gate(pool, named, gains).tolist() == [inside]
+    routed = route(pool, decided, named, stated=np.ones(1), gain=gains, tuning=ALWAYS, verified="none")
     assert routed.lat_lon[0].tolist() == list(own if inside else (48.2, 16.4))
     assert routed.source[0] == (MLLM if inside else NEIGHBOR) and np.isfinite(routed.confidence).all()
 
 
 def test_without_weights_the_pool_decides() -> None:
     pool, decided = one(48.2, 16.4)
-    assert route(pool, decided, np.array([[48.3, 16.4]]), np.ones(1), np.ones(1), Tuning(), "none") is decided
+    own, one_each = np.array([[48.3, 16.4]]), {"stated": np.ones(1), "gain": np.ones(1)}
+    assert route(pool, decided, own, **one_each, tuning=Tuning(), verified="none") is decided
 
 
 def test_it_learns_whom_to_believe() -> None:
