@@ -25,19 +25,12 @@ CHOICES = {
 }
 
 
-def option(
-    default: Any,
-    help: str,
-    low: float | None = None,
-    high: float | None = None,
-    *,
-    flag: str | None = None,
-    kind: type | None = None,
-) -> Any:
-    """Declare a field of :class:`Options`: its help, its limits, its flag where that is not its name.
+def option(default: Any, help: str, *limits: float, flag: str | None = None, kind: type | None = None) -> Any:
+    """Declare a field of :class:`Options`: its help, its least and greatest value, its flag where that is not its name.
 
     kind: the type of a value on the command line, that of the default unless given; names are a text there.
     """
+    low, high = (*limits, None, None)[:2]
     kind = kind or (str if isinstance(default, tuple) else type(default))
     return field(default=default, metadata={"help": help, "low": low, "high": high, "flag": flag, "kind": kind})
 

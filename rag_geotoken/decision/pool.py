@@ -73,7 +73,13 @@ def make_pool(
     ValueError for no entries.
     """
     kinds: list[tuple[Floats, Floats, NDArray[np.int8], NDArray[np.uint64]]] = []
-    shares = _shares([kind is not None for kind in (neighbors, candidates, places)], tuning)
+    present = [kind is not None for kind in (neighbors, candidates, places)]
+    if not any(present):
+        raise ValueError("a pool needs neighbors, candidates or places")
+    # The shares of absent kinds go to the others in proportion; a single kind without a share gets all.
+    given = [tuning.neighbor_share, 1.0 - tuning.neighbor_share - tuning.gps_share, tuning.gps_share]
+    shares: Floats = np.multiply(given, present)
+    shares = shares / shares.sum() if shares.any() else np.divide(present, sum(present))
     if neighbors is not None:
         cells = tokenizer.cell_ids(neighbors.lat_lon[..., 0], neighbors.lat_lon[..., 1])
         weight = log_softmax(tuning.neighbor_scale * neighbors.scores.astype(np.float64)) + np.log(shares[0])
@@ -91,18 +97,6 @@ def make_pool(
     same_cell = cells[:, :, None] == cells[:, None, :]
     total = np.log((same_cell * np.exp(log_weight)[:, None, :]).sum(axis=2) + 1e-30)
     return _normalized(Pool(lat_lon, total, source, ~_repeats(cells) & np.isfinite(log_weight)))
-
-
-def _shares(present: list[bool], tuning: Tuning) -> Floats:
-    """Return the weight (3,) of each kind; the shares of absent kinds go to the others in proportion."""
-    if not any(present):
-        raise ValueError("a pool needs neighbors, candidates or places")
-    given = [tuning.neighbor_share, 1.0 - tuning.neighbor_share - tuning.gps_share, tuning.gps_share]
-    shares: Floats = np.multiply(given, present)
-    if not shares.any():  # the only kind that is present has no share: it gets all
-        shares = np.array(present, np.float64)
-    shares /= shares.sum()
-    return shares
 
 
 def extend(pool: Pool, matches: Places, tuning: Tuning) -> Pool:

@@ -63,12 +63,8 @@ class Tuning:
 
     def with_pictures(self) -> Tuning:
         """Return the tuning of a decision where pictures were compared, which locates photos more precisely."""
-        return replace(
-            self,
-            spread_km=self.visual_spread_km,
-            confidence_scale=self.visual_confidence_scale,
-            confidence_km=self.visual_confidence_km,
-        )
+        closer = {name: getattr(self, f"visual_{name}") for name in ("spread_km", "confidence_scale", "confidence_km")}
+        return replace(self, **closer)
 
 
 def load_tuning(weights: Path) -> Tuning:

@@ -31,7 +31,8 @@ def features(pool: Pool, decided: Predictions, own: Floats, stated: Floats, gain
     apart = np.log1p(haversine_km(*decided.lat_lon.T, *own.T))
     sure = decided.confidence[:, RADII_KM.index(int(NEAR_KM))]
     columns = [np.ones(len(own)), stated, sure, weight.sum(axis=1), 10 * gain, apart / 10]
-    return np.nan_to_num(np.stack(columns, axis=1))
+    finite: Floats = np.nan_to_num(np.stack(columns, axis=1))
+    return finite
 
 
 def gate(pool: Pool, own: Floats, gain: Floats) -> NDArray[np.bool_]:
