@@ -16,6 +16,7 @@ from rag_geotoken.types import BEAM, GREEDY, SAMPLE, Neighbors, Places, Pool
 
 COUNT = 6  # places; on validation photos one of them is within 200 km of the truth as often as 99.9 %
 APART_KM, AGREE_KM = 100.0, 25.0
+Scores = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Shortlist:
         mask: NDArray[np.bool_] = self.entries >= 0
         return mask
 
-    def spread(self, values: NDArray[np.float32], none: NDArray[np.float32]) -> NDArray[np.float32]:
+    def spread(self, values: Scores, none: Scores) -> Scores:
         """Spread values of the places (B, M) and of "none of these" (B,) to the pool's entries (B, C)."""
         whole = np.concatenate([values, none[:, None]], axis=1)
         return np.take_along_axis(whole, np.where(self.stands < 0, values.shape[1], self.stands), axis=1)
@@ -89,7 +90,7 @@ def evidence(
     pool: Pool,
     neighbors: Neighbors,
     *,
-    aligned: NDArray[np.float32],
+    aligned: Scores,
     tuning: Tuning,
     matches: Places | None = None,
 ) -> Evidence:
