@@ -159,10 +159,10 @@ class Models:
     def memory(self, embeddings: Embeddings, neighbors: Neighbors) -> Tensor:
         """Encode photos and their neighbors as the memory (B, S, d_model) of the token model's decoder."""
         rows = neighbors.rows[:, : self.tokens.config.neighbors].copy()
-        query, near = torch.from_numpy(embeddings.vectors), torch.from_numpy(self.index.vectors(rows))
+        query, gallery = torch.from_numpy(embeddings.vectors), torch.from_numpy(self.index.vectors(rows))
         places = self.index.lat_lon[rows]
         cells = self.tokenizer.encode(*places.reshape(-1, 2).T).reshape(*rows.shape, -1)
-        return self.tokens.memory_of(query, near, torch.from_numpy(cells), torch.from_numpy(places))
+        return self.tokens.memory_of(query, gallery, torch.from_numpy(cells), torch.from_numpy(places))
 
     @torch.inference_mode()
     def states(self, embeddings: Embeddings, neighbors: Neighbors, pool: Pool) -> Tensor:

@@ -357,8 +357,8 @@ class Answers(Predictions):
         """Return one :class:`Prediction` per photo."""
         answers = []
         for row in self.to_table().drop_columns(COLUMNS["true_lat_lon"]).to_pylist():
-            sure = tuple(row.pop(name) for name in COLUMNS["confidence"])
-            answers.append(Prediction(**row, confidence=sure if row["error"] is None else None))
+            chances = tuple(row.pop(name) for name in COLUMNS["confidence"])
+            answers.append(Prediction(**row, confidence=chances if row["error"] is None else None))
         return answers
 
 

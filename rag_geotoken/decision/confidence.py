@@ -61,8 +61,8 @@ def _disk_chance(spread: float) -> tuple[Floats, Floats]:
     # Steps of a sixteenth of the spread across each radius: nothing changes far from all of them.
     edges = np.add.outer(np.array(RADII_KM), spread * np.linspace(-5.0, 5.0, 161))
     grid = np.unique(np.clip(np.append(edges, FARTHEST_KM), 0.0, None))
-    away = np.hypot(grid[:, None] + east.ravel(), north.ravel())
-    return grid, np.stack([(away <= r).mean(axis=1) for r in RADII_KM], axis=-1)
+    distance = np.hypot(grid[:, None] + east.ravel(), north.ravel())
+    return grid, np.stack([(distance <= r).mean(axis=1) for r in RADII_KM], axis=-1)
 
 
 def calibrated(stated: Floats, pairs: Sequence[tuple[float, float]]) -> Floats:

@@ -54,9 +54,9 @@ def decide(pool: Pool, given: Given, select: str = "bayes-risk") -> Predictions:
         pool = reweigh(pool, values, _scale(tuning, name))
     strategy: Callable[[Pool, Given], Chosen] = globals()[select.replace("-", "_")]
     chosen = strategy(pool, replace(given, tuning=tuning))
-    sure = confidence(temper(pool, tuning.confidence_scale), chosen.lat_lon, tuning.confidence_km)
+    chances = confidence(temper(pool, tuning.confidence_scale), chosen.lat_lon, tuning.confidence_km)
     pairs = tuning.calibration.get(verified_by(given.scores))
-    return Predictions(chosen.lat_lon, calibrated(sure, pairs) if pairs else sure, chosen.source)
+    return Predictions(chosen.lat_lon, calibrated(chances, pairs) if pairs else chances, chosen.source)
 
 
 def bayes_risk(pool: Pool, given: Given, radius: int | None = None) -> Chosen:

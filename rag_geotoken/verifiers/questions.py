@@ -58,9 +58,9 @@ def ask_pool(
     picks: list[set[int]] = [set() for _ in photos]
     unsettled = list(range(len(photos)))
     for first in (0, 2):
-        asked = [(i, order) for i in unsettled for order in orders[i][first : first + 2]]
-        requests = [_pool_request(photos[i], [shown[i][c] for c in order], near[i]) for i, order in asked]
-        for (i, order), reply in zip(asked, ask(requests), strict=True):
+        pending = [(i, order) for i in unsettled for order in orders[i][first : first + 2]]
+        requests = [_pool_request(photos[i], [shown[i][c] for c in order], near[i]) for i, order in pending]
+        for (i, order), reply in zip(pending, ask(requests), strict=True):
             _record(verdict, i, reply)
             if reply.error is None:
                 options = [*order.tolist(), -1]
@@ -81,9 +81,9 @@ def ask_place(prompts: Sequence[Sequence[Request]], ask: Ask, places: int, *, ma
     A photo's status is "ok" when one of its answers is a place, else why the last was none.
     """
     verdict = _empty_verdict(mask, places)
-    asked = [(i, request) for i, requests in enumerate(prompts) for request in requests]
+    pending = [(i, request) for i, requests in enumerate(prompts) for request in requests]
     counts, reasons = [0] * len(prompts), ["not asked"] * len(prompts)
-    for (i, _), reply in zip(asked, ask([request for _, request in asked]), strict=True):
+    for (i, _), reply in zip(pending, ask([request for _, request in pending]), strict=True):
         _record(verdict, i, reply)
         reasons[i] = reply.error or reasons[i]
         for text in reply.texts:

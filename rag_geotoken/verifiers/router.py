@@ -29,8 +29,8 @@ def features(pool: Pool, decided: Predictions, own: Floats, stated: Floats, gain
     distance = haversine_km(pool.lat_lon[..., 0], pool.lat_lon[..., 1], own[:, :1], own[:, 1:])
     weight = np.where(distance <= NEAR_KM, pool.weight, 0.0)
     apart = np.log1p(haversine_km(*decided.lat_lon.T, *own.T))
-    sure = decided.confidence[:, RADII_KM.index(int(NEAR_KM))]
-    columns = [np.ones(len(own)), stated, sure, weight.sum(axis=1), 10 * gain, apart / 10]
+    chance = decided.confidence[:, RADII_KM.index(int(NEAR_KM))]
+    columns = [np.ones(len(own)), stated, chance, weight.sum(axis=1), 10 * gain, apart / 10]
     finite: Floats = np.nan_to_num(np.stack(columns, axis=1))
     return finite
 
@@ -56,12 +56,12 @@ def route(
     if not chosen.any():
         return decided
     lat_lon = np.where(chosen[:, None], own, decided.lat_lon)
-    sure = confidence(pool, lat_lon, tuning.confidence_km)
+    chances = confidence(pool, lat_lon, tuning.confidence_km)
     pairs = tuning.calibration.get(verified)
     return replace(
         decided,
         lat_lon=lat_lon,
-        confidence=np.where(chosen[:, None], calibrated(sure, pairs) if pairs else sure, decided.confidence),
+        confidence=np.where(chosen[:, None], calibrated(chances, pairs) if pairs else chances, decided.confidence),
         source=np.where(chosen, MLLM, decided.source).astype(np.int8),
     )
 
