@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,10 +11,8 @@ from rag_geotoken import types
 from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.geo.cells import S2Tokenizer, cell_centers
 from rag_geotoken.geo.sphere import Floats, haversine_km
+from rag_geotoken.options import Options
 from rag_geotoken.types import SOURCES, Candidates, Neighbors, Places, Pool, Posterior, Tables
-
-if TYPE_CHECKING:
-    from rag_geotoken.options import Options
 
 
 def pool_of(tables: Tables, options: Options, tokenizer: S2Tokenizer, tuning: Tuning) -> Pool:

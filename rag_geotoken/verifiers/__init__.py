@@ -8,14 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
-from rag_geotoken.options import VERIFIERS
-
-if TYPE_CHECKING:
-    from rag_geotoken.models import Models
-    from rag_geotoken.options import Options
-    from rag_geotoken.types import Pool, Tables, Verdict
+from rag_geotoken.models import Models
+from rag_geotoken.options import VERIFIERS, Options
+from rag_geotoken.types import Pool, Tables, Verdict
 
 
 @dataclass(frozen=True)

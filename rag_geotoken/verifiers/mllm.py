@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -12,16 +12,13 @@ from rag_geotoken.decision.strategies import Given
 from rag_geotoken.errors import GeoError
 from rag_geotoken.geo.sphere import Floats
 from rag_geotoken.mllm.pictures import encode_pictures
-from rag_geotoken.options import verified_by
+from rag_geotoken.models import Models
+from rag_geotoken.options import Options, verified_by
 from rag_geotoken.types import Embeddings, MllmVerdict, Pool, Predictions, Tables
 from rag_geotoken.verifiers import Verifier, questions
 from rag_geotoken.verifiers.alignment import cosines
 from rag_geotoken.verifiers.router import route
 from rag_geotoken.verifiers.shortlist import Shortlist, candidates, evidence, nearby_rows, place_texts, shortlist
-
-if TYPE_CHECKING:
-    from rag_geotoken.models import Models
-    from rag_geotoken.options import Options
 
 
 def log_probs(models: Models, options: Options, tables: Tables, pool: Pool) -> MllmVerdict:

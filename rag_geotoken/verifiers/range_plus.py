@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,13 +10,11 @@ from numpy.typing import NDArray
 
 from rag_geotoken.encoders.dense import affine
 from rag_geotoken.geo.sphere import Floats, to_unit
+from rag_geotoken.models import Models
+from rag_geotoken.options import Options
 from rag_geotoken.storage.parquet import spread
 from rag_geotoken.types import Pool, Tables, Verdict
 from rag_geotoken.verifiers import Verifier
-
-if TYPE_CHECKING:
-    from rag_geotoken.models import Models
-    from rag_geotoken.options import Options
 
 Vectors = NDArray[np.float32]
 BANK = 100_000  # rows at most

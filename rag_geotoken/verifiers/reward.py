@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
+from rag_geotoken.models import Models
+from rag_geotoken.options import Options
 from rag_geotoken.types import Pool, Tables, Verdict
 from rag_geotoken.verifiers import Verifier
-
-if TYPE_CHECKING:
-    from rag_geotoken.models import Models
-    from rag_geotoken.options import Options
 
 
 def utilities(models: Models, options: Options, tables: Tables, pool: Pool) -> Verdict:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from numpy.typing import NDArray
 
 from rag_geotoken.geo.sphere import haversine_km
+from rag_geotoken.models import Models
+from rag_geotoken.options import Options
 from rag_geotoken.types import Places, Pool, Tables, Verdict
 from rag_geotoken.verifiers import Verifier
-
-if TYPE_CHECKING:
-    from rag_geotoken.models import Models
-    from rag_geotoken.options import Options
 
 NO_MATCH = 0.05  # support by matches that are no better than chance, which tells no places apart
 
