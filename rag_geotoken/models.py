@@ -33,7 +33,7 @@ Part = TypeVar("Part")
 
 
 class Models:
-    """This class holds the models and the index of the pipeline."""
+    """This class holds the models and the index of the pipeline; one that is None raises GeoError when needed."""
 
     def __init__(
         self,
@@ -45,11 +45,7 @@ class Models:
         matcher: Matcher | None = None,
         mllm: MllmSession | None = None,
     ) -> None:
-        """Check that the models fit together.
-
-        Without ``tokens`` or ``reward``, GeoError is raised when they are needed. The matcher compares views from above
-        if None; the multimodal model's session is None where none is needed.
-        """
+        """Check that the models fit together; without ``matcher``, pictures are compared with views from above."""
         index.check_encoder(alignment.identity)
         if reward is not None and tokens is not None and reward.config.d_model != tokens.config.d_model:
             width, wanted = reward.config.d_model, tokens.config.d_model

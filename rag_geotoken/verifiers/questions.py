@@ -32,17 +32,13 @@ PLACE_SCHEMA = {
     "additionalProperties": False,
 }
 Ask = Callable[[Sequence[Request]], list[Reply]]
+Shown = Sequence[Mapping[str, Any]]  # candidates as a prompt shows them
+Images = Mapping[str, bytes]  # by the names that a prompt uses
 Mask = NDArray[np.bool_]
 
 
 def ask_pool(
-    photos: Sequence[bytes],
-    chosen: Shortlist,
-    ask: Ask,
-    *,
-    shown: Sequence[Sequence[Mapping[str, Any]]],
-    near: Sequence[Mapping[str, bytes]],
-    mask: Mask,
+    photos: Sequence[bytes], chosen: Shortlist, ask: Ask, *, shown: Sequence[Shown], near: Sequence[Images], mask: Mask
 ) -> MllmVerdict:
     """Ask which place of its shortlist is each photo's, one token per request, the candidates in several orders.
 
@@ -98,7 +94,7 @@ def ask_place(prompts: Sequence[Sequence[Request]], ask: Ask, places: int, *, ma
     return verdict
 
 
-def free_request(photo: bytes, shown: Sequence[Mapping[str, Any]], near: Mapping[str, bytes]) -> Request:
+def free_request(photo: bytes, shown: Shown, near: Images) -> Request:
     """Make GeoToken's free generation: the candidates as hints, the answer any place."""
     order = _orders(photo, len(shown))[0]
     parts = render("free", {"photo": photo, **near}, candidates=[shown[i] for i in order])
@@ -125,7 +121,7 @@ def _similar_request(photo: bytes, similar: Iterable[Floats], dissimilar: Iterab
     return Request(parts, schema=PLACE_SCHEMA, max_tokens=MAX_TOKENS, **options)
 
 
-def _pool_request(photo: bytes, places: list[Mapping[str, Any]], near: Mapping[str, bytes]) -> Request:
+def _pool_request(photo: bytes, places: Shown, near: Images) -> Request:
     letters = LETTERS[: len(places)]
     lettered = [{**place, "letter": letter} for place, letter in zip(places, letters, strict=True)]
     return Request(render("pool", {"photo": photo, **near}, candidates=lettered), options=(*letters, NONE))

@@ -86,13 +86,7 @@ def shortlist(pool: Pool, count: int = COUNT) -> Shortlist:
 
 
 def evidence(
-    chosen: Shortlist,
-    pool: Pool,
-    neighbors: Neighbors,
-    *,
-    aligned: Scores,
-    tuning: Tuning,
-    matches: Places | None = None,
+    chosen: Shortlist, pool: Pool, neighbors: Neighbors, *, aligned: Scores, tuning: Tuning, matches: Places | None
 ) -> Evidence:
     """Collect the evidence for a shortlist's places from the pool, the neighbors and the alignment's scores (B, C).
 

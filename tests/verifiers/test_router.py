@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from tiny import pool_of
 
 from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.types import MLLM, NEIGHBOR, Pool, Predictions
@@ -16,13 +17,8 @@ ALWAYS = replace(Tuning(), router=(9.0,) + (0.0,) * (FEATURES - 1))
 
 
 def one(lat: float, lon: float) -> tuple[Pool, Predictions]:
-    pool = Pool(
-        np.array([[[lat, lon]]]),
-        np.zeros((1, 1), np.float32),
-        np.full((1, 1), NEIGHBOR, np.int8),
-        np.ones((1, 1), bool),
-    )
-    return pool, Predictions(np.array([[lat, lon]]), np.full((1, 5), 0.5), np.array([NEIGHBOR], np.int8))
+    pool = pool_of([(lat, lon)], [1.0])
+    return pool, Predictions(pool.lat_lon[:, 0], np.full((1, 5), 0.5), np.array([NEIGHBOR], np.int8))
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_evidence_in_words_is_rounded_and_absent_when_not_wanted() -> None:
     near = Neighbors(np.zeros((1, 1), int), np.array([[[-40.0, 100.0]]]), np.array([[1.0]], np.float32))
     chosen = shortlist(pool, 3)
     aligned = np.full(pool.mask.shape, 0.514, np.float32)
-    found = evidence(chosen, pool, near, aligned=aligned, tuning=TUNING)
+    found = evidence(chosen, pool, near, aligned=aligned, tuning=TUNING, matches=None)
     shown = candidates(chosen, 0, ["Vienna, Austria"] * 3, found)
     assert len(shown) == chosen.mask.sum()
     for place in shown:
