@@ -1,4 +1,4 @@
-"""What a run may change, each option declared once: the command line is made from it."""
+"""This module declares each option of a run once; the command line is made from it."""
 
 from __future__ import annotations
 
@@ -8,26 +8,13 @@ from typing import Any
 
 from rag_geotoken.errors import GeoError
 
-# What `--verify` calls a verifier -> its module in :mod:`.verifiers`.
-VERIFIERS = {
-    "alignment": "alignment",
-    "reward": "reward",
-    "visual": "visual",
-    "look": "range_plus",
-    "mllm": "mllm",
-}
+# Verifiers, as `--verify` names them, and their modules in :mod:`.verifiers`.
+VERIFIERS = {"alignment": "alignment", "reward": "reward", "visual": "visual", "look": "range_plus", "mllm": "mllm"}
 # Strategies: the function of that name in :mod:`.decision.strategies`, written with underscores.
 STRATEGIES = (
-    "bayes-risk",
-    "bayes-risk-25",
-    "bayes-risk-200",
-    "log-probability",
-    "medoid",
-    "density",
-    "mean-shift",
-    "highest",
+    "bayes-risk", "bayes-risk-25", "bayes-risk-200", "log-probability", "medoid", "density", "mean-shift", "highest",
     "snap",
-)
+)  # fmt: skip
 PROPOSERS = ("greedy", "beam", "sample")
 CHOICES = {
     "propose": PROPOSERS,
@@ -38,28 +25,21 @@ CHOICES = {
 }
 
 
-def option(
-    default: Any,
-    help: str,
-    low: float | None = None,
-    high: float | None = None,
-    *,
-    flag: str | None = None,
-    kind: type | None = None,
-) -> Any:
-    """A field of :class:`Options`: its help, its limits, its flag where that is not its name.
+def option(default: Any, help: str, *limits: float, flag: str | None = None, kind: type | None = None) -> Any:
+    """Declare a field of :class:`Options`: its help, its least and greatest value, its flag where that is not its name.
 
-    kind: what a value is on the command line, that of the default unless given; names are a text there.
+    kind: the type of a value on the command line, that of the default unless given; names are a text there.
     """
+    low, high = (*limits, None, None)[:2]
     kind = kind or (str if isinstance(default, tuple) else type(default))
     return field(default=default, metadata={"help": help, "low": low, "high": high, "flag": flag, "kind": kind})
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a run may change: what is retrieved, how cells are proposed, who verifies the pool, how one is chosen.
+    """This class holds the options of a run: retrieval, generation of cells, verification and choice of the answer.
 
-    Raises GeoError, before any work, for a name that is none or a number out of range.
+    Raises GeoError, before any work, for an unknown name or a number out of range.
     """
 
     neighbors: int = option(20, "Gallery photos retrieved a photo.", 1, 1000)
@@ -94,12 +74,12 @@ class Options:
     )
 
     def __post_init__(self) -> None:
-        """Every name and number is checked."""
+        """Check every name and number."""
         for name, choices in CHOICES.items():
             value = getattr(self, name)
-            for given in (value,) if isinstance(value, str) else value:
-                if given not in choices:
-                    raise GeoError(f"{name.replace('_', '-')} {given!r} is not known: choose of {', '.join(choices)}")
+            for choice in (value,) if isinstance(value, str) else value:
+                if choice not in choices:
+                    raise GeoError(f"{name.replace('_', '-')} {choice!r} is not known: choose of {', '.join(choices)}")
         for item in fields(self):
             name, value = item.name.replace("_", "-"), getattr(self, item.name)
             low, high, kind = (item.metadata[key] for key in ("low", "high", "kind"))
@@ -112,50 +92,48 @@ class Options:
                 raise GeoError(f"{name} {value} is out of range: give at least {low:g}{most}")
         if self.within is not None:
             check_within(*self.within)
-        self._check_sources()
-
-    def _check_sources(self) -> None:
-        given = {"gps": self.gps_places > 0, "mllm": self.diverse} | {name: name in self.propose for name in PROPOSERS}
+        enabled = {"gps": self.gps_places > 0, "mllm": self.diverse}
+        enabled |= {name: name in self.propose for name in PROPOSERS}
         for name in self.sources:
-            if not given.get(name, True):
+            if not enabled.get(name, True):
                 raise GeoError(f"sources {name}: nothing finds such places; change propose, gps-places or mllm-mode")
         if ("frontier" in self.sources and len(self.sources) > 1) or self.sources == ("mllm",):
             raise GeoError(f"sources {'+'.join(self.sources)}: frontier stands alone, and mllm never does")
 
     @property
     def visual(self) -> bool:
-        """Whether pictures are compared, which adds the places that they move the photo to."""
+        """Return whether pictures are compared, which adds the places that they move the photo to."""
         return "visual" in self.verify or "visual" in self.sources
 
     @property
     def frontier(self) -> bool:
-        """Whether the posterior is asked for."""
+        """Return whether the posterior is computed."""
         return self.area or self.max_area_km2 is not None or "frontier" in self.sources
 
     @property
     def diverse(self) -> bool:
-        """Whether a multimodal model names places that join the pool."""
+        """Return whether a multimodal model names places that join the pool."""
         return self.mllm_mode == "diversify"
 
     @property
     def asks_mllm(self) -> bool:
-        """Whether a multimodal model is needed."""
+        """Return whether a multimodal model is needed."""
         return "mllm" in self.verify or self.diverse
 
     @property
     def pooled(self) -> tuple[str, ...]:
-        """The sources of the pool that is decided on."""
-        found = ("gps",) * (self.gps_places > 0) + ("visual",) * self.visual + ("mllm",) * self.diverse
-        return self.sources or ("neighbor", *self.propose, *found)
+        """Return the sources of the pool that is decided on."""
+        enabled = {"gps": self.gps_places > 0, "visual": self.visual, "mllm": self.diverse}
+        return self.sources or ("neighbor", *self.propose, *(name for name in enabled if enabled[name]))
 
     @property
     def label(self) -> str:
-        """A short name of the decision: its verifiers in alphabetical order, and the strategy unless the usual one."""
+        """Return a short name: the verifiers in alphabetical order, and the strategy unless the usual one."""
         return verified_by(self.verify) + (f"-{self.select}" if self.select != Options.select else "")
 
 
 def check_within(lat: float, lon: float, km: float) -> None:
-    """Raises GeoError for a place that is none or a distance out of range."""
+    """Raise GeoError for a place that is none or a distance out of range."""
     if not (-90 <= lat <= 90 and -180 <= lon <= 180):
         raise GeoError(f"within {lat},{lon},{km}: give LAT,LON,KM, latitude -90 to 90, longitude -180 to 180")
     if not 0 < km <= 20_040:
@@ -163,18 +141,18 @@ def check_within(lat: float, lon: float, km: float) -> None:
 
 
 def verified_by(verifiers: Any) -> str:
-    """The verifiers' names in one: alignment+reward, or none."""
+    """Join the verifiers' names: alignment+reward, or none."""
     return "+".join(sorted(verifiers)) or "none"
 
 
 def parse_option(name: str, text: Any) -> Any:
-    """An option as a person writes it -> the field's value: ``visual+alignment``, ``47.1,8.5,300``. Raises GeoError."""
+    """Parse an option as a user writes it, ``visual+alignment`` or ``47.1,8.5,300``. Raises GeoError."""
     if name == "within" and isinstance(text, str):
         try:
-            lat, lon, km = (float(part) for part in text.split(","))
+            lat, lon, km = map(float, text.split(","))
+            return lat, lon, km
         except ValueError:
             raise GeoError(f"within {text}: give LAT,LON,KM, such as 48.2,16.4,100") from None
-        return lat, lon, km
     if name in ("propose", "sources", "verify"):
         names = text.replace("+", ",").split(",") if isinstance(text, str) else text
         return () if text == "none" else tuple(names)

@@ -1,1 +1,1 @@
-"""From a pool of places to one answer: strategies, confidence and their tuning."""
+"""These modules take a pool of places to one answer: strategies, confidence and their tuning."""

@@ -1,4 +1,4 @@
-"""From a pool to one answer: a strategy is one function, arrays in, arrays out."""
+"""These functions choose one answer from each pool: a strategy is one function, arrays in, arrays out."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ SNAP_KM = 1.0
 
 @dataclass(frozen=True)
 class Given:
-    """What a decision is made from beside the pool.
+    """This class holds what a decision is made from besides the pool.
 
-    scores: verifier -> (B, C) over the pool's entries. neighbors, tokenizer: where a strategy looks at them.
+    scores: (B, C) over the pool's entries, by verifier. neighbors, tokenizer: for strategies that use them.
     """
 
     scores: Scores
@@ -38,14 +38,14 @@ class Given:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A place for each photo: lat_lon (B, 2) degrees, source (B,) int8 into ``SOURCES``."""
+    """This class holds a chosen place of each photo: lat_lon (B, 2) degrees, source (B,) int8 into ``SOURCES``."""
 
     lat_lon: Floats
     source: NDArray[np.int8]
 
 
 def decide(pool: Pool, given: Given, select: str = "bayes-risk") -> Predictions:
-    """A strategy's choice of a pool that verifiers have reweighted, with a calibrated confidence.
+    """Reweight a pool by the verifiers' scores and choose a place by a strategy, with a calibrated confidence.
 
     select: a name in ``STRATEGIES``. Without scores the pool stays as it is.
     """
@@ -54,13 +54,13 @@ def decide(pool: Pool, given: Given, select: str = "bayes-risk") -> Predictions:
         pool = reweigh(pool, values, _scale(tuning, name))
     strategy: Callable[[Pool, Given], Chosen] = globals()[select.replace("-", "_")]
     chosen = strategy(pool, replace(given, tuning=tuning))
-    sure = confidence(temper(pool, tuning.confidence_scale), chosen.lat_lon, tuning.confidence_km)
+    chances = confidence(temper(pool, tuning.confidence_scale), chosen.lat_lon, tuning.confidence_km)
     pairs = tuning.calibration.get(verified_by(given.scores))
-    return Predictions(chosen.lat_lon, calibrated(sure, pairs) if pairs else sure, chosen.source)
+    return Predictions(chosen.lat_lon, calibrated(chances, pairs) if pairs else chances, chosen.source)
 
 
 def bayes_risk(pool: Pool, given: Given, radius: int | None = None) -> Chosen:
-    """The entry with the highest expected utility: the chance to lie within a radius, or its mean over all of them.
+    """Choose the entry with the highest expected utility: the chance to lie within a radius, or its mean over all.
 
     Chance: sum over entries x of weight(x) * P(the truth behind x is within r of c), the truth spread normally around
     its entry by ``spread_km``.
@@ -68,18 +68,18 @@ def bayes_risk(pool: Pool, given: Given, radius: int | None = None) -> Chosen:
     return _best_entry(pool, _expected(pool, lambda km: disk_chance(km, given.tuning.spread_km, radius)))
 
 
-# The entry that most probably lies within 25 or 200 km of the truth.
+# These choose the entry that most probably lies within 25 or 200 km of the truth.
 bayes_risk_25 = partial(bayes_risk, radius=25)
 bayes_risk_200 = partial(bayes_risk, radius=200)
 
 
 def log_probability(pool: Pool, given: Given) -> Chosen:
-    """The entry with the highest weight."""
+    """Choose the entry with the highest weight."""
     return _best_entry(pool, pool.log_weight)
 
 
 def highest(pool: Pool, given: Given) -> Chosen:
-    """The entry that the verifiers score highest, whatever the pool believes of it.
+    """Choose the entry that the verifiers score highest, whatever its weight in the pool.
 
     By the alignment alone it is G3's choice, by the reward head GeoToken's. Raises GeoError without a verifier.
     """
@@ -89,17 +89,17 @@ def highest(pool: Pool, given: Given) -> Chosen:
 
 
 def medoid(pool: Pool, given: Given) -> Chosen:
-    """The entry with the least expected distance to the truth, by the pool's weights."""
+    """Choose the entry with the least expected distance to the truth, by the pool's weights."""
     return _best_entry(pool, -_expected(pool, lambda km: km))
 
 
 def density(pool: Pool, given: Given) -> Chosen:
-    """Kernel density (Vo, Jacobs and Hays, ICCV 2017): the entry where it is highest, Gaussian of ``density_km``."""
+    """Choose the entry of the highest kernel density, a Gaussian of ``density_km`` (Vo, Jacobs and Hays, ICCV 2017)."""
     return _best_entry(pool, _expected(pool, lambda km: _kernel(km, given.tuning)))
 
 
 def mean_shift(pool: Pool, given: Given, steps: int = 20) -> Chosen:
-    """From the densest entry uphill to the mode of the kernel density, which need not be an entry.
+    """Go from the densest entry uphill to the mode of the kernel density, which need not be an entry.
 
     Each step goes to the mean of the entries as unit vectors, weighted by the kernel around the present place.
     """
@@ -113,7 +113,7 @@ def mean_shift(pool: Pool, given: Given, steps: int = 20) -> Chosen:
 
 
 def snap(pool: Pool, given: Given) -> Chosen:
-    """The usual choice, moved to the densest cluster of neighbors inside its cell, if the cell holds any.
+    """Move the usual choice to the densest cluster of neighbors inside its cell, if the cell holds any.
 
     The neighbor with most neighbors of the cell within ``SNAP_KM`` wins, the better ranked of equals.
     """
@@ -122,14 +122,14 @@ def snap(pool: Pool, given: Given) -> Chosen:
         raise GeoError("select snap needs neighbors to move an answer to")
     answers, places, cell_ids = start.lat_lon, given.neighbors.lat_lon, given.tokenizer.cell_ids
     cells = cell_ids(places[..., 0], places[..., 1])
-    here = cell_ids(*answers.T)[:, None] == cells
-    crowd = np.where(here, ((pairwise_km(places) <= SNAP_KM) & here[:, None, :]).sum(axis=2), 0)
+    same_cell = cell_ids(*answers.T)[:, None] == cells
+    crowd = np.where(same_cell, ((pairwise_km(places) <= SNAP_KM) & same_cell[:, None, :]).sum(axis=2), 0)
     chosen = places[np.arange(len(answers)), crowd.argmax(axis=1)]
-    return replace(start, lat_lon=np.where(here.any(axis=1)[:, None], chosen, answers))
+    return replace(start, lat_lon=np.where(same_cell.any(axis=1)[:, None], chosen, answers))
 
 
 def _expected(pool: Pool, value: Callable[[Floats], Floats]) -> Floats:
-    """What a value of the distance (..., C, C) is on average over a pool's weights, from each entry -> (B, C)."""
+    """Average a value of the distances (..., C, C) from each entry over the pool's weights, (B, C)."""
     weight = pool.weight
     places = np.where(pool.mask[..., None], pool.lat_lon, 0.0)
     result = np.empty(pool.mask.shape)
@@ -145,12 +145,12 @@ def _kernel(km: Floats, tuning: Tuning) -> Floats:
 
 
 def _scale(tuning: Tuning, verifier: str) -> float:
-    """How sharply a verifier's scores count; one that no tuning knows gives nats."""
+    """Return how sharply a verifier's scores count; one without a scale in the tuning gives nats."""
     return float(getattr(tuning, f"{verifier}_scale", 1.0))
 
 
 def _best_entry(pool: Pool, value: ArrayLike) -> Chosen:
-    """The entry of the highest value (B, C), the first of equals."""
+    """Choose the entry of the highest value (B, C), the first of equals."""
     best = np.where(pool.mask, value, -np.inf).argmax(axis=1)
     rows = np.arange(len(best))
     return Chosen(pool.lat_lon[rows, best], pool.source[rows, best])

@@ -1,4 +1,4 @@
-"""The few numbers of pool, decision and confidence that are chosen on validation photos, in one place."""
+"""This module holds the few numbers of pool, decision and confidence that are chosen on validation photos."""
 
 from __future__ import annotations
 
@@ -14,22 +14,20 @@ from rag_geotoken.types import RADII_KM, SEARCH_WEIGHTS
 
 @dataclass(frozen=True)
 class Tuning:
-    """What `rag-geotoken train tuning` chooses.
+    """This class holds the numbers that `rag-geotoken train tuning` chooses.
 
     search_weights: of the image, GPS and text part of an embedding in the search.
     neighbor_share, gps_share: the weight of the neighbors in the pool and of the places found by GPS embedding, the
-    latter shared out evenly; the generated entries have the rest.
-    neighbor_scale: how sharply a neighbor's score counts, in nats a unit.
-    visual_share: the weight of the places to which neighbors' pictures move the photo, in a pool that has them;
-    match_scale: how sharply a match's score counts among them. view_km: the usual width of a picture from above.
-    alignment_scale, reward_scale, look_scale, mllm_scale, visual_scale: the same for a verifier's scores in a decision.
-    mllm_share: the weight of places that a multimodal model names, in a pool that has them.
-    visual_km: how near to a moved place an entry is supported by it. visual_spread_km, visual_confidence_scale,
-    visual_confidence_km: in the place of the three below where pictures were compared, which tell places closer.
-    look_beta, look_semantic, look_spatial: how RANGE estimates a look (see :meth:`.RangeBank.of`).
+    latter shared out evenly; the generated entries have the rest. mllm_share, visual_share: the weight of places that
+    a multimodal model names or to which neighbors' pictures move the photo, in a pool that has them.
+    neighbor_scale, match_scale: how sharply the score of a neighbor or match counts in the pool, in nats per unit;
+    alignment_scale, reward_scale, look_scale, mllm_scale, visual_scale: the same for a verifier in a decision.
+    view_km: the usual width of a picture from above. visual_km: how near to a moved place an entry is supported by it.
+    visual_spread_km, visual_confidence_scale, visual_confidence_km: in place of the three below where pictures were
+    compared, which tell places closer. look_beta, look_semantic, look_spatial: see :meth:`.RangeBank.of`.
     spread_km: spread of the places behind one pool entry, for the utility of a decision.
     confidence_scale: all weights of a pool are raised to this power where a confidence is stated, since sharp weights
-    decide best and are far too sure of themselves; confidence_km is the spread that goes with it.
+    decide best and are far too confident; confidence_km is the spread that goes with it.
     calibration: by the verifiers in use, an intercept and a slope for each radius (see :mod:`.confidence`).
     router: weights of :func:`.router.features` in the log odds that a multimodal model's own place is the better one.
     density_scale, density_km: sharpness and Gaussian kernel of the density baseline, chosen for it alone.
@@ -64,9 +62,9 @@ class Tuning:
     density_km: float = 50.0
 
     def with_pictures(self) -> Tuning:
-        """The same for a decision where pictures were compared, which puts photos closer."""
-        closer = self.visual_spread_km, self.visual_confidence_scale, self.visual_confidence_km
-        return replace(self, spread_km=closer[0], confidence_scale=closer[1], confidence_km=closer[2])
+        """Return the tuning of a decision where pictures were compared, which locates photos more precisely."""
+        closer = {name: getattr(self, f"visual_{name}") for name in ("spread_km", "confidence_scale", "confidence_km")}
+        return replace(self, **closer)
 
 
 def load_tuning(weights: Path) -> Tuning:

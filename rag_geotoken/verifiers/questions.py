@@ -1,8 +1,8 @@
-"""Verification by a multimodal model: what it is asked of a photo's pool, and what its answers say."""
+"""These functions make the requests to a multimodal model about a photo's pool, and read its answers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
@@ -17,9 +17,9 @@ from rag_geotoken.types import MllmVerdict
 from rag_geotoken.verifiers.shortlist import Shortlist
 
 LETTERS, NONE = "ABCDEFGHIJ", "Z"
-TURNS = (0.0, 0.5, 0.25, 0.75)  # orders of the candidates, far apart in parts of a whole turn: one output token each
-SIMILAR = (0, 5, 10, 15)  # G3's prompts: so many places of similar photos, and as many of dissimilar ones
-WARM = 0.7  # temperature of the answers that are to differ
+TURNS = (0.0, 0.5, 0.25, 0.75)  # cyclic orders of the candidates, as parts of a whole turn: one output token each
+SIMILAR = (0, 5, 10, 15)  # numbers of places of similar photos in G3's prompts, and as many of dissimilar ones
+TEMPERATURE = 0.7  # of the answers that are to differ
 MAX_TOKENS = 96  # of a place in JSON
 PLACE_SCHEMA = {
     "type": "object",
@@ -32,140 +32,126 @@ PLACE_SCHEMA = {
     "additionalProperties": False,
 }
 Ask = Callable[[Sequence[Request]], list[Reply]]
+Shown = Sequence[Mapping[str, Any]]  # candidates as a prompt shows them
+Images = Mapping[str, bytes]  # by the names that a prompt uses
 Mask = NDArray[np.bool_]
 
 
 def ask_pool(
-    photos: Sequence[bytes],
-    chosen: Shortlist,
-    shown: Sequence[Sequence[Mapping[str, Any]]],
-    ask: Ask,
-    near: Sequence[Mapping[str, bytes]],
-    mask: Mask,
+    photos: Sequence[bytes], chosen: Shortlist, ask: Ask, *, shown: Sequence[Shown], near: Sequence[Images], mask: Mask
 ) -> MllmVerdict:
-    """Which place of its shortlist is each photo's? One token a request, the candidates in several orders.
+    """Ask which place of its shortlist is each photo's, one token per request, the candidates in several orders.
 
-    Models prefer a letter or a position whatever stands there, so the log-probabilities are averaged over cyclic
+    Models prefer a letter or a position whatever is listed there, so the log-probabilities are averaged over cyclic
     orders that begin with a random one, never that of the weights: two orders, and where these choose differently two
     more. They become the scores of the pool's entries, mask (B, C), that the places stand for. shown: each photo's
     places as :func:`.candidates` makes them; near: pictures that they name.
     """
-    found = _nothing(mask)
-    first = [
-        np.random.default_rng(_seed(photo)).permutation(len(places))
-        for photo, places in zip(photos, shown, strict=True)
-    ]
+    verdict = _empty_verdict(mask)
+    orders = [_orders(photo, len(places)) for photo, places in zip(photos, shown, strict=True)]
     # Of each place of the shortlist and, last, of none of them.
     sums, turns = np.zeros((len(photos), chosen.entries.shape[1] + 1)), np.zeros(len(photos), int)
     picks: list[set[int]] = [set() for _ in photos]
     unsettled = list(range(len(photos)))
-    for round_ in range(2):
-        orders = [(i, order) for i in unsettled for order in _orders(first[i])[2 * round_ : 2 * round_ + 2]]
-        requests = [_pool_request(photos[i], [shown[i][c] for c in order], near[i]) for i, order in orders]
-        for (i, order), reply in zip(orders, ask(requests), strict=True):
-            _count(found, i, reply)
+    for first in (0, 2):
+        pending = [(i, order) for i in unsettled for order in orders[i][first : first + 2]]
+        requests = [_pool_request(photos[i], [shown[i][c] for c in order], near[i]) for i, order in pending]
+        for (i, order), reply in zip(pending, ask(requests), strict=True):
+            _record(verdict, i, reply)
             if reply.error is None:
-                said = np.array(reply.log_probs)
-                sums[i, order] += said[:-1]
-                sums[i, -1] += said[-1]
+                options = [*order.tolist(), -1]
+                sums[i, options] += reply.log_probs
                 turns[i] += 1
-                picks[i].add([*order.tolist(), -1][int(said.argmax())])
-        unsettled = [i for i in unsettled if found.status[i] == "ok" and len(picks[i]) > 1]
+                picks[i].add(options[int(np.argmax(reply.log_probs))])
+        unsettled = [i for i in unsettled if verdict.status[i] == "ok" and len(picks[i]) > 1]
     sums /= np.maximum(turns, 1)[:, None]
-    sums[~found.answered] = 0.0
+    sums[~verdict.answered] = 0.0
     log_probs = sums.astype(np.float32)
-    found.scores[:] = np.where(mask, chosen.spread(log_probs[:, :-1], log_probs[:, -1]), 0.0)
-    return found
+    verdict.scores[:] = np.where(mask, chosen.spread(log_probs[:, :-1], log_probs[:, -1]), 0.0)
+    return verdict
 
 
-def ask_place(prompts: Sequence[Sequence[Request]], ask: Ask, places: int, mask: Mask) -> MllmVerdict:
-    """Requests of each photo whose answers are places -> at most so many, in order, and no score over a mask (B, C).
+def ask_place(prompts: Sequence[Sequence[Request]], ask: Ask, places: int, *, mask: Mask) -> MllmVerdict:
+    """Ask each photo's requests, whose answers are places, at most so many in order; no score over a mask (B, C).
 
     A photo's status is "ok" when one of its answers is a place, else why the last was none.
     """
-    found = _nothing(mask, places)
-    flat = [(i, request) for i, requests in enumerate(prompts) for request in requests]
-    told = [0] * len(prompts)
-    reasons = ["not asked"] * len(prompts)
-    for (i, _), reply in zip(flat, ask([request for _, request in flat]), strict=True):
-        _count(found, i, reply)
+    verdict = _empty_verdict(mask, places)
+    pending = [(i, request) for i, requests in enumerate(prompts) for request in requests]
+    counts, reasons = [0] * len(prompts), ["not asked"] * len(prompts)
+    for (i, _), reply in zip(pending, ask([request for _, request in pending]), strict=True):
+        _record(verdict, i, reply)
         reasons[i] = reply.error or reasons[i]
         for text in reply.texts:
             place = parse_place(text)
             if place.lat is not None and place.lon is not None:
-                found.lat_lon[i, told[i]] = place.lat, place.lon
-                found.confidence[i, told[i]] = np.nan if place.confidence is None else place.confidence
-                told[i] += 1
+                verdict.lat_lon[i, counts[i]] = place.lat, place.lon
+                verdict.confidence[i, counts[i]] = np.nan if place.confidence is None else place.confidence
+                counts[i] += 1
             else:
                 reasons[i] = place.status
-    found.status[:] = ["ok" if count else reason for count, reason in zip(told, reasons, strict=True)]
-    return found
+    verdict.status[:] = ["ok" if count else reason for count, reason in zip(counts, reasons, strict=True)]
+    return verdict
 
 
-def free_request(photo: bytes, shown: Sequence[Mapping[str, Any]], near: Mapping[str, bytes]) -> Request:
-    """The candidates as hints, the answer any place: GeoToken's free generation."""
-    order = np.random.default_rng(_seed(photo)).permutation(len(shown))
+def free_request(photo: bytes, shown: Shown, near: Images) -> Request:
+    """Make GeoToken's free generation: the candidates as hints, the answer any place."""
+    order = _orders(photo, len(shown))[0]
     parts = render("free", {"photo": photo, **near}, candidates=[shown[i] for i in order])
     return Request(parts, schema=PLACE_SCHEMA, max_tokens=MAX_TOKENS)
 
 
 def zero_shot_request(photo: bytes) -> Request:
-    """The photo alone."""
-    return Request(_similar(photo, [], []), schema=PLACE_SCHEMA, max_tokens=MAX_TOKENS)
+    """Make a request with the photo alone."""
+    return _similar_request(photo, (), ())
 
 
 def diverse_requests(photo: bytes, similar: Floats, dissimilar: Floats, n: int) -> list[Request]:
-    """G3's geo-diversification: 0, 5, 10, 15 places (K, 2) of similar and of dissimilar photos, n answers each."""
+    """Make G3's geo-diversification: 0, 5, 10, 15 places (K, 2) of similar and of dissimilar photos, n answers each."""
     return [
-        Request(_similar(photo, similar[:count], dissimilar[:count]), (), PLACE_SCHEMA, MAX_TOKENS, WARM, n)
+        _similar_request(photo, similar[:count], dissimilar[:count], temperature=TEMPERATURE, n=n)
         for count in SIMILAR
         if count <= len(similar)
     ]
 
 
-def _similar(photo: bytes, similar: Any, dissimilar: Any) -> tuple[str | bytes, ...]:
-    said = {
-        name: [{"lat": float(lat), "lon": float(lon)} for lat, lon in places]
-        for name, places in (("similar", similar), ("dissimilar", dissimilar))
-    }
-    return render("diversify", {"photo": photo}, **said)
+def _similar_request(photo: bytes, similar: Iterable[Floats], dissimilar: Iterable[Floats], **options: Any) -> Request:
+    near, far = ([{"lat": float(lat), "lon": float(lon)} for lat, lon in places] for places in (similar, dissimilar))
+    parts = render("diversify", {"photo": photo}, similar=near, dissimilar=far)
+    return Request(parts, schema=PLACE_SCHEMA, max_tokens=MAX_TOKENS, **options)
 
 
-def _pool_request(photo: bytes, places: list[Mapping[str, Any]], near: Mapping[str, bytes]) -> Request:
+def _pool_request(photo: bytes, places: Shown, near: Images) -> Request:
     letters = LETTERS[: len(places)]
     lettered = [{**place, "letter": letter} for place, letter in zip(places, letters, strict=True)]
     return Request(render("pool", {"photo": photo, **near}, candidates=lettered), options=(*letters, NONE))
 
 
-def _orders(first: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    """The different cyclic orders of a first one by ``TURNS``."""
-    count = len(first)
+def _orders(photo: bytes, count: int) -> list[NDArray[np.int64]]:
+    """Return the different cyclic orders by ``TURNS`` of a random order, seeded by the photo."""
+    first = np.random.default_rng(list(sha256(photo).digest()[:8])).permutation(count)
     shifts = dict.fromkeys(round(turn * count) % max(count, 1) for turn in TURNS)
     return [np.roll(first, shift) for shift in shifts]
 
 
-def _seed(photo: bytes) -> list[int]:
-    return list(sha256(photo).digest()[:8])
-
-
-def _nothing(mask: Mask, own: int = 1) -> MllmVerdict:
-    """Zeros over a pool's mask (B, C), room for so many places of the model's own, no costs yet."""
+def _empty_verdict(mask: Mask, places: int = 1) -> MllmVerdict:
+    """Make a verdict of zeros over a pool's mask (B, C), with room for places of the model's own and no costs yet."""
     photos = len(mask)
     return MllmVerdict(
-        np.zeros(mask.shape, np.float32),
-        mask,
-        ["ok"] * photos,
-        np.full((photos, own, 2), np.nan),
-        np.full((photos, own), np.nan),
-        [[] for _ in range(photos)],
-        *(np.zeros(photos, np.int64) for _ in range(3)),
+        scores=np.zeros(mask.shape, np.float32),
+        mask=mask,
+        status=["ok"] * photos,
+        lat_lon=np.full((photos, places, 2), np.nan),
+        confidence=np.full((photos, places), np.nan),
+        raw=[[] for _ in range(photos)],
+        **{name: np.zeros(photos, np.int64) for name in MllmVerdict.COSTS},
     )
 
 
-def _count(found: MllmVerdict, i: int, reply: Reply) -> None:
-    found.requests[i] += 1
-    found.prompt_tokens[i] += reply.prompt_tokens
-    found.output_tokens[i] += reply.output_tokens
-    found.raw[i].extend(reply.texts)
+def _record(verdict: MllmVerdict, i: int, reply: Reply) -> None:
+    verdict.requests[i] += 1
+    verdict.prompt_tokens[i] += reply.prompt_tokens
+    verdict.output_tokens[i] += reply.output_tokens
+    verdict.raw[i].extend(reply.texts)
     if reply.error is not None:
-        found.status[i] = reply.error
+        verdict.status[i] = reply.error

@@ -1,26 +1,21 @@
-"""RANGE's estimate of an image embedding where there is no photo, and how alike a photo is to it."""
+"""This verifier is RANGE: its estimate of an image embedding of a place, and the similarity of a photo to it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from rag_geotoken.encoders.dense import affine
-from rag_geotoken.geo.sphere import to_unit
-from rag_geotoken.index.geo_index import GeoIndex
+from rag_geotoken.geo.sphere import Floats, to_unit
+from rag_geotoken.models import Models
+from rag_geotoken.options import Options
+from rag_geotoken.storage.parquet import spread
 from rag_geotoken.types import Pool, Tables, Verdict
 from rag_geotoken.verifiers import Verifier
 
-if TYPE_CHECKING:
-    from rag_geotoken.models import Models
-    from rag_geotoken.options import Options
-
-Floats = NDArray[np.float64]
 Vectors = NDArray[np.float32]
 BANK = 100_000  # rows at most
 BATCH = 128  # places at a time
@@ -28,7 +23,7 @@ BATCH = 128  # places at a time
 
 @dataclass(frozen=True)
 class RangeBank:
-    """A bank of places whose look is known: lat_lon (N, 2) degrees, place and image embeddings (N, dim), length one."""
+    """This class holds a bank of photos: lat_lon (N, 2) degrees, place and image embeddings (N, dim) of length one."""
 
     lat_lon: Floats
     place: Vectors
@@ -37,7 +32,7 @@ class RangeBank:
     def of(
         self, lat_lon: Floats, place: Vectors, beta: float = 0.5, semantic: float = 12.0, spatial: float = 40.0
     ) -> Vectors:
-        """Places (M, 2) and their embeddings (M, dim) -> estimated image embeddings (M, dim).
+        """Estimate image embeddings (M, dim) of places (M, 2) from their place embeddings (M, dim).
 
         RANGE+ (Dhakal et al., CVPR 2025): the bank's image embeddings averaged by
         ``beta * softmax(semantic * cosine of place embeddings) + (1 - beta) * softmax(spatial * cosine of the angle
@@ -46,46 +41,47 @@ class RangeBank:
         """
         count, dim = self.image.shape
         keys, images = torch.from_numpy(self.place), torch.from_numpy(np.ascontiguousarray(self.image.T))
-        there, here = torch.from_numpy(to_unit(*self.lat_lon.T)), torch.from_numpy(to_unit(*lat_lon.T))
+        bank_units, units = torch.from_numpy(to_unit(*self.lat_lon.T)), torch.from_numpy(to_unit(*lat_lon.T))
         query, result = torch.from_numpy(np.float32(semantic) * place), torch.empty(len(lat_lon), dim)
         with torch.inference_mode():
             for start in range(0, len(lat_lon), BATCH):
                 at = slice(start, start + BATCH)
-                weight = torch.zeros(len(here[at]), count)
+                weight = torch.zeros(len(units[at]), count)
                 if beta > 0:
                     weight.add_(affine(query[at], keys, torch.zeros(count)).softmax(dim=1), alpha=beta)
                 if beta < 1:
-                    # In double precision: at 10 km 1 - cos is 1e-6, which single precision does not see.
-                    weight.add_((here[at] @ there.T).mul_(spatial).softmax(dim=1).float(), alpha=1 - beta)
+                    # In double precision: at 10 km 1 - cos is 1e-6, below the resolution of single precision.
+                    weight.add_((units[at] @ bank_units.T).mul_(spatial).softmax(dim=1).float(), alpha=1 - beta)
                 result[at] = affine(weight, images, torch.zeros(dim))
         return result.numpy()
 
 
-def likeness(photo: Vectors, looks: Vectors) -> Vectors:
-    """The cosine (N,) of each image embedding (N, dim) of length one with an estimated one (N, dim)."""
-    cosine: Vectors = np.einsum("nd,nd->n", photo, looks) / np.linalg.norm(looks, axis=1)
+def likeness(photo: Vectors, estimated: Vectors) -> Vectors:
+    """Return the cosine (N,) of each image embedding (N, dim) of length one with an estimated one (N, dim)."""
+    cosine: Vectors = np.einsum("nd,nd->n", photo, estimated) / np.linalg.norm(estimated, axis=1)
     return cosine
 
 
-def bank_of(index: GeoIndex, embed: Callable[[Floats], Vectors]) -> RangeBank:
-    """A gallery as a bank, a seeded draw of it where it is large; ``embed``: places -> embeddings."""
-    count = len(index.rows)
-    rows = np.sort(np.random.default_rng(0).choice(count, min(count, BANK), replace=False))
-    return RangeBank(index.lat_lon[rows], embed(index.lat_lon[rows]), index.image_parts(rows))
-
-
 def bank(models: Models) -> RangeBank:
-    """The gallery of the models as RANGE's bank, made once."""
-    return models.kept("range", lambda: bank_of(models.index, models.alignment.embed_places))
+    """Return the gallery as RANGE's bank, a seeded sample of it where it is large; made once."""
+
+    def sample() -> RangeBank:
+        index = models.index
+        count = len(index.rows)
+        rows = np.sort(np.random.default_rng(0).choice(count, min(count, BANK), replace=False))
+        lat_lon = index.lat_lon[rows]
+        return RangeBank(lat_lon, models.alignment.embed_places(lat_lon), index.image_parts(rows))
+
+    return models.kept("range", sample)
 
 
 def cosines(models: Models, options: Options, tables: Tables, pool: Pool) -> Verdict:
-    """The cosine (B, C) of each photo's image embedding with what RANGE makes of each place."""
-    scores, tuning, spots = np.zeros(pool.mask.shape, np.float32), models.tuning, pool.lat_lon[pool.mask]
-    embedded = models.alignment.embed_places(spots)
-    looks = bank(models).of(spots, embedded, tuning.look_beta, tuning.look_semantic, tuning.look_spatial)
-    scores[pool.mask] = likeness(tables.embeddings.image[np.nonzero(pool.mask)[0]], looks)
-    return Verdict(scores, pool.mask)
+    """Return the cosine (B, C) of each photo's image embedding with RANGE's estimate for each place."""
+    tuning, lat_lon = models.tuning, pool.lat_lon[pool.mask]
+    mix = {"beta": tuning.look_beta, "semantic": tuning.look_semantic, "spatial": tuning.look_spatial}
+    estimated = bank(models).of(lat_lon, models.alignment.embed_places(lat_lon), **mix)
+    scores = likeness(tables.embeddings.image[np.nonzero(pool.mask)[0]], estimated)
+    return Verdict(spread(scores, pool.mask, 0.0), pool.mask)
 
 
 VERIFIER = Verifier(

@@ -1,7 +1,7 @@
-"""Between the pool's answer and a place of the model's own: a calibrated choice, inside a gate.
+"""These functions choose between the pool's answer and a place that the multimodal model named itself.
 
-A photo may carry writing that gives orders, and a model may obey it. So a place of its own counts only near a place
-that retrieval or generation found too, and only where the alignment finds it about as likely as the pool's answer.
+Text in a photo may contain instructions, and a model may follow them (prompt injection). So a place of its own counts
+only near a place that retrieval or generation found too, and only where the alignment gives it about the same score.
 """
 
 from __future__ import annotations
@@ -16,61 +16,62 @@ from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.geo.sphere import Floats, haversine_km
 from rag_geotoken.types import MLLM, RADII_KM, Pool, Predictions
 
-GATE_KM, GATE_SCORE = 500.0, 0.05  # from a pool's entry; less similar to the photo than the pool's answer
+GATE_KM, GATE_SCORE = 500.0, 0.05  # farthest from a pool's entry; most that the cosine may be below the answer's
 NEAR_KM = 200.0
 
 
 def features(pool: Pool, decided: Predictions, own: Floats, stated: Floats, gain: Floats) -> Floats:
-    """What the choice is made by -> (B, 6), the first a one.
+    """Return the features (B, 6) of the choice, the first a one.
 
     own (B, 2): the model's places, NaN for none; stated (B,): its confidence from 0 to 1; gain (B,): how much more
     similar the photo is to the model's place than to the pool's answer.
     """
-    away = haversine_km(pool.lat_lon[..., 0], pool.lat_lon[..., 1], own[:, :1], own[:, 1:])
-    weight = np.where(away <= NEAR_KM, pool.weight, 0.0)
+    distance = haversine_km(pool.lat_lon[..., 0], pool.lat_lon[..., 1], own[:, :1], own[:, 1:])
+    weight = np.where(distance <= NEAR_KM, pool.weight, 0.0)
     apart = np.log1p(haversine_km(*decided.lat_lon.T, *own.T))
-    sure = decided.confidence[:, RADII_KM.index(int(NEAR_KM))]
-    columns = np.stack([np.ones(len(own)), stated, sure, weight.sum(axis=1), 10 * gain, apart / 10], axis=1)
-    known: Floats = np.nan_to_num(columns)
-    return known
+    chance = decided.confidence[:, RADII_KM.index(int(NEAR_KM))]
+    columns = [np.ones(len(own)), stated, chance, weight.sum(axis=1), 10 * gain, apart / 10]
+    finite: Floats = np.nan_to_num(np.stack(columns, axis=1))
+    return finite
 
 
 def gate(pool: Pool, own: Floats, gain: Floats) -> NDArray[np.bool_]:
-    """Where a model's place (B, 2) may override the pool's answer; never where it has none."""
-    away = haversine_km(pool.lat_lon[..., 0], pool.lat_lon[..., 1], own[:, :1], own[:, 1:])
-    near = np.where(pool.mask, away, np.inf).min(axis=1) <= GATE_KM
+    """Return a mask (B,), true where a model's place (B, 2) may override the pool's answer; NaN never may."""
+    distance = haversine_km(pool.lat_lon[..., 0], pool.lat_lon[..., 1], own[:, :1], own[:, 1:])
+    near = np.where(pool.mask, distance, np.inf).min(axis=1) <= GATE_KM
     inside: NDArray[np.bool_] = near & (gain >= -GATE_SCORE) & np.isfinite(own).all(axis=1)
     return inside
 
 
 def route(
-    pool: Pool, decided: Predictions, own: Floats, stated: Floats, gain: Floats, tuning: Tuning, verified: str
+    pool: Pool, decided: Predictions, own: Floats, *, stated: Floats, gain: Floats, tuning: Tuning, verified: str
 ) -> Predictions:
-    """The pool's answer, or the model's own place where that is likelier the better one and inside the gate.
+    """Choose the pool's answer, or the model's own place where that is more likely better and inside the gate.
 
-    ``tuning.router`` are the weights of :func:`features` in the log odds; ``verified`` names the calibration of what is
-    said of a place of the model's own.
+    ``tuning.router`` are the weights of :func:`features` in the log odds; ``verified`` names the calibration of the
+    confidence in a place of the model's own.
     """
-    odds = features(pool, decided, own, stated, gain) @ np.asarray(tuning.router)
-    chosen = (odds > 0) & gate(pool, own, gain)
+    log_odds = features(pool, decided, own, stated=stated, gain=gain) @ np.asarray(tuning.router)
+    chosen = (log_odds > 0) & gate(pool, own, gain)
     if not chosen.any():
         return decided
-    sure = confidence(pool, np.where(chosen[:, None], own, decided.lat_lon), tuning.confidence_km)
+    lat_lon = np.where(chosen[:, None], own, decided.lat_lon)
+    chances = confidence(pool, lat_lon, tuning.confidence_km)
     pairs = tuning.calibration.get(verified)
     return replace(
         decided,
-        lat_lon=np.where(chosen[:, None], own, decided.lat_lon),
-        confidence=np.where(chosen[:, None], calibrated(sure, pairs) if pairs else sure, decided.confidence),
+        lat_lon=lat_lon,
+        confidence=np.where(chosen[:, None], calibrated(chances, pairs) if pairs else chances, decided.confidence),
         source=np.where(chosen, MLLM, decided.source).astype(np.int8),
     )
 
 
 def fit_router(columns: Floats, ours: Floats, own: Floats) -> tuple[float, ...]:
-    """Weights of the choice from photos with known places: logistic regression on which answer is the better one.
+    """Fit the weights of the choice by logistic regression on which answer is the better one.
 
     columns (B, 6): see :func:`features`; ours, own (B,): distances of the pool's answer and of the model's place from
-    the truth. A photo counts by how many of the radii the two differ in, so one where both are right or wrong counts
-    nothing. Weights are pulled towards never choosing the model's place.
+    the truth. A photo counts by how many of the radii the two differ in, so one where both are right or wrong does not
+    count. Weights are pulled towards never choosing the model's place.
     """
     from scipy.optimize import minimize
 
@@ -86,5 +87,4 @@ def fit_router(columns: Floats, ours: Floats, own: Floats) -> tuple[float, ...]:
         value = float(weight @ np.logaddexp(0, -margin)) + float((w - prior) @ (w - prior)) / 2
         return value, columns.T @ slope + (w - prior)
 
-    found: Floats = minimize(loss, prior, jac=True, method="L-BFGS-B").x
-    return tuple(float(value) for value in found)
+    return tuple(float(value) for value in minimize(loss, prior, jac=True, method="L-BFGS-B").x)

@@ -7,13 +7,13 @@ import math
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy.special import expit, logit
 from tiny import PHOTOS, TUNING, pool_of
 
 from rag_geotoken.decision.confidence import _disk_chance, calibrated, confidence, fit_calibration
-from rag_geotoken.geo.sphere import haversine_km
+from rag_geotoken.geo.sphere import Floats, haversine_km
 from rag_geotoken.types import RADII_KM, Pool
 
-Floats = NDArray[np.float64]
 Hits = NDArray[np.bool_]
 NOTHING = ((0.0, 1.0),) * 5
 INTERCEPTS, SLOPES = np.array([0.8, -1.0, 0.3, 0.0, -0.5]), np.array([0.8, 0.5, 0.25, 0.35, 1.0])
@@ -57,20 +57,12 @@ def test_masked_entries_never_count() -> None:
 # calibration
 
 
-def sigmoid(x: Floats) -> Floats:
-    return 1 / (1 + np.exp(-x))
-
-
-def logit(p: Floats) -> Floats:
-    return np.log(p / (1 - p))
-
-
 def distorted(photos: int, seed: int) -> tuple[Floats, Hits, Floats]:
     """Chances as stated (B, R) by one too sure of herself, what came true (B, R), and the true chances (B, R)."""
     rng = np.random.default_rng(seed)
-    true = np.sort(sigmoid(rng.normal(0.5, 1.5, (photos, len(RADII_KM)))), axis=1)
+    true = np.sort(expit(rng.normal(0.5, 1.5, (photos, len(RADII_KM)))), axis=1)
     right = rng.uniform(size=(photos, 1)) < true
-    return sigmoid((logit(true) - INTERCEPTS) / SLOPES), right, true
+    return expit((logit(true) - INTERCEPTS) / SLOPES), right, true
 
 
 def ece(stated: Floats, right: Hits, bins: int = 15) -> float:
@@ -145,8 +137,8 @@ def test_one_chance_for_all_becomes_the_share_that_came_true(value: float) -> No
 def test_a_slope_that_would_fall_is_flat_at_the_share_that_came_true() -> None:
     # The surer, the wronger: such a confidence says nothing, so all get the same.
     rng = np.random.default_rng(0)
-    stated = sigmoid(rng.normal(3.0, 1.0, (3000, 5)))
+    stated = expit(rng.normal(3.0, 1.0, (3000, 5)))
     right = rng.uniform(size=stated.shape) < 0.4 * (1 - stated) + 0.2
     pairs = fit_calibration(stated, right)
     np.testing.assert_allclose([b for _, b in pairs], 0.0, atol=1e-6)
-    np.testing.assert_allclose(sigmoid(np.array([a for a, _ in pairs])), right.mean(axis=0), atol=0.01)
+    np.testing.assert_allclose(expit(np.array([a for a, _ in pairs])), right.mean(axis=0), atol=0.01)

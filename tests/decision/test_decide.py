@@ -15,11 +15,10 @@ from rag_geotoken.decision import strategies
 from rag_geotoken.decision.confidence import _disk_chance, calibrated, confidence
 from rag_geotoken.decision.strategies import Chosen, Given, bayes_risk, decide
 from rag_geotoken.geo.cells import S2Tokenizer
-from rag_geotoken.geo.sphere import haversine_km
+from rag_geotoken.geo.sphere import Floats, haversine_km
 from rag_geotoken.options import verified_by
 from rag_geotoken.types import BEAM, NEIGHBOR, RADII_KM, Neighbors, Pool
 
-Floats = NDArray[np.float64]
 PAIRS = {
     "none": ((0.5, 0.8),) * 5,
     "alignment": ((-1.0, 0.7), (0.0, 0.5), (0.2, 1.2), (1.0, 1.0), (2.0, 0.1)),

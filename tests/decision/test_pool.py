@@ -9,26 +9,10 @@ import numpy as np
 import pytest
 from tiny import PHOTOS, TOKENIZER, TUNING, K, N, pool_of
 
-from rag_geotoken.decision.pool import (
-    keep_within,
-    log_softmax,
-    make_pool,
-    posterior_pool,
-    reweigh,
-    scored_pool,
-    temper,
-)
+from rag_geotoken.decision.pool import keep_within, log_softmax, make_pool, posterior_pool, reweigh, scored_pool, temper
 from rag_geotoken.geo.cells import S2Tokenizer, cell_centers
 from rag_geotoken.geo.sphere import haversine_km
-from rag_geotoken.types import (
-    FRONTIER,
-    NEIGHBOR,
-    SOURCES,
-    Candidates,
-    Neighbors,
-    Pool,
-    Posterior,
-)
+from rag_geotoken.types import FRONTIER, NEIGHBOR, SOURCES, Candidates, Neighbors, Pool, Posterior
 
 
 def entries(pool: Pool, row: int) -> list[tuple[float, float, str, float]]:

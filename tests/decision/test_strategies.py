@@ -19,16 +19,7 @@ from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.geo.sphere import destination, haversine_km
 from rag_geotoken.options import STRATEGIES as NAMES
 from rag_geotoken.run.walk import complete
-from rag_geotoken.types import (
-    NEIGHBOR,
-    RADII_KM,
-    SOURCES,
-    Answers,
-    Neighbors,
-    Photos,
-    Pool,
-    Predictions,
-)
+from rag_geotoken.types import NEIGHBOR, RADII_KM, SOURCES, Answers, Neighbors, Photos, Pool, Predictions
 
 Strategy = Callable[[Pool, Tuning], Predictions]
 Place = tuple[float, float]

@@ -46,20 +46,8 @@ def test_whole_numbers_become_floats(tmp_path: Path) -> None:
 
 def test_the_tuning_that_travels_with_the_package() -> None:
     tuning = load_tuning(EARTH)
-    assert set(tuning.calibration) == {
-        "none",
-        "alignment",
-        "reward",
-        "alignment+reward",
-        "look",
-        "alignment+look",
-        "visual",
-        "alignment+visual",
-        "mllm",
-        "alignment+mllm",
-        "mllm+visual",
-        "alignment+mllm+visual",
-    }
+    names = "none alignment reward alignment+reward look alignment+look visual alignment+visual mllm alignment+mllm"
+    assert set(tuning.calibration) == {*names.split(), "mllm+visual", "alignment+mllm+visual"}
     assert all(slope >= 0 for rows in tuning.calibration.values() for _, slope in rows)
 
 

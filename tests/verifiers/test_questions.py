@@ -42,7 +42,7 @@ def asked_of_pool(
     photos: Sequence[bytes], counts: Sequence[int], shown: Sequence[Sequence[dict[str, Any]]], ask: Ask
 ) -> MllmVerdict:
     chosen, mask = chosen_of(counts)
-    return ask_pool(photos, chosen, shown, ask, [{}] * len(photos), mask)
+    return ask_pool(photos, chosen, ask, shown=shown, near=[{}] * len(photos), mask=mask)
 
 
 def lines(request: Request) -> dict[str, str]:
@@ -134,7 +134,7 @@ def test_places_of_its_own() -> None:
         return [Reply((texts[i % 3],), (), 50, 20, 0.1) for i in range(len(requests))]
 
     prompts = [[zero_shot_request(photo)] for photo in (b"1", b"2", b"3")]
-    found = ask_place(prompts, ask, 1, np.ones((3, 2), bool))
+    found = ask_place(prompts, ask, 1, mask=np.ones((3, 2), bool))
     assert found.scores.shape == (3, 2) and not found.scores.any()
     assert found.status[0] == "ok" and found.lat_lon[0, 0].tolist() == [48.2, 16.4] and found.confidence[0, 0] == 0.8
     assert found.status[1:] == ["refused", "out of range"] and np.isnan(found.lat_lon[1:]).all()
@@ -152,7 +152,7 @@ def test_several_answers_join_in_order() -> None:
     prompts = diverse_requests(b"photo", near, near[::-1], n=2)
     assert len(prompts) == len(SIMILAR) and all(p.n == 2 and p.temperature > 0 for p in prompts)
     assert [str(p.parts[-1]).count(";") for p in prompts] == [0, 8, 18, 28]
-    found = ask_place([prompts], ask, 2 * len(SIMILAR), np.zeros((1, 1), bool))
+    found = ask_place([prompts], ask, 2 * len(SIMILAR), mask=np.zeros((1, 1), bool))
     assert found.lat_lon[0, :4, 0].tolist() == [0, 1, 2, 3] and np.isnan(found.lat_lon[0, 4:]).all()
     assert found.status == ["ok"] and found.requests.tolist() == [4]
 

@@ -18,7 +18,7 @@ from rag_geotoken.storage.recipes import read_recipe
 from rag_geotoken.training.tuning import _looks
 from rag_geotoken.types import Embeddings, Photos, Pool, Tables
 from rag_geotoken.verifiers import load_verifier
-from rag_geotoken.verifiers.range_plus import RangeBank, bank, bank_of
+from rag_geotoken.verifiers.range_plus import RangeBank, bank
 
 DIM = 6
 
@@ -63,14 +63,13 @@ def test_the_index_knows_how_its_places_look(geolocator: Geolocator) -> None:
     embed = geolocator.alignment.embed_places
     image = index.vectors(np.arange(len(index.rows)))[:, 0]
     expected = RangeBank(index.lat_lon, embed(index.lat_lon), image).of(spots, embed(spots), 0.7)
-    np.testing.assert_allclose(bank_of(index, embed).of(spots, embed(spots), 0.7), expected, atol=1e-6)
     np.testing.assert_allclose(bank(geolocator).of(spots, embed(spots), 0.7), expected, atol=1e-6)
 
 
 def test_a_large_gallery_is_a_bank_by_a_draw(geolocator: Geolocator, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rag_geotoken.verifiers.range_plus.BANK", 50)
-    index, embed = geolocator.index, geolocator.alignment.embed_places
-    one, other = (bank_of(index, embed) for _ in range(2))
+    index = geolocator.index
+    one, other = (bank(geolocator.replace(_cache={})) for _ in range(2))
     assert one.lat_lon.shape == (50, 2) and one.place.shape == one.image.shape == (50, 32)
     rows = [index.lat_lon.tolist().index(place) for place in one.lat_lon.tolist()]
     np.testing.assert_array_equal(one.image, index.vectors(np.array(rows))[:, 0])

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from tiny import pool_of
 
 from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.types import MLLM, NEIGHBOR, Pool, Predictions
@@ -16,13 +17,8 @@ ALWAYS = replace(Tuning(), router=(9.0,) + (0.0,) * (FEATURES - 1))
 
 
 def one(lat: float, lon: float) -> tuple[Pool, Predictions]:
-    pool = Pool(
-        np.array([[[lat, lon]]]),
-        np.zeros((1, 1), np.float32),
-        np.full((1, 1), NEIGHBOR, np.int8),
-        np.ones((1, 1), bool),
-    )
-    return pool, Predictions(np.array([[lat, lon]]), np.full((1, 5), 0.5), np.array([NEIGHBOR], np.int8))
+    pool = pool_of([(lat, lon)], [1.0])
+    return pool, Predictions(pool.lat_lon[:, 0], np.full((1, 5), 0.5), np.array([NEIGHBOR], np.int8))
 
 
 @pytest.mark.parametrize(
@@ -38,16 +34,17 @@ def test_a_place_of_the_models_own_counts_only_inside_the_gate(
     own: tuple[float, float], gain: float, inside: bool
 ) -> None:
     pool, decided = one(48.2, 16.4)
-    given = np.array([own]), np.array([1.0]), np.array([gain])
-    assert gate(pool, given[0], given[2]).tolist() == [inside]
-    routed = route(pool, decided, *given, ALWAYS, "none")
+    named, gains = np.array([own]), np.array([gain])
+    assert gate(pool, named, gains).tolist() == [inside]
+    routed = route(pool, decided, named, stated=np.ones(1), gain=gains, tuning=ALWAYS, verified="none")
     assert routed.lat_lon[0].tolist() == list(own if inside else (48.2, 16.4))
     assert routed.source[0] == (MLLM if inside else NEIGHBOR) and np.isfinite(routed.confidence).all()
 
 
 def test_without_weights_the_pool_decides() -> None:
     pool, decided = one(48.2, 16.4)
-    assert route(pool, decided, np.array([[48.3, 16.4]]), np.ones(1), np.ones(1), Tuning(), "none") is decided
+    own, one_each = np.array([[48.3, 16.4]]), {"stated": np.ones(1), "gain": np.ones(1)}
+    assert route(pool, decided, own, **one_each, tuning=Tuning(), verified="none") is decided
 
 
 def test_it_learns_whom_to_believe() -> None:

@@ -71,7 +71,7 @@ def test_evidence_counts_what_lies_nearby() -> None:
     aligned = rng.random(pool.mask.shape).astype(np.float32)
     matches = Places(rng.uniform([40, 0], [46, 8], (3, 5, 2)), rng.random((3, 5)).astype(np.float32))
     chosen = shortlist(pool, 4)
-    found = evidence(chosen, pool, near, aligned, TUNING, matches)
+    found = evidence(chosen, pool, near, aligned=aligned, tuning=TUNING, matches=matches)
     assert found.match is not None and found.agree is not None
     for b in range(3):
         token = pool.mask[b] & (pool.source[b] == SAMPLE)
@@ -101,7 +101,8 @@ def test_evidence_in_words_is_rounded_and_absent_when_not_wanted() -> None:
     pool = make_pool(np.random.default_rng(3), 1, 10)
     near = Neighbors(np.zeros((1, 1), int), np.array([[[-40.0, 100.0]]]), np.array([[1.0]], np.float32))
     chosen = shortlist(pool, 3)
-    found = evidence(chosen, pool, near, np.full(pool.mask.shape, 0.514, np.float32), TUNING)
+    aligned = np.full(pool.mask.shape, 0.514, np.float32)
+    found = evidence(chosen, pool, near, aligned=aligned, tuning=TUNING, matches=None)
     shown = candidates(chosen, 0, ["Vienna, Austria"] * 3, found)
     assert len(shown) == chosen.mask.sum()
     for place in shown:

@@ -120,7 +120,7 @@ def read_examples(tables: Tables, index: GeoIndex, tuning: Tuning) -> Examples:
 
     def known(pool: Pool, matches: Places | None, seen: Examples | None) -> Examples:
         chosen = shortlist(pool, MOST)
-        found = evidence(chosen, pool, neighbors, aligned, tuning, matches)
+        found = evidence(chosen, pool, neighbors, aligned=aligned, tuning=tuning, matches=matches)
         rows = nearby_rows(chosen, neighbors)
         shown = iter(index.rows["image"].take(rows[rows >= 0]).to_pylist())
         near = [[next(shown) if there else None for there in row] for row in (rows >= 0).tolist()]
