@@ -42,7 +42,7 @@ def small_memory(small: TokenModel) -> Tensor:
 
 
 def all_ways(model: TokenModel, memory: Tensor) -> list[Decoded]:
-    return [greedy(model, memory), beam(model, memory, 9), sample(model, memory, 9, 0.8, seed=1)]
+    return [greedy(model, memory), beam(model, memory, 9), sample(model, memory, 9, temperature=0.8, seed=1)]
 
 
 @pytest.mark.parametrize("way", range(3))
@@ -140,7 +140,7 @@ def test_more_samples_begin_with_the_same(token_model: TokenModel, memory: Tenso
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.5])
 def test_frequencies_match_the_probabilities(small: TokenModel, small_memory: Tensor, temperature: float) -> None:
     n = 20_000
-    found = sample(small, small_memory[:2], n, temperature, seed=3)
+    found = sample(small, small_memory[:2], n, temperature=temperature, seed=3)
     expected = scored(small, small_memory[:2], every_cell(small, 2), temperature).exp().numpy()
     counts = np.stack([np.bincount(row, minlength=96) for row in numbers(small, found.tokens)])
     spread = np.sqrt(expected * (1 - expected) / n)
@@ -163,7 +163,7 @@ def test_truncated_frequencies(
     small: TokenModel, small_memory: Tensor, temperature: float, top_p: float, epsilon: float
 ) -> None:
     n, memory = 20_000, small_memory[:2]
-    found = sample(small, memory, n, temperature, seed=4, top_p=top_p, epsilon=epsilon)
+    found = sample(small, memory, n, temperature=temperature, seed=4, top_p=top_p, epsilon=epsilon)
     expected = truncated_cells(small, memory, temperature, top_p, epsilon)
     counts = np.stack([np.bincount(row, minlength=96) for row in numbers(small, found.tokens)])
     assert (np.abs(counts / n - expected) <= 4.5 * np.sqrt(expected * (1 - expected) / n)).all()
@@ -259,11 +259,12 @@ def test_a_random_number_depends_on_its_own_place_alone() -> None:
 def test_the_batch_size_changes_nothing(token_model: TokenModel, size: int) -> None:
     with torch.no_grad():
         memory = token_model.memory_of(*inputs(8, seed=3))
-    whole = [*all_ways(token_model, memory), sample(token_model, memory, 20, 1.2, 7, None, 0.9, 0.01)]
+    cut: Settings = {"temperature": 1.2, "top_p": 0.9, "epsilon": 0.01}
+    whole = [*all_ways(token_model, memory), sample(token_model, memory, 20, seed=7, **cut)]
     for start in range(0, 8, size):
         part, keys = memory[start : start + size], range(start, min(start + size, 8))
-        found = [*all_ways(token_model, part)[:2], sample(token_model, part, 9, 0.8, seed=1, keys=keys)]
-        found.append(sample(token_model, part, 20, 1.2, 7, keys, 0.9, 0.01))
+        found = [*all_ways(token_model, part)[:2], sample(token_model, part, 9, temperature=0.8, seed=1, keys=keys)]
+        found.append(sample(token_model, part, 20, seed=7, keys=keys, **cut))
         for ours, all_ in zip(found, whole, strict=True):
             assert torch.equal(ours.tokens, all_.tokens[start : start + size])
             torch.testing.assert_close(ours.log_prob, all_.log_prob[start : start + size], rtol=0, atol=1e-5)

@@ -48,7 +48,6 @@ def apart(given: list[Tensor], wanted: list[Tensor]) -> bool:
 def test_shapes(token_model: TokenModel) -> None:
     photo, near, tokens = inputs(5)
     memory = token_model.memory_of(photo, near, tokens)
-    assert torch.equal(token_model.memory(*photo.unbind(1), *near.unbind(2), tokens), memory)
     assert memory.shape == (5, 4 + 3 * (3 + 3), TOKENS.d_model)
     logits = token_model.logits(memory, targets(5))
     assert [tuple(logit.shape) for logit in logits] == [(5, 6), (5, 16), (5, 16)]

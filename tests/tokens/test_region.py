@@ -60,9 +60,9 @@ def all_ways(model: TokenModel, memory: Tensor, region: Region | None) -> list[D
     return [
         greedy(model, memory, region),
         beam(model, memory, 7, region),
-        sample(model, memory, 12, 1.5, region=region),
-        sample(model, memory, 12, 1e30, top_p=0.5, epsilon=0.1, region=region),
-        sample(model, memory, 12, 1e-45, region=region),
+        sample(model, memory, 12, temperature=1.5, region=region),
+        sample(model, memory, 12, temperature=1e30, top_p=0.5, epsilon=0.1, region=region),
+        sample(model, memory, 12, temperature=1e-45, region=region),
     ]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rag_geotoken.geo.sphere import to_unit
 from rag_geotoken.tokens.model import attention
-from rag_geotoken.tokens.spherical import rotate, rotations
+from rag_geotoken.tokens.spherical import place_rotations, rotate
 
 # Poles, date line and the middle of the map, whole and a little beside.
 EDGES = [(90, 0), (90, 123), (-90, -45), (0, 0), (0, 180), (0, -180), (89.999999, 180), (-12, -179.999999), (90, 180)]
@@ -41,7 +41,7 @@ def close(given: Tensor, wanted: Tensor, atol: float = 1e-5) -> None:
 
 
 def test_rotations_are_orthonormal_and_keep_the_hand() -> None:
-    turns = rotations(torch.cat([places(1000), torch.tensor(EDGES)]))
+    turns = place_rotations(torch.cat([places(1000), torch.tensor(EDGES)]))
     assert turns.shape == (1000 + len(EDGES), 3, 3) and turns.dtype == torch.float32
     close(turns @ turns.transpose(-1, -2), torch.eye(3).expand_as(turns), 1e-6)
     close(turns.det(), torch.ones(len(turns)), 1e-6)
@@ -50,7 +50,7 @@ def test_rotations_are_orthonormal_and_keep_the_hand() -> None:
 def test_the_first_column_is_the_place() -> None:
     where = torch.cat([places(1000), torch.tensor(EDGES)])
     wanted = to_unit(where[:, 0].numpy(), where[:, 1].numpy())
-    np.testing.assert_allclose(rotations(where)[..., 0].numpy(), wanted, rtol=0, atol=1e-7)
+    np.testing.assert_allclose(place_rotations(where)[..., 0].numpy(), wanted, rtol=0, atol=1e-7)
 
 
 def test_the_frame_stands_east_and_north() -> None:
@@ -58,39 +58,39 @@ def test_the_frame_stands_east_and_north() -> None:
     lat, lon = where.deg2rad().unbind(-1)
     east = torch.stack([-lon.sin(), lon.cos(), 0 * lon], dim=-1)
     north = torch.stack([-lat.sin() * lon.cos(), -lat.sin() * lon.sin(), lat.cos()], dim=-1)
-    close(rotations(where)[..., 1], east.float(), 1e-6)
-    close(rotations(where)[..., 2], north.float(), 1e-6)
+    close(place_rotations(where)[..., 1], east.float(), 1e-6)
+    close(place_rotations(where)[..., 2], north.float(), 1e-6)
 
 
 def test_by_hand() -> None:
-    assert torch.equal(rotations(torch.zeros(2)), torch.eye(3))
+    assert torch.equal(place_rotations(torch.zeros(2)), torch.eye(3))
     block = torch.tensor([1.0, 0.0, 0.0]).view(1, 1, 1, 3)
-    close(rotate(block, rotations(torch.tensor([[[0.0, 90.0]]]))).flatten(), torch.tensor([0.0, 1.0, 0.0]), 1e-7)
-    close(rotate(block, rotations(torch.tensor([[[90.0, 0.0]]]))).flatten(), torch.tensor([0.0, 0.0, 1.0]), 1e-7)
+    close(rotate(block, place_rotations(torch.tensor([[[0.0, 90.0]]]))).flatten(), torch.tensor([0.0, 1.0, 0.0]), 1e-7)
+    close(rotate(block, place_rotations(torch.tensor([[[90.0, 0.0]]]))).flatten(), torch.tensor([0.0, 0.0, 1.0]), 1e-7)
 
 
 def test_poles_and_date_line() -> None:
-    assert rotations(torch.tensor(EDGES)).isfinite().all()
+    assert place_rotations(torch.tensor(EDGES)).isfinite().all()
     lat = torch.linspace(-90, 90, 37)
-    west, east = (rotations(torch.stack([lat, torch.full_like(lat, lon)], dim=-1)) for lon in (-180.0, 180.0))
+    west, east = (place_rotations(torch.stack([lat, torch.full_like(lat, lon)], dim=-1)) for lon in (-180.0, 180.0))
     close(west, east, 1e-7)
     # A step over the date line is a small step.
-    close(rotations(torch.tensor([10.0, 179.9999])), rotations(torch.tensor([10.0, -179.9999])))
-    poles = rotations(torch.tensor([(90.0, lon) for lon in range(-180, 181, 30)]))[..., 0]
+    close(place_rotations(torch.tensor([10.0, 179.9999])), place_rotations(torch.tensor([10.0, -179.9999])))
+    poles = place_rotations(torch.tensor([(90.0, lon) for lon in range(-180, 181, 30)]))[..., 0]
     close(poles, torch.tensor([0.0, 0.0, 1.0]).expand_as(poles), 1e-7)
 
 
 def test_a_meter_is_told_apart() -> None:
     """Single precision would lose it in the degrees, not in the rotation."""
     near = torch.tensor([[48.85837, 2.294481], [48.85837 + 1e-5, 2.294481]], dtype=torch.float64)
-    here, there = rotations(near)
+    here, there = place_rotations(near)
     assert torch.dist(here, there) > 1e-7
 
 
 @pytest.mark.parametrize("size", [12, 64, 7])
 def test_scores_do_not_see_a_common_rotation(size: int) -> None:
     query, key = numbers(2, 4, 9, size) / size**0.5, numbers(2, 4, 11, size, seed=1)
-    here, there = rotations(places(18).view(2, 9, 2)), rotations(places(22, seed=1).view(2, 11, 2))
+    here, there = place_rotations(places(18).view(2, 9, 2)), place_rotations(places(22, seed=1).view(2, 11, 2))
     before = scores(query, key, here, there)
     for seed in range(20):
         turn = any_rotation(seed)
@@ -102,7 +102,7 @@ def test_scores_do_not_see_a_common_rotation(size: int) -> None:
 @pytest.mark.parametrize("size", [12, 64, 7])
 def test_scores_are_those_of_the_relative_rotation(size: int) -> None:
     query, key = numbers(50, 2, 1, size) / size**0.5, numbers(50, 2, 1, size, seed=1)
-    here, there = rotations(places(50)[:, None]), rotations(places(50, seed=1)[:, None])
+    here, there = place_rotations(places(50)[:, None]), place_rotations(places(50, seed=1)[:, None])
     nowhere = torch.eye(3).expand_as(here)
     wanted = scores(query, key, here, there)
     close(scores(query, key, nowhere, here.transpose(-1, -2) @ there), wanted)
@@ -112,13 +112,13 @@ def test_scores_are_those_of_the_relative_rotation(size: int) -> None:
 def test_one_place_is_as_good_as_another() -> None:
     """Two at the same place score as without any place."""
     query, key = numbers(1, 2, 30, 12), numbers(1, 2, 30, 12, seed=1)
-    turns = rotations(places(30)[None])
+    turns = place_rotations(places(30)[None])
     close((rotate(query, turns) * rotate(key, turns)).sum(-1), (query * key).sum(-1))
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 5, 64])
 def test_numbers_left_over_stay(size: int) -> None:
-    heads, turns = numbers(2, 3, 5, size), rotations(places(10).view(2, 5, 2))
+    heads, turns = numbers(2, 3, 5, size), place_rotations(places(10).view(2, 5, 2))
     turned, whole = rotate(heads, turns), size // 3 * 3
     assert turned.shape == heads.shape
     assert torch.equal(turned[..., whole:], heads[..., whole:])
@@ -129,7 +129,7 @@ def test_numbers_left_over_stay(size: int) -> None:
 
 
 def test_half_precision_stays_half() -> None:
-    turned = rotate(numbers(1, 1, 2, 6).bfloat16(), rotations(places(2)[None]))
+    turned = rotate(numbers(1, 1, 2, 6).bfloat16(), place_rotations(places(2)[None]))
     assert turned.dtype == torch.bfloat16 and turned.isfinite().all()
 
 
@@ -140,11 +140,11 @@ def test_attention_among_neighbors_does_not_see_where_greenwich_lies() -> None:
     where = places(batch * k).view(batch, k, 2)
 
     def heard(around: Tensor) -> Tensor:
-        turns = rotations(around).repeat_interleave(each, dim=1)
-        return attention(query, key, value, heads, turns=turns)
+        turns = place_rotations(around).repeat_interleave(each, dim=1)
+        return attention(query, key, value, heads=heads, rotations=turns)
 
     before = heard(where)
     for longitude in (0.5, 90.0, -137.0, 180.0, 360.0):
         close(heard(where + torch.tensor([0.0, longitude])), before)
     assert (heard(where * torch.tensor([0.5, 1.0])) - before).abs().max() > 0.1
-    assert (attention(query, key, value, heads) - before).abs().max() > 0.1
+    assert (attention(query, key, value, heads=heads) - before).abs().max() > 0.1
