@@ -7,7 +7,7 @@ Parameters bear the names of the released code, so that its checkpoints load as 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, cast
@@ -118,7 +118,7 @@ class TokenModel(Pretrained):
         states = dropout(states + self.positions[position], self.config.dropout, self.training)
         # On a CPU a few photos go through all layers before the next, so that they stay in its cache.
         count = -(-batch * states.shape[1] // CPU_POSITIONS) if states.device.type == "cpu" else 1
-        rotations = [None] * count
+        rotations: Sequence[Tensor | None] = [None] * count
         if self.config.neighbor_positions == "spherical":
             rotations = self._rotations(neighbor_places, per_neighbor).chunk(count)
         return torch.cat([self._encode(*part) for part in zip(states.chunk(count), rotations, strict=False)])
@@ -197,24 +197,22 @@ class Block(nn.Module):
         self, states: Tensor, self_attention: SelfAttention, memory: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
         """Return new states (B, L, d) for states of that shape; memory is what :meth:`memory_keys` returns."""
-        attended = self.self_attn.out_proj(self_attention(*self.self_attn.project(states, 0, 3)))
-        states, last_norm = self.norm1(states + self.dropout(attended)), self.norm2
+        attended = self_attention(*self.self_attn.project(states, 0, 3))
+        states = self.norm1(states + self.dropout(self.self_attn.out_proj(attended)))
+        last_norm = self.norm2
         if memory is not None:
-            states, last_norm = self.norm2(states + self.dropout(self._cross_attention(states, *memory))), self.norm3
+            (query,), rate = self.multihead_attn.project(states, 0, 1), self.dropout.p if self.training else 0.0
+            attended = attention(query, *memory, heads=self.n_heads, dropout_rate=rate)
+            states = self.norm2(states + self.dropout(self.multihead_attn.out_proj(attended)))
+            last_norm = self.norm3
         feed_forward = self.linear2(self.dropout(relu(self.linear1(states))))
         states = last_norm(states + self.dropout(feed_forward))
         return states
 
-    def _cross_attention(self, states: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query = split_heads(self.multihead_attn.project(states, 0, 1)[0], self.n_heads)
-        rate = self.dropout.p if self.training else 0.0
-        attended = merge_heads(scaled_dot_product_attention(query, key, value, dropout_rate=rate))
-        return cast(Tensor, self.multihead_attn.out_proj(attended))
-
     def memory_keys(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Return key and value of the memory, each (B, heads, S, d / heads), to be computed once a photo."""
+        """Return key and value of the memory, each (B, S, d), to be computed once a photo."""
         key, value = self.multihead_attn.project(memory, 1, 3)
-        return split_heads(key, self.n_heads), split_heads(value, self.n_heads)
+        return key, value
 
 
 def attention(
@@ -231,10 +229,12 @@ def attention(
 
     mask: true where a query may attend. rotations (B, L, 3, 3): of the places of queries and keys alike.
     """
-    query, key, value = (split_heads(states, heads) for states in (query, key, value))
+    # (B, L, d) as (B, heads, L, d / heads)
+    query, key, value = (x.view(*x.shape[:-1], heads, -1).transpose(-3, -2) for x in (query, key, value))
     if rotations is not None:
         query, key = rotate(query, rotations), rotate(key, rotations)
-    return merge_heads(scaled_dot_product_attention(query, key, value, mask=mask, dropout_rate=dropout_rate))
+    attended = scaled_dot_product_attention(query, key, value, mask=mask, dropout_rate=dropout_rate)
+    return attended.transpose(-3, -2).flatten(-2)
 
 
 def scaled_dot_product_attention(
@@ -249,16 +249,6 @@ def scaled_dot_product_attention(
     if mask is not None:
         weights = weights.masked_fill(~mask, -torch.inf)
     return dropout(weights.softmax(-1), dropout_rate, dropout_rate > 0) @ value
-
-
-def split_heads(states: Tensor, heads: int) -> Tensor:
-    """Split states (B, L, d) into heads (B, heads, L, d / heads)."""
-    return states.view(*states.shape[:-1], heads, -1).transpose(-3, -2)
-
-
-def merge_heads(states: Tensor) -> Tensor:
-    """Merge heads (B, heads, L, d / heads) into states (B, L, d)."""
-    return states.transpose(-3, -2).flatten(-2)
 
 
 def _sinusoids(length: int, d: int) -> Tensor:

@@ -21,7 +21,7 @@ def place_rotations(places: Tensor) -> Tensor:
     elements = [cos_lat * cos_lon, -sin_lon, -sin_lat * cos_lon]
     elements += [cos_lat * sin_lon, cos_lon, -sin_lat * sin_lon]
     elements += [sin_lat, torch.zeros_like(lat), cos_lat]
-    return torch.stack(elements, dim=-1).unflatten(-1, (3, 3)).float()
+    return torch.stack(elements, dim=-1).view(*lat.shape, 3, 3).float()
 
 
 def rotate(heads: Tensor, rotations: Tensor) -> Tensor:
@@ -30,6 +30,6 @@ def rotate(heads: Tensor, rotations: Tensor) -> Tensor:
     One or two numbers may be left over. By hand: with the place (0, 90), the block (1, 0, 0) becomes (0, 1, 0).
     """
     whole = heads.shape[-1] // 3 * 3
-    blocks = heads[..., :whole].unflatten(-1, (-1, 3))
+    blocks = heads[..., :whole].reshape(*heads.shape[:-1], whole // 3, 3)
     rotated = torch.einsum("bsij,bhsnj->bhsni", rotations.to(heads.dtype), blocks)
     return torch.cat([rotated.flatten(-2), heads[..., whole:]], dim=-1)
