@@ -159,17 +159,6 @@ def test_every_set_of_verifiers_decides(geolocator: Geolocator, names: Sequence[
         assert answer.confidence is not None and all(0 <= chance <= 1 for chance in answer.confidence)
 
 
-@pytest.mark.parametrize("name", ["sometimes", "", "Alignment"])
-def test_an_unknown_verifier_is_refused(name: str, one_line: OneLine) -> None:
-    with one_line(f"verify '{name}' is not known: choose of alignment, reward"):
-        Options(verify=(name,))
-
-
-def test_a_multimodal_model_is_not_passed_over(geolocator: Geolocator, tables: Tables, one_line: OneLine) -> None:
-    with one_line("which multimodal model"):
-        scores_of("mllm", geolocator, tables)
-
-
 def test_weights_without_a_reward_head(
     weights: Path, index_folder: Path, tables: Tables, tmp_path: Path, one_line: OneLine
 ) -> None:

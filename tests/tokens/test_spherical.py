@@ -1,4 +1,4 @@
-"""Spherical rotary positions: what a score sees of two places is their relative rotation and nothing else."""
+"""Spherical rotary positions: a score depends on the relative rotation of two places and nothing else."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 
 def any_rotation(seed: int) -> Tensor:
     """A rotation (3, 3) about any axis by any angle."""
-    turn: Tensor = torch.linalg.qr(numbers(3, 3, seed=seed).double())[0]
-    return (turn * turn.det()).float()
+    rotation: Tensor = torch.linalg.qr(numbers(3, 3, seed=seed).double())[0]
+    return (rotation * rotation.det()).float()
 
 
 def scores(query: Tensor, key: Tensor, query_turns: Tensor, key_turns: Tensor) -> Tensor:
@@ -47,19 +47,16 @@ def test_rotations_are_orthonormal_and_keep_the_hand() -> None:
     close(turns.det(), torch.ones(len(turns)), 1e-6)
 
 
-def test_the_first_column_is_the_place() -> None:
+def test_the_columns_are_the_place_east_and_north() -> None:
     where = torch.cat([places(1000), torch.tensor(EDGES)])
+    frames = place_rotations(where)
     wanted = to_unit(where[:, 0].numpy(), where[:, 1].numpy())
-    np.testing.assert_allclose(place_rotations(where)[..., 0].numpy(), wanted, rtol=0, atol=1e-7)
-
-
-def test_the_frame_stands_east_and_north() -> None:
-    where = places(200)
+    np.testing.assert_allclose(frames[..., 0].numpy(), wanted, rtol=0, atol=1e-7)
     lat, lon = where.deg2rad().unbind(-1)
     east = torch.stack([-lon.sin(), lon.cos(), 0 * lon], dim=-1)
     north = torch.stack([-lat.sin() * lon.cos(), -lat.sin() * lon.sin(), lat.cos()], dim=-1)
-    close(place_rotations(where)[..., 1], east.float(), 1e-6)
-    close(place_rotations(where)[..., 2], north.float(), 1e-6)
+    close(frames[..., 1], east.float(), 1e-6)
+    close(frames[..., 2], north.float(), 1e-6)
 
 
 def test_by_hand() -> None:
@@ -80,40 +77,26 @@ def test_poles_and_date_line() -> None:
     close(poles, torch.tensor([0.0, 0.0, 1.0]).expand_as(poles), 1e-7)
 
 
-def test_a_meter_is_told_apart() -> None:
+def test_a_meter_is_distinguished() -> None:
     """Single precision would lose it in the degrees, not in the rotation."""
     near = torch.tensor([[48.85837, 2.294481], [48.85837 + 1e-5, 2.294481]], dtype=torch.float64)
-    here, there = place_rotations(near)
-    assert torch.dist(here, there) > 1e-7
-
-
-@pytest.mark.parametrize("size", [12, 64, 7])
-def test_scores_do_not_see_a_common_rotation(size: int) -> None:
-    query, key = numbers(2, 4, 9, size) / size**0.5, numbers(2, 4, 11, size, seed=1)
-    here, there = place_rotations(places(18).view(2, 9, 2)), place_rotations(places(22, seed=1).view(2, 11, 2))
-    before = scores(query, key, here, there)
-    for seed in range(20):
-        turn = any_rotation(seed)
-        close(scores(query, key, turn @ here, turn @ there), before)
-    # On one side alone it is seen.
-    assert (scores(query, key, any_rotation(0) @ here, there) - before).abs().max() > 0.1
+    assert torch.dist(*place_rotations(near)) > 1e-7
 
 
 @pytest.mark.parametrize("size", [12, 64, 7])
 def test_scores_are_those_of_the_relative_rotation(size: int) -> None:
     query, key = numbers(50, 2, 1, size) / size**0.5, numbers(50, 2, 1, size, seed=1)
-    here, there = place_rotations(places(50)[:, None]), place_rotations(places(50, seed=1)[:, None])
-    nowhere = torch.eye(3).expand_as(here)
-    wanted = scores(query, key, here, there)
-    close(scores(query, key, nowhere, here.transpose(-1, -2) @ there), wanted)
+    first, second = place_rotations(places(50)[:, None]), place_rotations(places(50, seed=1)[:, None])
+    identity = torch.eye(3).expand_as(first)
+    wanted = scores(query, key, first, second)
+    close(scores(query, key, identity, first.transpose(-1, -2) @ second), wanted)
+    close(scores(query, key, first, first), query @ key.transpose(-1, -2))
     assert (query @ key.transpose(-1, -2) - wanted).abs().max() > 0.1
-
-
-def test_one_place_is_as_good_as_another() -> None:
-    """Two at the same place score as without any place."""
-    query, key = numbers(1, 2, 30, 12), numbers(1, 2, 30, 12, seed=1)
-    turns = place_rotations(places(30)[None])
-    close((rotate(query, turns) * rotate(key, turns)).sum(-1), (query * key).sum(-1))
+    for seed in range(20):
+        common = any_rotation(seed)
+        close(scores(query, key, common @ first, common @ second), wanted)
+    # On one side alone it counts.
+    assert (scores(query, key, common @ first, second) - wanted).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 5, 64])
@@ -139,12 +122,12 @@ def test_attention_among_neighbors_does_not_see_where_greenwich_lies() -> None:
     query, key, value = (numbers(batch, k * each, heads * size, seed=seed) for seed in range(3))
     where = places(batch * k).view(batch, k, 2)
 
-    def heard(around: Tensor) -> Tensor:
-        turns = place_rotations(around).repeat_interleave(each, dim=1)
-        return attention(query, key, value, heads=heads, rotations=turns)
+    def attended(around: Tensor) -> Tensor:
+        rotations = place_rotations(around).repeat_interleave(each, dim=1)
+        return attention(query, key, value, heads=heads, rotations=rotations)
 
-    before = heard(where)
+    before = attended(where)
     for longitude in (0.5, 90.0, -137.0, 180.0, 360.0):
-        close(heard(where + torch.tensor([0.0, longitude])), before)
-    assert (heard(where * torch.tensor([0.5, 1.0])) - before).abs().max() > 0.1
+        close(attended(where + torch.tensor([0.0, longitude])), before)
+    assert (attended(where * torch.tensor([0.5, 1.0])) - before).abs().max() > 0.1
     assert (attention(query, key, value, heads=heads) - before).abs().max() > 0.1
