@@ -206,7 +206,7 @@ def _location_encoder(config: AlignmentConfig) -> nn.Module:
     elif config.location == "harmonics":
         encoder = HarmonicEncoder(config.degrees, config.hidden, dim=dim)
     else:
-        encoder = LocationEncoder(LocationConfig(config.location, *sizes, dim))
+        encoder = LocationEncoder(LocationConfig(config.location, *sizes, dim=dim))
     return nn.Sequential(encoder, mlp(dim, dim, config.dim, between=nn.ReLU)) if config.location_dim else encoder
 
 

@@ -89,33 +89,31 @@ def test_poles_and_date_line_are_finite(projection: str) -> None:
         assert torch.isfinite(encoder(places)).all()
 
 
+SEAMLESS = pytest.mark.parametrize("name", ["unit vector", "harmonics"])
+
+
 def seamless_encoders() -> dict[str, nn.Module]:
     """The two without seams, in full size, high frequencies and all."""
     torch.manual_seed(0)
     return {"unit vector": UnitVectorEncoder(256, (2.0, 12.0, 60.0, 250.0), 96, 512), "harmonics": HarmonicEncoder()}
 
 
-@pytest.mark.parametrize("name", ["unit vector", "harmonics"])
-def test_a_place_has_one_embedding_however_it_is_written(name: str) -> None:
+@SEAMLESS
+def test_poles_and_date_line_are_neither_seams_nor_jumps(name: str) -> None:
+    encoder = seamless_encoders()[name].eval()
+    # A place has one embedding however it is written.
     lat = torch.tensor([-60.0, 0.0, 66.5, 90.0, 90.0, -90.0])
     west = torch.stack([lat, torch.tensor([-180.0, -180.0, -180.0, 0.0, -180.0, 20.0])], dim=1)
     east = torch.stack([lat, torch.tensor([180.0, 180.0, 180.0, 123.4, 90.0, -160.0])], dim=1)
-    encoder = seamless_encoders()[name].eval()
-    with torch.no_grad():
-        first, second = encoder(west), encoder(east)
-    assert torch.isfinite(first).all()
-    torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["unit vector", "harmonics"])
-def test_nothing_jumps_across_poles_and_date_line(name: str) -> None:
     # Two places 2 m apart on either side, against what 2 m makes elsewhere.
     tiny = 1e-5
     across = [[0.0, 180 - tiny], [0.0, tiny - 180], [90 - tiny, 20.0], [90 - tiny, -160.0], [-90 + tiny, 5.0]]
     across += [[-90 + tiny, -175.0], [0.0, 50 - tiny], [0.0, 50 + tiny]]
-    encoder = seamless_encoders()[name].eval()
     with torch.no_grad():
+        first, second = encoder(west), encoder(east)
         pairs = encoder(torch.tensor(across, dtype=torch.float64)).view(4, 2, -1)
+    assert torch.isfinite(first).all()
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
     steps = (pairs[:, 0] - pairs[:, 1]).norm(dim=-1)
     assert steps.max() < 10 * steps[3] + 1e-6 and steps[3] < 0.01
 
@@ -127,7 +125,7 @@ def test_near_places_are_nearer_than_far_ones() -> None:
     assert cosine_similarity(here, near, dim=0) > 0.99 > cosine_similarity(here, far, dim=0)
 
 
-@pytest.mark.parametrize("name", ["unit vector", "harmonics"])
+@SEAMLESS
 def test_latitude_comes_first(name: str) -> None:
     # Two places 1 m apart beside the pole, and the same numbers the other way round, far apart.
     encoder = seamless_encoders()[name]
@@ -215,8 +213,8 @@ def test_what_does_not_fit_is_said(tmp_path: Path, one_line: OneLine) -> None:
 
 
 def test_embedded_places_have_length_one_in_any_batch() -> None:
-    encoder, places, heard = LocationEncoder(LocationConfig(hidden=16)).eval(), random_places(50).numpy(), []
-    found = embed_places(encoder, places, batch=7, advance=heard.append)
-    assert found.shape == (50, 512) and found.dtype == np.float32 and sum(heard) == 50 and len(heard) == 8
-    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
-    np.testing.assert_allclose(found, embed_places(encoder, places), atol=1e-6)
+    encoder, places, counts = LocationEncoder(LocationConfig(hidden=16)).eval(), random_places(50).numpy(), []
+    vectors = embed_places(encoder, places, batch=7, advance=counts.append)
+    assert vectors.shape == (50, 512) and vectors.dtype == np.float32 and sum(counts) == 50 and len(counts) == 8
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(vectors, embed_places(encoder, places), atol=1e-6)
