@@ -53,8 +53,8 @@ def test_texts_are_embedded_alike_whatever_is_beside_them(alignment: GeoAlignmen
 
 
 def test_unknown_names_share_trigrams() -> None:
-    name, misspelt, other = (set(_hashes(text, 1 << 20)) for text in ("Ouagadougou", "Uagadugu", "Reykjavik"))
-    assert len(name & misspelt) >= 3 and not name & other
+    name, misspelt, unrelated = (set(_hashes(text, 1 << 20)) for text in ("Ouagadougou", "Uagadugu", "Reykjavik"))
+    assert len(name & misspelt) >= 3 and not name & unrelated
     assert len(name) == 1 + len("Ouagadougou")  # the word, and a trigram around each of its letters
 
 

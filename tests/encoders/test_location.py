@@ -42,9 +42,9 @@ def by_formula(encoder: LocationEncoder) -> dict[str, Tensor]:
     """Weights that need no file and no random generator: digits of sines. With them the reference was computed."""
     state = {}
     for i, (name, value) in enumerate(sorted(encoder.state_dict().items())):
-        turns = 43758.5453 * torch.sin(12.9898 * torch.arange(value.numel(), dtype=torch.float64) + i)
+        phases = 43758.5453 * torch.sin(12.9898 * torch.arange(value.numel(), dtype=torch.float64) + i)
         scale = (1.0, 16.0, 256.0)[int(name[6])] if name.endswith(".b") else (6.0 / value.shape[-1]) ** 0.5
-        state[name] = (scale * (2.0 * (turns - turns.floor()) - 1.0)).float().reshape(value.shape)
+        state[name] = (scale * (2.0 * (phases - phases.floor()) - 1.0)).float().reshape(value.shape)
     return state
 
 
@@ -54,9 +54,9 @@ def test_the_encoder_is_the_released_codes(projection: str) -> None:
     encoder = LocationEncoder(LocationConfig(projection)).eval()
     encoder.load_state_dict(by_formula(encoder))
     with torch.no_grad():
-        found = encoder(reference["lat_lng_deg"])
+        embeddings = encoder(reference["lat_lng_deg"])
     assert reference[f"{projection}_embedding"].std() > 1
-    torch.testing.assert_close(found, reference[f"{projection}_embedding"], rtol=0, atol=2e-5)  # values of about 2
+    torch.testing.assert_close(embeddings, reference[f"{projection}_embedding"], rtol=0, atol=2e-5)  # values of about 2
 
 
 @pytest.mark.parametrize("projection", ["equal_earth", "mercator"])
@@ -121,8 +121,8 @@ def test_poles_and_date_line_are_neither_seams_nor_jumps(name: str) -> None:
 def test_near_places_are_nearer_than_far_ones() -> None:
     encoder = seamless_encoders()["unit vector"]
     with torch.no_grad():
-        here, near, far = encoder(torch.tensor([[48.85, 2.35], [48.86, 2.36], [-33.9, 151.2]]))
-    assert cosine_similarity(here, near, dim=0) > 0.99 > cosine_similarity(here, far, dim=0)
+        place, near, far = encoder(torch.tensor([[48.85, 2.35], [48.86, 2.36], [-33.9, 151.2]]))
+    assert cosine_similarity(place, near, dim=0) > 0.99 > cosine_similarity(place, far, dim=0)
 
 
 @SEAMLESS
@@ -172,8 +172,8 @@ def test_siren_as_satclip_has_it() -> None:
     names = ["nnet.layers.0", "nnet.layers.1", "nnet.last_layer"]
     assert list(state) == [f"{name}.{kind}" for name in names for kind in ("weight", "bias")]
     hidden = spherical_harmonics(places, 4)
-    for name, turns in zip(names[:2], (30.0, 1.0), strict=True):
-        hidden = torch.sin(turns * (hidden @ state[f"{name}.weight"].T + state[f"{name}.bias"]))
+    for name, phases in zip(names[:2], (30.0, 1.0), strict=True):
+        hidden = torch.sin(phases * (hidden @ state[f"{name}.weight"].T + state[f"{name}.bias"]))
     wanted = hidden @ state["nnet.last_layer.weight"].T + state["nnet.last_layer.bias"]
     torch.testing.assert_close(encoder(places), wanted)
     assert state["nnet.layers.0.weight"].abs().max() <= 1 / 16 < state["nnet.layers.1.weight"].abs().max()
@@ -187,8 +187,8 @@ def test_phases_keep_their_precision_in_bfloat16(kind: str) -> None:
     with torch.no_grad():
         exact = encoder(places)
         with torch.autocast("cpu", torch.bfloat16):
-            found = encoder(places)
-    assert cosine_similarity(exact, found.float()).min() > 0.99
+            embeddings = encoder(places)
+    assert cosine_similarity(exact, embeddings.float()).min() > 0.99
 
 
 def test_saved_and_loaded(tmp_path: Path) -> None:

@@ -36,9 +36,9 @@ def small() -> TokenModel:
 
 @pytest.fixture(scope="module")
 def small_memory(small: TokenModel) -> Tensor:
-    photo, near, tokens = inputs(BATCH)
+    photo, neighbors, tokens = inputs(BATCH)
     with torch.no_grad():
-        return small.memory_of(photo, near, tokens[..., :2])
+        return small.memory_of(photo, neighbors, tokens[..., :2])
 
 
 def all_ways(model: TokenModel, memory: Tensor) -> list[Decoded]:
@@ -240,9 +240,11 @@ def test_the_batch_size_changes_nothing(token_model: TokenModel, size: int) -> N
         part, keys = memory[start : start + size], range(start, min(start + size, 8))
         decoded = [*all_ways(token_model, part)[:2], sample(token_model, part, 9, temperature=0.8, seed=1, keys=keys)]
         decoded.append(sample(token_model, part, 20, seed=7, keys=keys, **cut))
-        for ours, all_ in zip(decoded, whole, strict=True):
-            assert torch.equal(ours.tokens, all_.tokens[start : start + size])
-            torch.testing.assert_close(ours.log_prob, all_.log_prob[start : start + size], rtol=0, atol=1e-5)
+        for part_decoded, whole_decoded in zip(decoded, whole, strict=True):
+            assert torch.equal(part_decoded.tokens, whole_decoded.tokens[start : start + size])
+            torch.testing.assert_close(
+                part_decoded.log_prob, whole_decoded.log_prob[start : start + size], rtol=0, atol=1e-5
+            )
 
 
 def random_cells(model: TokenModel, batch: int, n: int, seed: int = 0) -> Tensor:
@@ -292,22 +294,22 @@ def test_shared_prefixes_are_computed_once(token_model: TokenModel, memory: Tens
 def test_every_prefix_of_a_tree_is_teacher_forcing(token_model: TokenModel, memory: Tensor, mixed: bool) -> None:
     """Prefixes hung anywhere, of any depth in one growth or of one depth at a time."""
     rng, tree = np.random.default_rng(5), PrefixTree(token_model, memory)
-    seen: list[list[tuple[int, ...]]] = [[()] for _ in range(BATCH)]
+    visited: list[list[tuple[int, ...]]] = [[()] for _ in range(BATCH)]
     for round_ in range(9):
-        depth_of = [[len(prefix) for prefix in prefixes] for prefixes in seen]
+        depth_of = [[len(prefix) for prefix in prefixes] for prefixes in visited]
         wanted = [0, 1, 2] if mixed else [round_ % 3]
         parent = np.array([rng.choice(np.flatnonzero(np.isin(depths, wanted)), 5) for depths in depth_of])
         depth = np.take_along_axis(np.array(depth_of), parent, axis=1)
         token = rng.integers(0, np.array(token_model.vocab_sizes)[depth])
         at = torch.from_numpy(depth) if mixed else wanted[0]
         nodes = tree.grow(torch.from_numpy(parent), torch.from_numpy(token), at)
-        assert nodes.tolist() == [list(range(len(seen[0]), len(seen[0]) + 5))] * BATCH
+        assert nodes.tolist() == [list(range(len(visited[0]), len(visited[0]) + 5))] * BATCH
         for b, row in enumerate(zip(parent.tolist(), token.tolist(), strict=True)):
             for i, (above, next_) in enumerate(zip(*row, strict=True)):
-                seen[b].append((*seen[b][above], next_))
-                expected = token_model.states(memory[b : b + 1], torch.tensor([seen[b][-1]]))[0, -1]
+                visited[b].append((*visited[b][above], next_))
+                expected = token_model.states(memory[b : b + 1], torch.tensor([visited[b][-1]]))[0, -1]
                 torch.testing.assert_close(tree.states[b, i], expected, rtol=0, atol=1e-5)
-    assert {len(prefix) for prefix in seen[0]} == {0, 1, 2, 3}
+    assert {len(prefix) for prefix in visited[0]} == {0, 1, 2, 3}
 
 
 def test_decoding_leaves_the_callers_random_numbers_alone(token_model: TokenModel, memory: Tensor) -> None:

@@ -18,8 +18,8 @@ EDGES = [(90, 0), (90, 123), (-90, -45), (0, 0), (0, 180), (0, -180), (89.999999
 def places(count: int, seed: int = 0) -> Tensor:
     """Places (count, 2) in degrees, even on the sphere."""
     generator = torch.Generator().manual_seed(seed)
-    z, turn = torch.rand(2, count, generator=generator, dtype=torch.float64) * 2 - 1
-    return torch.stack([z.asin().rad2deg(), turn * 180], dim=-1)
+    z, share = torch.rand(2, count, generator=generator, dtype=torch.float64) * 2 - 1
+    return torch.stack([z.asin().rad2deg(), share * 180], dim=-1)
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -41,10 +41,10 @@ def close(given: Tensor, wanted: Tensor, atol: float = 1e-5) -> None:
 
 
 def test_rotations_are_orthonormal_and_keep_the_hand() -> None:
-    turns = place_rotations(torch.cat([places(1000), torch.tensor(EDGES)]))
-    assert turns.shape == (1000 + len(EDGES), 3, 3) and turns.dtype == torch.float32
-    close(turns @ turns.transpose(-1, -2), torch.eye(3).expand_as(turns), 1e-6)
-    close(turns.det(), torch.ones(len(turns)), 1e-6)
+    rotations = place_rotations(torch.cat([places(1000), torch.tensor(EDGES)]))
+    assert rotations.shape == (1000 + len(EDGES), 3, 3) and rotations.dtype == torch.float32
+    close(rotations @ rotations.transpose(-1, -2), torch.eye(3).expand_as(rotations), 1e-6)
+    close(rotations.det(), torch.ones(len(rotations)), 1e-6)
 
 
 def test_the_columns_are_the_place_east_and_north() -> None:
@@ -101,13 +101,13 @@ def test_scores_are_those_of_the_relative_rotation(size: int) -> None:
 
 @pytest.mark.parametrize("size", [2, 3, 4, 5, 64])
 def test_numbers_left_over_stay(size: int) -> None:
-    heads, turns = numbers(2, 3, 5, size), place_rotations(places(10).view(2, 5, 2))
-    turned, whole = rotate(heads, turns), size // 3 * 3
+    heads, rotations = numbers(2, 3, 5, size), place_rotations(places(10).view(2, 5, 2))
+    turned, whole = rotate(heads, rotations), size // 3 * 3
     assert turned.shape == heads.shape
     assert torch.equal(turned[..., whole:], heads[..., whole:])
     close(turned.norm(dim=-1), heads.norm(dim=-1))
     for start in range(0, whole, 3):
-        wanted = (turns[:, None] @ heads[..., start : start + 3, None])[..., 0]
+        wanted = (rotations[:, None] @ heads[..., start : start + 3, None])[..., 0]
         close(turned[..., start : start + 3], wanted, 1e-6)
 
 
