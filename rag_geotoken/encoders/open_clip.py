@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rag_geotoken.encoders.shared import MEAN, STD, Backbone, color_statistics
 from rag_geotoken.errors import GeoError
-from rag_geotoken.photos.pictures import Fit, load_pictures
+from rag_geotoken.photos.pictures import Fit, Interpolation, load_pictures
 from rag_geotoken.storage.files import read_json
 from rag_geotoken.storage.model_folder import brief, find_folder, holds
 from rag_geotoken.types import Picture
@@ -85,7 +85,8 @@ class OpenClipEncoder(Backbone):
         Of an upright RGB picture these are the pixels of open_clip's own transform, unless it is over 16 times as long
         as wide and cropped. That one resizes palettes without blending, lets transparency show black and ignores EXIF.
         """
-        return load_pictures(references, self.size, self.fit, "bilinear" if self.bilinear else "bicubic")
+        interpolation: Interpolation = "bilinear" if self.bilinear else "bicubic"
+        return load_pictures(references, self.size, fit=self.fit, interpolation=interpolation)
 
     def identity(self) -> dict[str, Any]:
         """Return all that the embeddings of pictures follow from, as JSON values."""
