@@ -171,7 +171,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     model, inputs = build(args)
     plain = Plain(model)
     if args.compile:
-        model.memory = torch.compile(model.memory)  # type: ignore[method-assign]
+        model.memory_of = torch.compile(model.memory_of)  # type: ignore[method-assign]
     length, drawn = len(model.vocab_sizes), SAMPLES if args.full else min(SAMPLES, 3 * args.repeats)
     numbers = torch.from_numpy(decoding._uniform(range(args.batch), drawn, length, args.seed)).to(args.device)
     seconds, speeds, singles = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list), list[Tensor]()
@@ -187,7 +187,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         run("greedy", lambda: decoding.greedy(model, memory))
         run("frontier", lambda: frontier(model, memory, OPENINGS))
         beams = run("beam", lambda: decoding.beam(model, memory, WIDTH))
-        return memory, beams, run("sample", lambda: decoding.sample(model, memory, SAMPLES, TEMPERATURE, args.seed))
+        settings = {"temperature": TEMPERATURE, "seed": args.seed}
+        return memory, beams, run("sample", lambda: decoding.sample(model, memory, SAMPLES, **settings))
 
     plain.beam(plain.memory(*inputs), 1)
     ours()
@@ -200,7 +201,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         memory, beams, samples = ours()
         for i in range(n, drawn, args.repeats):
             singles.append(run("plain sample", partial(plain.sample, far, numbers[:, i], TEMPERATURE)))
-    few = samples if args.full else decoding.sample(model, memory, drawn, TEMPERATURE, args.seed)
+    few = samples if args.full else decoding.sample(model, memory, drawn, temperature=TEMPERATURE, seed=args.seed)
     nodes = {"greedy": length, "beam": 1 + WIDTH * (length - 1), "sample": prefixes(samples), "frontier": 1 + OPENINGS}
     different = {"beam tokens": int((beams.tokens != expected.tokens).sum())}
     different["samples"] = unmatched(few.tokens, torch.stack(singles, dim=1))

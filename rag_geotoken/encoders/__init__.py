@@ -1,4 +1,4 @@
-"""Image encoders: one file a backbone."""
+"""This room holds the image encoders, one file a backbone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ OPEN_CLIP = "open_clip:"
 
 
 def load_backbone(name: str) -> Backbone:
-    """``open_clip:REST`` is a model of open_clip, anything else a CLIP of transformers: a folder or a hub's name.
+    """Open ``open_clip:REST``, a model of open_clip, or else a CLIP of transformers: a folder or a hub's name.
 
     REST is a folder, ``hf-hub:OWNER/NAME`` or ``MODEL/TAG``. Raises GeoError, in one line, when it cannot be had.
     """

@@ -1,4 +1,4 @@
-"""Geo-alignment after G3 (Jia et al., NeurIPS 2024): photos, places and place text in one space.
+"""Geo-alignment puts photos, places and place text into one space, after G3 (Jia et al., NeurIPS 2024).
 
 The image encoder's features go through two heads, one towards the embedding of places and one towards that of text. The
 encoder is the small one for satellite views, or a frozen CLIP: then the heads are G3's.
@@ -13,7 +13,7 @@ import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Self
 
@@ -39,10 +39,10 @@ EARTH_BACKBONE = "earth"
 
 @dataclass(frozen=True)
 class AlignmentConfig:
-    """Sizes of a :class:`GeoAlignment`: ``dim`` of every embedding, and what encodes photos and places.
+    """This class holds the sizes of a :class:`GeoAlignment`, and what encodes photos and places.
 
-    backbone: ``earth``, trained with the rest, or a frozen model (``load_backbone``) whose embeddings have ``dim``
-    numbers. location_dim: of the location encoder, which a head then leads to ``dim``, as in G3; 0 for neither.
+    dim: of every embedding. backbone: ``earth``, trained with the rest, or a frozen model (``load_backbone``) of as
+    many numbers. location_dim: of the location encoder, which a head then leads to ``dim``, as in G3; 0 for neither.
     location: ``unit_vector``, or ``equal_earth``, ``mercator`` (with sigmas of their own: GeoCLIP's are 1, 16 and 256)
     or ``harmonics`` (of which ``degrees``). sigmas and frequencies are of the random Fourier features.
     """
@@ -71,7 +71,7 @@ G3 = AlignmentConfig(
 
 
 class TextEncoder(nn.Module):
-    """Texts -> embeddings (N, dim): a bag of hashed words and character trigrams, averaged, then a small network.
+    """This encoder averages a bag of hashed words and character trigrams, and passes it through a small network.
 
     No pretrained text model is needed, so a fresh machine without a hub has one, and unknown names share trigrams.
     """
@@ -82,17 +82,16 @@ class TextEncoder(nn.Module):
         self.layers = nn.Sequential(nn.LayerNorm(config.text_dim), mlp(config.text_dim, config.hidden, config.dim))
 
     def forward(self, texts: list[str]) -> Tensor:
-        """N texts -> (N, dim)."""
-        bags = [_hashes(text, self.bag.num_embeddings) for text in texts]
-        offsets = np.cumsum([0] + [len(bag) for bag in bags[:-1]])
+        """Return the embeddings (N, dim) of N texts."""
+        bags = [torch.tensor(_hashes(text, self.bag.num_embeddings)) for text in texts]
+        offsets = torch.tensor([0, *map(len, bags[:-1])]).cumsum(0)
         device = self.bag.weight.device
-        flat = torch.tensor([bucket for bag in bags for bucket in bag], device=device)
-        embedding: Tensor = self.layers(self.bag(flat, torch.from_numpy(offsets).to(device)))
+        embedding: Tensor = self.layers(self.bag(torch.cat(bags).to(device), offsets.to(device)))
         return embedding
 
 
 class GeoAlignment(Pretrained):
-    """Image encoder, two heads, location encoder, text encoder and the logit scales of the two contrastive losses.
+    """This model holds the encoders of images, places and texts, two heads, and the scales of two contrastive losses.
 
     A frozen backbone is no part of the weights: it is opened when a picture or a text is first embedded.
     """
@@ -108,34 +107,33 @@ class GeoAlignment(Pretrained):
         self.config = config or AlignmentConfig()
         if not self.frozen:
             self.encoder = EarthEncoder(self.config.dim)
-        widths = [self.config.dim] * 3
-        between = nn.ReLU if self.frozen else nn.GELU
-        self.to_gps, self.to_text = mlp(*widths, between=between), mlp(*widths, between=between)
-        self.location = _location(self.config)
-        self.text = mlp(*widths, between=between) if self.frozen else TextEncoder(self.config)
+        head = partial(mlp, *[self.config.dim] * 3, between=nn.ReLU if self.frozen else nn.GELU)
+        self.to_gps, self.to_text = head(), head()
+        self.location = _location_encoder(self.config)
+        self.text = head() if self.frozen else TextEncoder(self.config)
         scale = 3.99 if self.frozen else math.log(1 / 0.07)
         self.gps_scale, self.text_scale = nn.Parameter(torch.tensor(scale)), nn.Parameter(torch.tensor(scale))
 
     @property
     def frozen(self) -> bool:
-        """Whether photos are encoded by a backbone that is not trained here."""
+        """Return whether photos are encoded by a backbone that is not trained here."""
         return self.config.backbone != EARTH_BACKBONE
 
     @property
     def size(self) -> int:
-        """Side of the square pictures that the encoder takes, in pixels."""
+        """Return the side of the square pictures that the encoder takes, in pixels."""
         return self.backbone.size if self.frozen else 64
 
     @cached_property
     def backbone(self) -> Backbone:
-        """The frozen backbone. Raises GeoError when it is not there or does not fit."""
-        found = load_backbone(self.backbone_name or self.config.backbone)
-        found.check_dim(self.config.dim, self.config.backbone, "the alignment")
-        return found
+        """Open the frozen backbone. Raises GeoError when it is not there or does not fit."""
+        backbone = load_backbone(self.backbone_name or self.config.backbone)
+        backbone.check_dim(self.config.dim, self.config.backbone, "the alignment")
+        return backbone
 
     @cached_property
     def identity(self) -> str:
-        """What embeddings follow from: the folder's name, and 12 digits of a SHA-256 of the weights."""
+        """Return what embeddings follow from: the folder's name, and 12 digits of a SHA-256 of the weights."""
         if self.folder is None:
             return f"unsaved-{fingerprint(self)[:12]}"
         name = f"{self.folder.name}-{file_sha256(self.folder / 'alignment.safetensors')[:12]}"
@@ -143,84 +141,77 @@ class GeoAlignment(Pretrained):
 
     @cached_property
     def encoder_identity(self) -> str:
-        """What :meth:`project` follows from. A frozen backbone's does not change when the heads are trained again."""
+        """Return what :meth:`project` follows from: with a frozen backbone, the same however the heads are trained."""
         if not self.frozen:
             return self.identity
         facts = json.dumps(self.backbone.identity(), sort_keys=True)
         return f"{self.backbone.folder.name}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
 
     def load(self, references: Sequence[Picture]) -> tuple[NDArray[np.uint8], list[str | None]]:
-        """N pictures as the encoder takes them (N, size, size, 3), and what is wrong with each: ``load_pictures``."""
+        """Read N pictures as the encoder takes them (N, size, size, 3), and what is wrong: see ``load_pictures``."""
         return self.backbone.load(references) if self.frozen else load_pictures(references, self.size)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pixels (N, size, size, 3) uint8 -> image, gps and text embeddings, each (N, dim) of length one."""
+        """Return image, gps and text embeddings of pixels (N, size, size, 3) uint8, each (N, dim) of length one."""
         return self.parts(self.features(pixels))
 
     def features(self, pixels: Tensor) -> Tensor:
-        """Pixels (N, size, size, 3) uint8 -> what the encoder makes of them (N, dim), of any length."""
+        """Return the encoder's features (N, dim), of any length, of pixels (N, size, size, 3) uint8."""
         return self.backbone.images(pixels.numpy()) if self.frozen else self.encoder(pixels)
 
     def parts(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The encoder's features (N, dim) -> image, gps and text embeddings, each (N, dim) of length one."""
+        """Return image, gps and text embeddings, each (N, dim) of length one, of the encoder's features (N, dim)."""
         vectors = features, self.to_gps(features), self.to_text(features)
         image, gps, text = (normalize(vector.float(), dim=-1) for vector in vectors)
         return image, gps, text
 
     @torch.inference_mode()
     def project(self, pixels: NDArray[np.uint8], batch: int = 32) -> NDArray[np.float32]:
-        """Pixels (N, size, size, 3) -> the encoder's features (N, dim), of any length, before its heads."""
+        """Return the encoder's features (N, dim), of any length, before its heads, of pixels (N, size, size, 3)."""
         if self.frozen:  # a large model has batches of its own
             return self.features(torch.from_numpy(pixels)).float().numpy()
-        features: NDArray[np.float32] = in_blocks(self.features, torch.from_numpy(pixels), batch).float().numpy()
-        return features
+        return in_blocks(self.features, torch.from_numpy(pixels), batch).float().numpy()
 
     @torch.inference_mode()
     def heads(self, features: NDArray[np.float32], batch: int = 256) -> NDArray[np.float32]:
-        """Features of :meth:`project` (N, dim) -> (N, 3, dim): what :meth:`embed` makes of the photos themselves."""
-        rows = torch.from_numpy(features)
-        vectors: NDArray[np.float32] = in_blocks(lambda block: torch.stack(self.parts(block), 1), rows, batch).numpy()
-        return vectors
+        """Return what :meth:`embed` makes of photos (N, 3, dim), of their features (N, dim) by :meth:`project`."""
+        return in_blocks(lambda rows: torch.stack(self.parts(rows), 1), torch.from_numpy(features), batch).numpy()
 
     def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Pixels (N, size, size, 3) -> (N, 3, dim): image, gps and text embedding of each photo."""
+        """Return the image, gps and text embedding of each photo (N, 3, dim), of pixels (N, size, size, 3)."""
         return self.heads(self.project(pixels))
 
     def embed_places(self, lat_lon: NDArray[np.float64]) -> NDArray[np.float32]:
-        """Places (N, 2) in degrees -> (N, dim) of length one, to be compared with the gps part of photos."""
+        """Embed places (N, 2) in degrees as (N, dim) of length one, to be compared with the gps part of photos."""
         return embed_places(self.location, lat_lon)
 
     @torch.inference_mode()
     def embed_texts(self, texts: list[str]) -> NDArray[np.float32]:
-        """Texts -> (N, dim) of length one, to be compared with the text part of photos."""
-        vectors = self.text(self.backbone.texts(texts)) if self.frozen else self.text(texts)
-        result: NDArray[np.float32] = normalize(vectors, dim=-1).numpy()
-        return result
+        """Embed N texts as (N, dim) of length one, to be compared with the text part of photos."""
+        return normalize(self.text(self.backbone.texts(texts) if self.frozen else texts), dim=-1).numpy()
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, backbone: str | None = None) -> Self:
-        """Read the weights of a folder; ``backbone``: the frozen one's own place. Raises GeoError when they misfit."""
+        """Read the weights of a folder; ``backbone``: the frozen one's own place. Raises GeoError for a misfit."""
         loaded = super().from_pretrained(folder)
         loaded.folder, loaded.backbone_name = Path(folder), backbone
         return loaded
 
 
-def _location(config: AlignmentConfig) -> nn.Module:
+def _location_encoder(config: AlignmentConfig) -> nn.Module:
     dim = config.location_dim or config.dim
-    encoder: nn.Module
+    sizes = config.sigmas, config.frequencies, config.hidden
     if config.location == "unit_vector":
-        encoder = UnitVectorEncoder(dim, config.sigmas, config.frequencies, config.hidden)
+        encoder: nn.Module = UnitVectorEncoder(dim, *sizes)
     elif config.location == "harmonics":
         encoder = HarmonicEncoder(config.degrees, config.hidden, dim=dim)
     else:
-        encoder = LocationEncoder(
-            LocationConfig(config.location, config.sigmas, config.frequencies, config.hidden, dim)
-        )
+        encoder = LocationEncoder(LocationConfig(config.location, *sizes, dim=dim))
     return nn.Sequential(encoder, mlp(dim, dim, config.dim, between=nn.ReLU)) if config.location_dim else encoder
 
 
 def _hashes(text: str, buckets: int) -> list[int]:
-    """Buckets of a text's words and of the trigrams of each word, spaces around it counted as letters."""
+    """Return the buckets of a text's words and of their trigrams, the spaces around a word counted as letters."""
     words = re.findall(r"\w+", text.lower()) or [""]
     pieces = [*words, *(f" {word} "[i : i + 3] for word in words for i in range(len(word)))]
     return [zlib.crc32(piece.encode()) % buckets for piece in pieces]

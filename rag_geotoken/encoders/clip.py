@@ -1,4 +1,4 @@
-"""CLIP through transformers: pictures and texts -> one space. From a hub, once, or from a local folder."""
+"""This encoder is CLIP through transformers, which puts pictures and texts into one space."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ FILES = ("*.json", "*.txt", WEIGHTS)  # what is fetched from a hub: no pickles
 
 
 class ClipEncoder(Backbone):
-    """A frozen CLIP (Radford et al., ICML 2021). Either tower is read when it is first needed."""
+    """This class is a frozen CLIP (Radford et al., ICML 2021), each of whose towers is read when first needed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.config, self.weights = folder, _config(folder), sorted(folder.glob(WEIGHTS))
         self.dim, self.size = int(self.config.projection_dim), int(self.config.vision_config.image_size)
-        self.mean, self.std = _statistics(folder)
+        self.mean, self.std = _color_statistics(folder)
 
     @classmethod
     def from_pretrained(cls, name: str | Path = CLIP_LARGE) -> ClipEncoder:
@@ -33,7 +33,7 @@ class ClipEncoder(Backbone):
 
         Raises GeoError, in one line, when it is not there and cannot be had, or is no CLIP in safetensors.
         """
-        return cls(find_folder(str(name), FILES, [WEIGHTS], "--backbone DIR"))
+        return cls(find_folder(str(name), FILES, [WEIGHTS], option="--backbone DIR"))
 
     def _embed_images(self, pixels: Tensor) -> Tensor:
         embeds: Tensor = self._vision(pixel_values=pixels.to(self._vision.device)).image_embeds
@@ -49,11 +49,13 @@ class ClipEncoder(Backbone):
 
     @cached_property
     def _vision(self) -> Any:
-        return _tower(self.folder, self.config, "vision")
+        from transformers import CLIPVisionModelWithProjection
+
+        return self._tower(CLIPVisionModelWithProjection, self.config.vision_config)
 
     @cached_property
     def _text(self) -> tuple[Any, Any]:
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, CLIPTextModelWithProjection
 
         # Of a folder without these files, transformers 5 makes an empty tokenizer.
         if not any((self.folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
@@ -63,13 +65,27 @@ class ClipEncoder(Backbone):
                 tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # a broken tokenizer fails in many ways
             raise GeoError(f"{self.folder} holds no tokenizer that can be used: {brief(error)}") from None
-        return _tower(self.folder, self.config, "text"), tokenizer
+        return self._tower(CLIPTextModelWithProjection, self.config.text_config), tokenizer
+
+    def _tower(self, model: Any, config: Any) -> Any:
+        """Read a tower with its projection, in evaluation mode and single precision."""
+        # Named here, or a folder's settings could name a hub's code instead: CVE-2026-4372 before transformers 5.3.
+        options = {"attn_implementation": "sdpa", "local_files_only": True, "use_safetensors": True}
+        try:
+            with quiet():
+                tower, info = model.from_pretrained(self.folder, config=config, output_loading_info=True, **options)
+        except Exception as error:  # broken files fail in many ways
+            raise GeoError(f"{self.folder} cannot be used as a CLIP: {brief(error)}") from None
+        missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+        if missing:  # it would be left random
+            raise GeoError(f"{self.folder} cannot be used as a CLIP: its weights lack {missing[0]}")
+        return tower.float().eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _config(folder: Path) -> Any:
-    """CLIP's settings, its towers' agreeing with the whole's. Raises GeoError when the folder holds no CLIP."""
-    told = read_json(folder / "config.json")
-    if not isinstance(told, dict) or told.get("model_type") != "clip":
+    """Return CLIP's settings, its towers' agreeing with the whole's. Raises GeoError when the folder holds no CLIP."""
+    settings = read_json(folder / "config.json")
+    if not isinstance(settings, dict) or settings.get("model_type") != "clip":
         raise GeoError(f"{folder} is no CLIP by its config.json: name the folder of a CLIP model")
     if not any(folder.glob(WEIGHTS)):
         raise GeoError(f"{folder} holds no model.safetensors: name a folder with a CLIP in safetensors")
@@ -91,30 +107,14 @@ def _config(folder: Path) -> Any:
     return config
 
 
-def _tower(folder: Path, config: Any, kind: str) -> Any:
-    """CLIP's ``vision`` or ``text`` tower with its projection, in evaluation mode and single precision."""
-    from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
-
-    model: Any = CLIPVisionModelWithProjection if kind == "vision" else CLIPTextModelWithProjection
-    settings = config.vision_config if kind == "vision" else config.text_config
-    # Named here, or a folder's settings could name a hub's code instead: CVE-2026-4372 before transformers 5.3.
-    options = {"attn_implementation": "sdpa", "local_files_only": True, "use_safetensors": True}
-    try:
-        with quiet():
-            tower, told = model.from_pretrained(folder, config=settings, output_loading_info=True, **options)
-    except Exception as error:  # broken files fail in many ways
-        raise GeoError(f"{folder} cannot be used as a CLIP: {brief(error)}") from None
-    lacking = sorted(map(str, [*told["missing_keys"], *told["mismatched_keys"]]))
-    if lacking:  # it would be left random
-        raise GeoError(f"{folder} cannot be used as a CLIP: its weights lack {lacking[0]}")
-    return tower.float().eval().to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _statistics(folder: Path) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the three colors, from the processor's settings. Raises GeoError."""
+def _color_statistics(folder: Path) -> tuple[Tensor, Tensor]:
+    """Return mean and deviation of the three colors, from the processor's settings. Raises GeoError."""
     names = ("preprocessor_config.json", "processor_config.json")
-    path = next((folder / name for name in names if (folder / name).is_file()), None)
-    settings = read_json(path) if path else {}
-    inner = settings.get("image_processor", settings) if isinstance(settings, dict) else None
-    told = inner if isinstance(inner, dict) else {"image_mean": None}
-    return color_statistics(told.get("image_mean", MEAN), told.get("image_std", STD), path or folder)
+    path = next((folder / name for name in names if (folder / name).is_file()), folder)
+    settings = {} if path == folder else read_json(path)
+    try:
+        settings = settings.get("image_processor", settings)
+        mean, std = settings.get("image_mean", MEAN), settings.get("image_std", STD)
+    except AttributeError:  # not an object
+        mean = std = None
+    return color_statistics(mean, std, path)

@@ -1,4 +1,4 @@
-"""Linear layers at a CPU's full speed."""
+"""These functions compute linear layers at a CPU's full speed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FEWEST_ROWS = 128
 
 
 def affine(states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``linear``: states (..., d), weight (e, d), bias (e,) -> (..., e).
+    """Return ``linear``'s product (..., e) of states (..., d), weight (e, d) and bias (e,).
 
     On a CPU and without gradients by oneDNN. PyTorch multiplies float32 matrices with MKL, which keeps to AVX2 on AMD's
     processors, half of what those with AVX-512 can do; a convolution of single pixels is the same product by oneDNN.
@@ -29,26 +29,26 @@ def affine(states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class Dense(nn.Linear):
-    """``nn.Linear`` by :func:`affine`."""
+    """This layer is ``nn.Linear``, computed by :func:`affine`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features)."""
+        """Return (..., out_features) for inputs (..., in_features)."""
         return affine(input, self.weight, self.bias)
 
 
 def in_blocks(
     function: Callable[[Tensor], Tensor], values: Tensor, size: int, advance: Callable[[int], object] = lambda n: None
 ) -> Tensor:
-    """A function of rows (N, ...), run on blocks of exactly ``size`` rows, the last filled up -> the N results.
+    """Apply a function to rows (N, ...) in blocks of exactly ``size``, the last filled up; return the N results.
 
     Matrix products round differently for other numbers of rows. So no row's result depends on how many others there
-    are: the same photo has the same embedding alone and in any batch. ``advance`` hears of every block's rows.
+    are: the same photo has the same embedding alone and in any batch. ``advance`` is called with every block's rows.
     """
 
     def whole(block: Tensor) -> Tensor:
-        short = size - len(block)
-        full = torch.cat([block, block[-1:].expand(short, *block.shape[1:])]) if short else block
-        return function(full)[: len(block)]
+        missing = size - len(block)
+        filled = torch.cat([block, block[-1:].expand(missing, *block.shape[1:])]) if missing else block
+        return function(filled)[: len(block)]
 
     results = []
     for result in side_by_side(whole, torch.split(values, size)):

@@ -1,4 +1,4 @@
-"""The small Earth encoder: a residual convolutional network for 64 x 64 satellite views."""
+"""This module holds the small Earth encoder: a residual convolutional network for 64 x 64 satellite views."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class EarthEncoder(nn.Module):
-    """Views (N, 64, 64, 3) uint8 RGB -> features (N, dim) float32.
+    """This network encodes views (N, 64, 64, 3) uint8 RGB as features (N, dim) float32.
 
     The last 4 x 4 feature map is flattened, not averaged: where in the view a coast runs says where the view lies.
     """
@@ -24,14 +24,14 @@ class EarthEncoder(nn.Module):
         self.project = nn.Linear(96 * (64 >> len(widths)) ** 2, dim)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(N, 64, 64, 3) uint8 -> (N, dim)."""
+        """Return features (N, dim) of pixels (N, 64, 64, 3) uint8."""
         maps = self.narrow(self.stages(_channels(pixels)))
         features: Tensor = self.project(maps.permute(0, 2, 3, 1).flatten(1))
         return features
 
 
 class Residual(nn.Module):
-    """Two 3 x 3 convolutions around a skip (He et al., CVPR 2016)."""
+    """This layer has two 3 x 3 convolutions around a skip (He et al., CVPR 2016)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Residual(nn.Module):
         self.norm = nn.BatchNorm2d(width)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C, H, W)."""
+        """Return feature maps (N, C, H, W) for maps of that shape."""
         return torch.relu(maps + self.norm(self.second(self.first(maps))))
 
 
@@ -50,7 +50,7 @@ def _conv(before: int, after: int, stride: int = 1, size: int = 3) -> nn.Sequent
 
 
 def _channels(pixels: Tensor) -> Tensor:
-    """(N, H, W, 3) uint8 -> (N, 6, H, W): the colors, and the colors with the view's own mean and contrast removed.
+    """Return (N, 6, H, W): the colors, and the colors with the view's own mean and contrast removed.
 
     The second three show the faint structure of deserts and forests whatever the light.
     """

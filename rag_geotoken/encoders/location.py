@@ -1,4 +1,4 @@
-"""Location encoders: places in degrees, latitude first -> embeddings.
+"""These location encoders embed places, given in degrees, latitude first.
 
 :class:`LocationEncoder` is GeoCLIP's and G3's, on a map projection; :class:`HarmonicEncoder` is SatCLIP's, on spherical
 harmonics; :class:`UnitVectorEncoder` takes random Fourier features of the unit vector. On a projection a pole is a line
@@ -27,7 +27,7 @@ WEB_MERCATOR_RADIUS, WEB_MERCATOR_EDGE = 6378137.0, 20037508.3427892  # meters (
 
 
 def equal_earth(lat_lon: Tensor) -> Tensor:
-    """Places (N, 2) -> (N, 2) x, y of the Equal Earth projection, times 66.50336 / 180 as GeoCLIP has it.
+    """Project places (N, 2) to x, y (N, 2) of Equal Earth, times 66.50336 / 180 as GeoCLIP has it.
 
     Polynomial of Savric, Patterson and Jenny (IJGIS 33, 2019). By hand: the equator at the date line is x = 1.0000.
     """
@@ -42,7 +42,7 @@ def equal_earth(lat_lon: Tensor) -> Tensor:
 
 
 def mercator(lat_lon: Tensor) -> Tensor:
-    """Places (N, 2) -> (N, 2) y, x of Web Mercator in units of half its width, in G3's order.
+    """Project places (N, 2) to y, x (N, 2) of Web Mercator in units of half its width, in G3's order.
 
     By hand: (0, 180) is (0, 1), and 85.0511 degrees north is y = 1. A pole, which lies at infinity, comes out at 12.1.
     """
@@ -56,33 +56,33 @@ PROJECTIONS: dict[str, Callable[[Tensor], Tensor]] = {"equal_earth": equal_earth
 
 @torch.no_grad()
 def spherical_harmonics(lat_lon: Tensor, degrees: int) -> Tensor:
-    """Places (N, 2) -> (N, degrees^2) float64: real orthonormal harmonics of degrees 0 to ``degrees - 1``.
+    """Return real orthonormal harmonics (N, degrees^2) float64, of degrees 0 to ``degrees - 1``, at places (N, 2).
 
     Degree by degree, orders -l to l (sine for negative ones), without the Condon-Shortley sign; angles are counted from
     the south pole and the date line, as SatCLIP counts them. The normalized Legendre functions come by the recurrence
     in the degree (Holmes and Featherstone, J. Geodesy 76, 2002, eq. 11), which neither overflows nor cancels.
     """
     phi, lam = torch.deg2rad(lat_lon.double()).unbind(-1)
-    x, s, turn = -phi.sin(), phi.cos(), lam + math.pi
+    x, s, angle = -phi.sin(), phi.cos(), lam + math.pi
     order = torch.arange(degrees, dtype=torch.float64, device=x.device)[:, None]
-    cosine, sine = math.sqrt(2.0) * torch.cos(order * turn), math.sqrt(2.0) * torch.sin(order * turn)
+    cosine, sine = math.sqrt(2.0) * torch.cos(order * angle), math.sqrt(2.0) * torch.sin(order * angle)
     cosine[:1] = 1.0
-    before, legendre = torch.zeros_like(x[None]), torch.full_like(x[None], math.sqrt(0.25 / math.pi))  # orders 0 to l
+    # Of this degree and the one before, orders 0 to l.
+    previous, legendre = torch.zeros_like(x[None]), torch.full_like(x[None], math.sqrt(0.25 / math.pi))
     rows = [legendre]
     for n in range(1, degrees):
-        m = order[: n - 1]
+        m, last = order[: n - 1], legendre[-1:]
         a, b = ((4 * n**2 - 1) / (n**2 - m**2)).sqrt(), (((n - 1) ** 2 - m**2) / (4 * (n - 1) ** 2 - 1)).abs().sqrt()
-        inner = a * (x * legendre[: n - 1] - b * before[: n - 1])
-        last = legendre[-1:]
+        inner = a * (x * legendre[: n - 1] - b * previous[: n - 1])
         ends = math.sqrt(2 * n + 1) * x * last, math.sqrt((2 * n + 1) / (2 * n)) * s * last
-        before, legendre = legendre, torch.cat([inner, *ends])
+        previous, legendre = legendre, torch.cat([inner, *ends])
         rows += [(legendre[1:] * sine[1 : n + 1]).flip(0), legendre * cosine[: n + 1]]
     return torch.cat(rows).T
 
 
 @dataclass(frozen=True)
 class LocationConfig:
-    """Sizes of a :class:`LocationEncoder`; the defaults are GeoCLIP's, and with ``mercator`` G3's."""
+    """This class holds the sizes of a :class:`LocationEncoder`, by default GeoCLIP's; with ``mercator`` G3's."""
 
     projection: str = "equal_earth"
     sigmas: tuple[float, ...] = (1.0, 16.0, 256.0)
@@ -92,7 +92,7 @@ class LocationConfig:
 
 
 class LocationEncoder(Pretrained):
-    """Places (N, 2) in degrees -> embeddings (N, dim), of any length: GeoCLIP's (Vivanco Cepeda et al., NeurIPS 2023).
+    """This encoder is GeoCLIP's (Vivanco Cepeda et al., NeurIPS 2023): its embeddings are of any length.
 
     Projected coordinates go through one network for each spread ``sigma`` of their random Fourier features, coarse to
     fine, and the results are summed. Parameters bear the names of the released state dicts.
@@ -106,25 +106,21 @@ class LocationEncoder(Pretrained):
         self.config = config or LocationConfig()
         if self.config.projection not in PROJECTIONS:
             raise GeoError(f"no projection {self.config.projection!r}: choose {' or '.join(PROJECTIONS)}")
+        frequencies, hidden, dim = self.config.frequencies, self.config.hidden, self.config.dim
         for i, sigma in enumerate(self.config.sigmas):
-            self.add_module(f"LocEnc{i}", _scale(sigma, self.config))
+            features = _Frequencies(sigma, frequencies)
+            capsule = [features, *mlp(2 * frequencies, hidden, hidden, hidden, between=nn.ReLU), nn.ReLU()]
+            head = nn.Sequential(nn.Linear(hidden, dim))
+            self.add_module(f"LocEnc{i}", nn.Sequential(OrderedDict(capsule=nn.Sequential(*capsule), head=head)))
 
     def forward(self, lat_lon: Tensor) -> Tensor:
-        """(N, 2) degrees -> (N, dim)."""
+        """Return the embeddings (N, dim) of places (N, 2) in degrees."""
         projected = PROJECTIONS[self.config.projection](lat_lon)
         return torch.stack([scale(projected) for scale in self.children()]).sum(dim=0)
 
 
-def _scale(sigma: float, config: LocationConfig) -> nn.Sequential:
-    """Projected places (N, 2) -> (N, dim) by frequencies of one spread."""
-    widths = 2 * config.frequencies, config.hidden, config.hidden, config.hidden
-    capsule = nn.Sequential(_Frequencies(sigma, config.frequencies), *mlp(*widths, between=nn.ReLU), nn.ReLU())
-    head = nn.Sequential(nn.Linear(config.hidden, config.dim))
-    return nn.Sequential(OrderedDict(capsule=capsule, head=head))
-
-
 class _Frequencies(nn.Module):
-    """(N, 2) -> (N, 2 * count): cosines and sines of random frequencies (Tancik et al., NeurIPS 2020)."""
+    """Cosines and sines (N, 2 * count) of random frequencies of points (N, 2) (Tancik et al., NeurIPS 2020)."""
 
     b: Tensor
 
@@ -139,9 +135,9 @@ class _Frequencies(nn.Module):
 
 
 class UnitVectorEncoder(nn.Module):
-    """Places (N, 2) in degrees -> embeddings (N, dim) by random Fourier features of the unit vector.
+    """This encoder takes random Fourier features of the unit vector: poles and the date line are ordinary places.
 
-    So poles and the date line are places like all others; a frequency of spread sigma resolves about 6371 / sigma km.
+    A frequency of spread sigma resolves about 6371 / sigma km.
     """
 
     frequencies: Tensor
@@ -154,7 +150,7 @@ class UnitVectorEncoder(nn.Module):
         self.layers = mlp(2 * len(self.frequencies), hidden, hidden, dim)
 
     def forward(self, lat_lon: Tensor) -> Tensor:
-        """(N, 2) degrees -> (N, dim)."""
+        """Return the embeddings (N, dim) of places (N, 2) in degrees."""
         lat, lon = torch.deg2rad(lat_lon.double()).unbind(-1)
         unit = torch.stack([lat.cos() * lon.cos(), lat.cos() * lon.sin(), lat.sin()], dim=-1).float()
         with _full_precision(unit):
@@ -164,68 +160,58 @@ class UnitVectorEncoder(nn.Module):
 
 
 class HarmonicEncoder(nn.Module):
-    """Places (N, 2) in degrees -> embeddings (N, dim): SatCLIP's (Klemmer et al., AAAI 2025).
+    """This encoder is SatCLIP's (Klemmer et al., AAAI 2025), on spherical harmonics.
 
-    Spherical harmonics of so many degrees (SatCLIP's L), then sine layers (SIREN; Sitzmann et al., NeurIPS 2020), the
+    Harmonics of so many degrees (SatCLIP's L), then sine layers (SIREN; Sitzmann et al., NeurIPS 2020), the
     first of frequency 30. Details of less than about 20,000 / degrees km are left to the network. Parameters bear
     SatCLIP's names.
     """
 
     def __init__(self, degrees: int = 40, hidden: int = 256, layers: int = 2, dim: int = 256) -> None:
         super().__init__()
-        self.degrees = degrees
-        self.nnet = _Siren(degrees**2, hidden, layers, dim)
-
-    def forward(self, lat_lon: Tensor) -> Tensor:
-        """(N, 2) degrees -> (N, dim)."""
-        harmonics = spherical_harmonics(lat_lon, self.degrees)
-        with _full_precision(harmonics):
-            embedding: Tensor = self.nnet(harmonics.to(self.nnet.last_layer.weight.dtype))
-        return embedding
-
-
-class _Siren(nn.Module):
-    def __init__(self, inputs: int, hidden: int, layers: int, dim: int) -> None:
-        super().__init__()
-        widths = [inputs, *[hidden] * layers]
-        self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(widths))
-        self.last_layer = nn.Linear(hidden, dim)
-        for layer in (*self.layers, self.last_layer):
+        self.degrees, widths = degrees, [degrees**2, *[hidden] * layers]
+        sines = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(widths))
+        self.nnet = nn.ModuleDict({"layers": sines, "last_layer": nn.Linear(hidden, dim)})
+        for i, layer in enumerate(self._layers()):
             # SIREN's bounds: phases of the first layer spread over many turns, those of the others over about one.
-            bound = 1.0 / inputs if layer is self.layers[0] else math.sqrt(6.0 / hidden)
+            bound = 1.0 / degrees**2 if i == 0 else math.sqrt(6.0 / hidden)
             for parameter in layer.parameters():
                 nn.init.uniform_(parameter, -bound, bound)
 
-    def forward(self, values: Tensor) -> Tensor:
-        for i, layer in enumerate(self.layers):
-            values = torch.sin((30.0 if i == 0 else 1.0) * layer(values))
-        embedding: Tensor = self.last_layer(values)
+    def forward(self, lat_lon: Tensor) -> Tensor:
+        """Return the embeddings (N, dim) of places (N, 2) in degrees."""
+        *sines, last = self._layers()
+        values = spherical_harmonics(lat_lon, self.degrees).to(last.weight.dtype)
+        with _full_precision(values):
+            for i, layer in enumerate(sines):
+                values = torch.sin((30.0 if i == 0 else 1.0) * layer(values))
+            embedding: Tensor = last(values)
         return embedding
+
+    def _layers(self) -> list[nn.Linear]:
+        return [module for module in self.nnet.modules() if isinstance(module, nn.Linear)]
 
 
 @torch.inference_mode()
 def embed_places(
     encoder: nn.Module, lat_lon: ArrayLike, batch: int = 512, advance: Callable[[int], object] = lambda n: None
 ) -> NDArray[np.float32]:
-    """Places (N, 2) in degrees -> embeddings (N, dim) of length one, in blocks of ``batch``: see :func:`.in_blocks`."""
+    """Embed places (N, 2) in degrees as (N, dim) of length one, in blocks of ``batch``: see :func:`.in_blocks`."""
     places = torch.from_numpy(np.asarray(lat_lon, np.float64).reshape(-1, 2))
     device = next(encoder.parameters()).device
 
     def embed(block: Tensor) -> Tensor:
         return normalize(encoder(block.to(device)).float(), dim=-1).cpu()
 
-    result: NDArray[np.float32] = in_blocks(embed, places, batch, advance).numpy()
-    return result
+    return in_blocks(embed, places, size=batch, advance=advance).numpy()
 
 
 def _full_precision(values: Tensor) -> torch.autocast:
-    """A phase of hundreds of radians does not survive bfloat16."""
+    """Turn autocast off, since a phase of hundreds of radians does not survive bfloat16."""
     return torch.autocast(values.device.type, enabled=False)
 
 
 def mlp(*widths: int, between: type[nn.Module] = nn.GELU) -> nn.Sequential:
-    """Linear layers of the given widths with a nonlinearity between them."""
-    layers: list[nn.Module] = []
-    for before, after in pairwise(widths):
-        layers += [nn.Linear(before, after), between()]
+    """Return linear layers of the given widths with a nonlinearity between them."""
+    layers = [layer for before, after in pairwise(widths) for layer in (nn.Linear(before, after), between())]
     return nn.Sequential(*layers[:-1])

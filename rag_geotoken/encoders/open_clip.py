@@ -1,4 +1,4 @@
-"""Models of open_clip, SigLIP 2 and DFN among them: pictures and texts -> one space. Only safetensors are loaded."""
+"""This encoder opens models of open_clip, SigLIP 2 and DFN among them, from safetensors only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rag_geotoken.encoders.shared import MEAN, STD, Backbone, color_statistics
 from rag_geotoken.errors import GeoError
-from rag_geotoken.photos.pictures import Fit, load_pictures
+from rag_geotoken.photos.pictures import Fit, Interpolation, load_pictures
 from rag_geotoken.storage.files import read_json
 from rag_geotoken.storage.model_folder import brief, find_folder, holds
 from rag_geotoken.types import Picture
@@ -34,10 +34,10 @@ TOKENIZER_SETTINGS = {"clean", "strip_sep_token", "language"}
 
 
 class OpenClipEncoder(Backbone):
-    """A frozen model of open_clip (Cherti et al., CVPR 2023), read when first needed, its tokenizer when texts are."""
+    """This class is a frozen model of open_clip (Cherti et al., CVPR 2023), read when first needed."""
 
     def __init__(self, folder: Path, name: str, model: dict[str, Any], preprocess: dict[str, Any]) -> None:
-        """The model that open_clip makes under a name, its weights in a folder, its settings and its pictures'."""
+        """Take the folder of the weights, open_clip's name of the model, its settings and its pictures'."""
         self.folder, self.name, self.model = folder, name, model
         self.weights, path = [_weights(folder)], folder / CONFIG
         self.dim, self.size = _sizes(self.model, path)
@@ -49,8 +49,7 @@ class OpenClipEncoder(Backbone):
                 f"{path} asks for pictures resized by {fit!r:.40}, {interpolation!r:.40}, which is not known here: "
                 "take a model with 'shortest' or 'squash' and 'bicubic' or 'bilinear'"
             )
-        self.fit = FITS[fit]
-        self.bilinear = interpolation == "bilinear"
+        self.fit, self.bilinear = FITS[fit], interpolation == "bilinear"
 
     @classmethod
     def from_pretrained(cls, name: str | Path) -> OpenClipEncoder:
@@ -63,14 +62,15 @@ class OpenClipEncoder(Backbone):
         open_clip, name = _open_clip(), str(name)
         folder = _fetch(name.removeprefix(HUB)) if name.startswith(HUB) else Path(name.removeprefix(LOCAL))
         if folder.is_dir():
-            return cls(folder, f"{LOCAL}{folder}", *_told(folder))
+            return cls(folder, f"{LOCAL}{folder}", *_settings(folder))
         model, _, tag = name.rpartition("/")
-        told = open_clip.get_pretrained_cfg(model, tag)
-        if told:
+        preprocess = open_clip.get_pretrained_cfg(model, tag)
+        if preprocess:
             # The tag knows the activation that its weights were trained with.
-            settings = open_clip.get_model_config(model) | ({"quick_gelu": True} if told.get("quick_gelu") else {})
-            # OWNER/NAME/FILE, where FILE may be empty
-            return cls(_fetch(told["hf_hub"].rpartition("/")[0]), model, settings, told)
+            activation = {"quick_gelu": True} if preprocess.get("quick_gelu") else {}
+            settings = open_clip.get_model_config(model) | activation
+            folder = _fetch(preprocess["hf_hub"].rpartition("/")[0])  # OWNER/NAME/FILE, where FILE may be empty
+            return cls(folder, model, settings, preprocess=preprocess)
         if model in open_clip.list_models():
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
             raise GeoError(f"open_clip has no weights {tag!r} of {model}: it has {tags}")
@@ -80,15 +80,16 @@ class OpenClipEncoder(Backbone):
         )
 
     def load(self, references: Sequence[Picture]) -> tuple[NDArray[np.uint8], list[str | None]]:
-        """Pictures as this model wants them, and what is wrong with each: see ``load_pictures``.
+        """Read pictures as this model wants them, and what is wrong with each: see ``load_pictures``.
 
         Of an upright RGB picture these are the pixels of open_clip's own transform, unless it is over 16 times as long
         as wide and cropped. That one resizes palettes without blending, lets transparency show black and ignores EXIF.
         """
-        return load_pictures(references, self.size, self.fit, "bilinear" if self.bilinear else "bicubic")
+        interpolation: Interpolation = "bilinear" if self.bilinear else "bicubic"
+        return load_pictures(references, self.size, fit=self.fit, interpolation=interpolation)
 
     def identity(self) -> dict[str, Any]:
-        """All that the embeddings of pictures follow from, as JSON values."""
+        """Return all that the embeddings of pictures follow from, as JSON values."""
         return super().identity() | {"model": self.model, "fit": self.fit, "bilinear": self.bilinear}
 
     def _embed_images(self, pixels: Tensor) -> Tensor:
@@ -114,8 +115,8 @@ class OpenClipEncoder(Backbone):
                     force_quick_gelu=bool(self.model.get("quick_gelu")),
                 )
         except Exception as error:  # wrong settings and broken files fail in many ways
-            lacking = re.search(r'Missing key\(s\) in state_dict: "([^"]+)"', str(error))
-            reason = f"its weights lack {lacking[1]}" if lacking else " ".join(str(error).split())[:160]
+            missing = re.search(r'Missing key\(s\) in state_dict: "([^"]+)"', str(error))
+            reason = f"its weights lack {missing[1]}" if missing else " ".join(str(error).split())[:160]
             raise GeoError(f"{self.folder} cannot be used as an open_clip model: {reason}") from None
         return model.eval().to(device), device
 
@@ -123,18 +124,18 @@ class OpenClipEncoder(Backbone):
     def _tokenizer(self) -> Any:
         from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
-        told = self.model["text_cfg"]
-        settings = {"context_length": told.get("context_length", 77), **(told.get("tokenizer_kwargs") or {})}
+        text = self.model["text_cfg"]
+        settings = {"context_length": text.get("context_length", 77), **(text.get("tokenizer_kwargs") or {})}
         unknown = settings.keys() - TOKENIZER_SETTINGS - {"context_length"}
         if unknown:
             raise GeoError(f"{self.folder} tells its tokenizer what is not known here: {min(unknown)!r:.80}")
-        source, folder = told.get("hf_tokenizer_name"), self.folder
+        source, folder = text.get("hf_tokenizer_name"), self.folder
         if source and not holds(folder, TOKENIZER):
-            folder = find_folder(str(source), TOKENIZER, TOKENIZER, OPTION)
+            folder = find_folder(str(source), TOKENIZER, TOKENIZER, option=OPTION)
         try:
             if not source:
                 return SimpleTokenizer(**settings)
-            return HFTokenizer(str(folder), tokenizer_mode=told.get("tokenizer_mode"), **settings)
+            return HFTokenizer(str(folder), tokenizer_mode=text.get("tokenizer_mode"), **settings)
         except Exception as error:  # a broken tokenizer fails in many ways
             raise GeoError(f"{self.folder} holds no tokenizer that can be used: {brief(error)}") from None
 
@@ -153,7 +154,7 @@ def _open_clip() -> Any:
 
 
 def _fetch(name: str) -> Path:
-    folder = find_folder(name, [CONFIG, *WEIGHTS, *TOKENIZER], WEIGHTS, OPTION)
+    folder = find_folder(name, [CONFIG, *WEIGHTS, *TOKENIZER], WEIGHTS, option=OPTION)
     if not holds(folder, WEIGHTS):
         raise GeoError(
             f"the hub's {name} has no {WEIGHTS[0]}, and pickles (.bin) are not loaded: make one, once, with "
@@ -164,41 +165,40 @@ def _fetch(name: str) -> Path:
 
 
 def _weights(folder: Path) -> Path:
-    found = [folder / name for name in WEIGHTS if (folder / name).is_file()]
-    if not found:
+    path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if path is None:
         raise GeoError(
             f"{folder} holds no {WEIGHTS[0]}, and pickles are not loaded: "
             f"'rag-geotoken convert open-clip {folder} --out OUT' makes a folder with one of a .bin"
         )
-    return found[0]
+    return path
 
 
-def _told(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings of a folder's model and of its pictures. Raises GeoError when it holds something else."""
+def _settings(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings of a folder's model and of its pictures. Raises GeoError when it holds something else."""
     if not (folder / CONFIG).is_file():
         raise GeoError(f"{folder} holds no {CONFIG}: name the folder of an open_clip model")
-    told = read_json(folder / CONFIG)
-    model = told.get("model_cfg") if isinstance(told, dict) else None
-    preprocess = told.get("preprocess_cfg") or {} if isinstance(told, dict) else {}
-    towers = [model.get("vision_cfg"), model.get("text_cfg")] if isinstance(model, dict) else []
-    if not towers or not all(isinstance(part, dict) for part in (*towers, preprocess)):
-        raise GeoError(f"{folder / CONFIG} describes no open_clip model: get the file again")
-    assert isinstance(model, dict)
-    return model, preprocess
+    settings = read_json(folder / CONFIG)
+    match settings:
+        case {"model_cfg": {"vision_cfg": dict(), "text_cfg": dict()} as model}:
+            preprocess = settings.get("preprocess_cfg") or {}
+            if isinstance(preprocess, dict):
+                return model, preprocess
+    raise GeoError(f"{folder / CONFIG} describes no open_clip model: get the file again")
 
 
 def _sizes(model: dict[str, Any], path: Path) -> tuple[int, int]:
     dim, size = model.get("embed_dim"), model["vision_cfg"].get("image_size", 224)
     if isinstance(size, list) and len(size) == 2 and size[0] == size[1]:
         size = size[0]
-    if not all(isinstance(number, int) and number > 0 for number in (dim, size)):
-        raise GeoError(f"{path} tells no embed_dim or no square image_size: take a model of square pictures")
-    return int(dim or 0), int(size)
+    if isinstance(dim, int) and isinstance(size, int) and min(dim, size) > 0:
+        return dim, size
+    raise GeoError(f"{path} tells no embed_dim or no square image_size: take a model of square pictures")
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without open_clip's words on standard error, where nobody set up logging; who did gets them."""
+    """Keep open_clip's messages off standard error where nobody set up logging; whoever did gets them."""
     handler = logging.NullHandler()
     logging.root.addHandler(handler)
     try:

@@ -1,1 +1,1 @@
-"""The token model, its decoding, and what it believes of a photo."""
+"""This room holds the token model, its decoding, and the posterior that it gives a photo."""

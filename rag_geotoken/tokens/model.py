@@ -1,4 +1,4 @@
-"""GeoToken's model (ICDM 2025): S2 cells as token sequences, conditioned on a photo and its neighbors.
+"""These classes are GeoToken's model (ICDM 2025): S2 cells as tokens, given a photo and its neighbors.
 
 Memory: [CLS, image, gps, text] of the photo, then [image, gps, text, one position a token] of each neighbor.
 Parameters bear the names of the released code, so that its checkpoints load as they are.
@@ -7,35 +7,36 @@ Parameters bear the names of the released code, so that its checkpoints load as 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, normalize, relu, scaled_dot_product_attention
+from torch.nn.functional import dropout, normalize, relu
 
 from rag_geotoken.encoders.dense import Dense, affine
 from rag_geotoken.errors import GeoError
 from rag_geotoken.geo.cells import S2Tokenizer
 from rag_geotoken.storage.weights import Pretrained
-from rag_geotoken.tokens.spherical import rotate, rotations
+from rag_geotoken.tokens.spherical import place_rotations, rotate
 
 # Positions of the memory that a CPU encodes at once.
 CPU_POSITIONS = 2048
 
-# Queries, keys and values (B, L, d_model) -> what each query heard (B, L, d_model).
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Self-attention over queries, keys and values (B, L, d_model), with result (B, L, d_model).
+SelfAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class TokenConfig:
-    """Sizes of a :class:`TokenModel`: S2 level and levels a token, neighbors, widths and depths.
+    """This class holds the sizes of a :class:`TokenModel`.
 
-    neighbor_positions: how the memory knows its neighbors apart. ``sequence`` is GeoToken's: sinusoidal positions
-    along the whole memory. ``none`` gives every neighbor the same positions, so that their order says nothing;
-    ``spherical`` does too and turns attention by their places (see :mod:`rag_geotoken.tokens.spherical`).
+    level and group: S2 level of the cells, and levels a token. neighbor_positions: how the memory knows its neighbors
+    apart. ``sequence`` is GeoToken's: sinusoidal positions along the whole memory. ``none`` gives every neighbor the
+    same positions, so that their order says nothing; ``spherical`` does too and rotates queries and keys by the
+    neighbors' places (see :mod:`rag_geotoken.tokens.spherical`).
     """
 
     level: int = 10
@@ -58,7 +59,7 @@ GEOTOKEN = TokenConfig(
 
 
 class TokenModel(Pretrained):
-    """Encoder over the memory, decoder over the cell's tokens, one output layer a position."""
+    """This model has an encoder for the memory, a decoder for a cell's tokens and one output layer a token."""
 
     file, config_type = "tokens", TokenConfig
     config: TokenConfig
@@ -91,95 +92,79 @@ class TokenModel(Pretrained):
 
     @property
     def blocks(self) -> list[Block]:
-        """The decoder's layers."""
-        return cast(list[Block], list(cast(nn.ModuleList, self.decoder["layers"])))
-
-    def memory(
-        self,
-        image: Tensor,
-        gps: Tensor,
-        text: Tensor,
-        neighbor_image: Tensor,
-        neighbor_gps: Tensor,
-        neighbor_text: Tensor,
-        neighbor_tokens: Tensor,
-        neighbor_places: Tensor | None = None,
-    ) -> Tensor:
-        """:meth:`memory_of` embeddings part by part: (B, dim) of the photo, (B, K, dim) of its neighbors."""
-        photo, near = (image, gps, text), (neighbor_image, neighbor_gps, neighbor_text)
-        return self.memory_of(torch.stack(photo, dim=-2), torch.stack(near, dim=-2), neighbor_tokens, neighbor_places)
+        """Return the decoder's layers."""
+        return list(cast(list[Block], self.decoder["layers"]))
 
     def memory_of(
         self, photo: Tensor, neighbors: Tensor, neighbor_tokens: Tensor, neighbor_places: Tensor | None = None
     ) -> Tensor:
-        """Encode what the decoder may look at.
+        """Encode a photo and its neighbors as the memory (B, 4 + K * (3 + T), d_model) that the decoder attends to.
 
-        photo (B, 3, dim): its image, GPS and text embedding; of its neighbors the same, neighbors (B, K, 3, dim),
-        neighbor_tokens (B, K, T) int64 and, with spherical positions, neighbor_places (B, K, 2) degrees
-        -> (B, 4 + K * (3 + T), d_model). K may be less than the configured number. Raises GeoError when there are more
-        neighbors, or no places where they are needed.
+        photo (B, 3, dim): its image, GPS and text embedding; neighbors (B, K, 3, dim) the same of its neighbors,
+        neighbor_tokens (B, K, T) int64 and, with spherical positions, neighbor_places (B, K, 2) degrees. K may be less
+        than the configured number. Raises GeoError for more neighbors, or without places where they are needed.
         """
         batch, k, length = neighbor_tokens.shape
         if k > self.config.neighbors:
             raise GeoError(f"the token model takes {self.config.neighbors} neighbors at most, not {k}")
         cells = self.retrieval_embedding(neighbor_tokens + self.offsets)
-        near = torch.cat([self._project(neighbors), cells], dim=2).flatten(1, 2)
-        states = torch.cat([self.cls_token.expand(batch, 1, -1), self._project(photo), near], dim=1)
+        neighbor_states = torch.cat([self._project(neighbors), cells], dim=2).flatten(1, 2)
+        states = torch.cat([self.cls_token.expand(batch, 1, -1), self._project(photo), neighbor_states], dim=1)
         # Without an order, every neighbor has the positions of the first.
-        each = 3 + length
-        place = torch.arange(4 + k * each, device=states.device)
+        per_neighbor = 3 + length
+        position = torch.arange(states.shape[1], device=states.device)
         if self.config.neighbor_positions != "sequence":
-            place = torch.where(place < 4, place, 4 + (place - 4) % each)
-        states = dropout(states + self.positions[place], self.config.dropout, self.training)
-        turns = self._turns(neighbor_places, each)
+            position = torch.where(position < 4, position, 4 + (position - 4) % per_neighbor)
+        states = dropout(states + self.positions[position], self.config.dropout, self.training)
         # On a CPU a few photos go through all layers before the next, so that they stay in its cache.
-        parts = -(-batch * states.shape[1] // CPU_POSITIONS) if states.device.type == "cpu" else 1
-        turned = [None] * parts if turns is None else turns.chunk(parts)
-        return torch.cat([self._encode(*some) for some in zip(states.chunk(parts), turned, strict=False)])
+        count = -(-batch * states.shape[1] // CPU_POSITIONS) if states.device.type == "cpu" else 1
+        rotations: Sequence[Tensor | None] = [None] * count
+        if self.config.neighbor_positions == "spherical":
+            rotations = self._rotations(neighbor_places, per_neighbor).chunk(count)
+        return torch.cat([self._encode(*part) for part in zip(states.chunk(count), rotations, strict=False)])
 
     def _project(self, vectors: Tensor) -> Tensor:
-        """Image, GPS and text embeddings (..., 3, dim) -> unit vectors (..., 3, d_model)."""
-        parts = zip((self.image_proj, self.loc_proj, self.text_proj), vectors.unbind(-2), strict=True)
+        """Project image, GPS and text embeddings (..., 3, dim) to unit vectors (..., 3, d_model)."""
+        layers = self.image_proj, self.loc_proj, self.text_proj
+        parts = zip(layers, vectors.unbind(-2), strict=True)
         return torch.stack([normalize(layer(part), dim=-1) for layer, part in parts], dim=-2)
 
-    def _encode(self, states: Tensor, turns: Tensor | None) -> Tensor:
-        attend = self._attend(turns=turns)
-        for block in cast(nn.ModuleList, self.encoder["layers"]):
-            states = block(states, attend)
+    def _encode(self, states: Tensor, rotations: Tensor | None) -> Tensor:
+        self_attention = self._self_attention(rotations=rotations)
+        for block in cast(list[Block], self.encoder["layers"]):
+            states = block(states, self_attention)
         return states
 
-    def _turns(self, places: Tensor | None, each: int) -> Tensor | None:
-        """The rotation (B, S, 3, 3) of each memory position: its neighbor's place, none for the photo itself."""
-        if self.config.neighbor_positions != "spherical":
-            return None
+    def _rotations(self, places: Tensor | None, per_neighbor: int) -> Tensor:
+        """Return the rotation (B, S, 3, 3) of each memory position: its neighbor's place, none for the photo itself."""
         if places is None:
             raise GeoError("spherical neighbor positions need neighbor_places: give the neighbors' coordinates")
-        turns = rotations(places).repeat_interleave(each, dim=1)
-        return torch.cat([torch.eye(3, device=turns.device).expand(len(turns), 4, 3, 3), turns], dim=1)
+        rotations = place_rotations(places).repeat_interleave(per_neighbor, dim=1)
+        return torch.cat([torch.eye(3, device=rotations.device).expand(len(rotations), 4, 3, 3), rotations], dim=1)
 
     def logits(self, memory: Tensor, tokens: Tensor) -> list[Tensor]:
-        """Teacher forcing: memory (B, S, d_model), tokens (B, T) -> for each position t logits (B, V_t)."""
+        """Return the logits (B, V_t) of each token t of tokens (B, T), given those before it and a memory."""
         states = self.states(memory, tokens[:, :-1])
         return [layer(states[:, t]) for t, layer in enumerate(self.output_layers[: states.shape[1]])]
 
     def states(self, memory: Tensor, tokens: Tensor) -> Tensor:
-        """Decoder states after the start and after each of the tokens (B, t) -> (B, t + 1, d_model)."""
+        """Return the decoder's states (B, t + 1, d_model) after the start and after each of the tokens (B, t)."""
         batch, length = tokens.shape
-        words = self.embedding(tokens + self.offsets[:length])
-        states = torch.cat([self.start_token_embedding.expand(batch, 1, -1), words], dim=1)
+        embedded = self.embedding(tokens + self.offsets[:length])
+        states = torch.cat([self.start_token_embedding.expand(batch, 1, -1), embedded], dim=1)
         states = dropout(states + self.positions[: length + 1], self.config.dropout, self.training)
-        attend = self._attend(mask=torch.ones(length + 1, length + 1, dtype=torch.bool, device=tokens.device).tril())
+        mask = torch.ones(length + 1, length + 1, dtype=torch.bool, device=tokens.device).tril()
         for block in self.blocks:
-            states = block(states, attend, block.memory_keys(memory))
+            states = block(states, self._self_attention(mask=mask), block.memory_keys(memory))
         return states
 
-    def _attend(self, mask: Tensor | None = None, turns: Tensor | None = None) -> Attend:
+    def _self_attention(self, mask: Tensor | None = None, rotations: Tensor | None = None) -> SelfAttention:
         rate = self.config.dropout if self.training else 0.0
-        return partial(attention, heads=self.config.heads, mask=mask, turns=turns, rate=rate)
+        return partial(attention, heads=self.config.heads, mask=mask, rotations=rotations, dropout_rate=rate)
 
 
 class Attention(nn.Module):
-    """The projections of multi-head attention; who attends to whom is the caller's."""
+    """This layer holds the projections of multi-head attention; the caller decides who attends to whom."""
 
     def __init__(self, d: int) -> None:
         super().__init__()
@@ -188,14 +173,14 @@ class Attention(nn.Module):
         self.out_proj = Dense(d, d)
 
     def project(self, states: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
-        """States (..., d) -> parts ``first`` to ``last`` of query, key and value, each (..., d)."""
+        """Return the parts ``first`` to ``last`` of query, key and value of states (..., d), each (..., d)."""
         d = self.in_proj_weight.shape[1]
         rows = slice(first * d, last * d)
         return affine(states, self.in_proj_weight[rows], self.in_proj_bias[rows]).chunk(last - first, dim=-1)
 
 
 class Block(nn.Module):
-    """Self-attention, attention to the memory where there is one, feed-forward."""
+    """This layer does self-attention, cross-attention to the memory if there is one, and feed-forward."""
 
     def __init__(self, config: TokenConfig, cross: bool) -> None:
         super().__init__()
@@ -208,66 +193,65 @@ class Block(nn.Module):
         self.linear1, self.linear2 = Dense(d, config.ff), Dense(config.ff, d)
         self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
 
-    def forward(self, states: Tensor, attend: Attend, memory: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """(B, L, d) -> (B, L, d); ``attend`` does the self-attention, memory is of :meth:`memory_keys`."""
-        heard = self.self_attn.out_proj(attend(*self.self_attn.project(states, 0, 3)))
-        states, last = self.norm1(states + self.dropout(heard)), self.norm2
+    def forward(
+        self, states: Tensor, self_attention: SelfAttention, memory: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """Return new states (B, L, d) for states of that shape; memory is what :meth:`memory_keys` returns."""
+        attended = self_attention(*self.self_attn.project(states, 0, 3))
+        states = self.norm1(states + self.dropout(self.self_attn.out_proj(attended)))
+        last_norm = self.norm2
         if memory is not None:
-            query = split(self.multihead_attn.project(states, 0, 1)[0], self.n_heads)
-            seen = heed(query, *memory, rate=self.dropout.p if self.training else 0.0)
-            seen = self.multihead_attn.out_proj(merge(seen))
-            states, last = self.norm2(states + self.dropout(seen)), self.norm3
-        thought = self.linear2(self.dropout(relu(self.linear1(states))))
-        states = last(states + self.dropout(thought))
+            (query,), rate = self.multihead_attn.project(states, 0, 1), self.dropout.p if self.training else 0.0
+            attended = attention(query, *memory, heads=self.n_heads, dropout_rate=rate)
+            states = self.norm2(states + self.dropout(self.multihead_attn.out_proj(attended)))
+            last_norm = self.norm3
+        feed_forward = self.linear2(self.dropout(relu(self.linear1(states))))
+        states = last_norm(states + self.dropout(feed_forward))
         return states
 
     def memory_keys(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Key and value of the memory, computed once a photo: each (B, heads, S, d / heads)."""
+        """Return key and value of the memory, each (B, S, d), to be computed once a photo."""
         key, value = self.multihead_attn.project(memory, 1, 3)
-        return split(key, self.n_heads), split(value, self.n_heads)
+        return key, value
 
 
 def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    *,
     heads: int,
     mask: Tensor | None = None,
-    turns: Tensor | None = None,
-    rate: float = 0.0,
+    rotations: Tensor | None = None,
+    dropout_rate: float = 0.0,
 ) -> Tensor:
-    """Multi-head attention: (B, L, d), (B, S, d), (B, S, d) -> (B, L, d).
+    """Return the multi-head attention (B, L, d) of queries (B, L, d) to keys and values (B, S, d).
 
-    mask: true where a query may look. turns (B, L, 3, 3): rotations of the places of queries and keys alike.
+    mask: true where a query may attend. rotations (B, L, 3, 3): of the places of queries and keys alike.
     """
-    query, key, value = split(query, heads), split(key, heads), split(value, heads)
-    if turns is not None:
-        query, key = rotate(query, turns), rotate(key, turns)
-    return merge(heed(query, key, value, mask, rate))
+    # (B, L, d) as (B, heads, L, d / heads)
+    query, key, value = (x.view(*x.shape[:-1], heads, -1).transpose(-3, -2) for x in (query, key, value))
+    if rotations is not None:
+        query, key = rotate(query, rotations), rotate(key, rotations)
+    attended = scaled_dot_product_attention(query, key, value, mask=mask, dropout_rate=dropout_rate)
+    return attended.transpose(-3, -2).flatten(-2)
 
 
-def heed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, rate: float = 0.0) -> Tensor:
-    """Scaled dot-product attention over (B, heads, L, d / heads)."""
+def scaled_dot_product_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, dropout_rate: float = 0.0
+) -> Tensor:
+    """Return the attention of queries (B, heads, L, d / heads), by PyTorch's own kernel except in training on a CPU."""
     if not (torch.is_grad_enabled() and query.device.type == "cpu"):
-        return scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=rate)
+        fused = nn.functional.scaled_dot_product_attention
+        return fused(query, key, value, attn_mask=mask, dropout_p=dropout_rate)
     # The fused kernel's backward pass in bf16 takes six times as long on a CPU as these products.
     weights = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
     if mask is not None:
         weights = weights.masked_fill(~mask, -torch.inf)
-    return dropout(weights.softmax(-1), rate, rate > 0) @ value
-
-
-def split(states: Tensor, heads: int) -> Tensor:
-    """(B, L, d) -> (B, heads, L, d / heads)."""
-    return states.view(*states.shape[:-1], heads, -1).transpose(-3, -2)
-
-
-def merge(states: Tensor) -> Tensor:
-    """(B, heads, L, d / heads) -> (B, L, d)."""
-    return states.transpose(-3, -2).flatten(-2)
+    return dropout(weights.softmax(-1), dropout_rate, dropout_rate > 0) @ value
 
 
 def _sinusoids(length: int, d: int) -> Tensor:
-    """Positions (length, d) of Vaswani et al. (2017): sines and cosines of growing wavelength, in turn."""
+    """Return positions (length, d) of Vaswani et al. (2017): sines and cosines of growing wavelength, in turn."""
     angle = torch.arange(length)[:, None] * torch.exp(torch.arange(0, d, 2) * (-math.log(10_000.0) / d))
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)

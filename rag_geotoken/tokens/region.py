@@ -1,4 +1,4 @@
-"""A region of valid cells: decoding inside it can only end in one of them."""
+"""A region restricts decoding to some cells: it can only end in one of them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from rag_geotoken.geo.sphere import haversine_km
 
 
 class Region:
-    """Some of the cells of a tokenizer's level, asked prefix by prefix which next tokens lead to one of them.
+    """This class holds some cells of a tokenizer's level, and says of a prefix which next tokens lead to one of them.
 
     Cells are counted along the Hilbert curves of the six faces; the valid ones are kept as ranges of these numbers,
     first (R,) and end (R,), apart and in order.
     """
 
     def __init__(self, tokenizer: S2Tokenizer, ranges: NDArray[np.int64]) -> None:
-        """Ranges (N, 2) of the valid cells' numbers, at least one, in any order; they may touch or overlap."""
+        """Take ranges (N, 2) of the valid cells' numbers, at least one, in any order; they may touch or overlap."""
         first, end = ranges[ranges[:, 0].argsort()].T
         reached = np.maximum.accumulate(end)
         gaps = np.flatnonzero(first[1:] > reached[:-1])
@@ -31,25 +31,23 @@ class Region:
 
     @classmethod
     def within(cls, tokenizer: S2Tokenizer, lat: float, lon: float, km: float) -> Region:
-        """The cells whose center lies within ``km`` of a place, and the cell of the place itself."""
+        """Return the cells whose center lies within ``km`` of a place, and the cell of the place itself."""
         own = np.ravel_multi_index(tuple(tokenizer.encode(lat, lon)), tokenizer.vocab_sizes)
-        return cls(tokenizer, np.concatenate([[[own, own + 1]], *_disk(tokenizer, lat, lon, km)]))
+        return cls(tokenizer, np.concatenate([[[own, own + 1]], *_disk(tokenizer, lat, lon, km=km)]))
 
     def allowed(self, tokens: Tensor) -> Tensor:
-        """Prefixes (..., t) -> which next tokens (..., V_t) lead to a valid cell."""
+        """Return a mask (..., V_t) of the next tokens that lead from prefixes (..., t) to a valid cell."""
         t = tokens.shape[-1]
-        prefix = torch.zeros(tokens.shape[:-1], dtype=torch.int64, device=tokens.device)
-        for column, size in enumerate(self.sizes[:t]):
-            prefix = prefix * size + tokens[..., column]
-        below = math.prod(self.sizes[t + 1 :])
-        start = (prefix[..., None] * self.sizes[t] + torch.arange(self.sizes[t], device=tokens.device)) * below
+        weights = [math.prod(self.sizes[i + 1 :]) for i in range(len(self.sizes))]
+        prefix = (tokens * torch.tensor(weights[:t], dtype=torch.int64, device=tokens.device)).sum(-1)
+        start = prefix[..., None] + torch.arange(self.sizes[t], device=tokens.device) * weights[t]
         self.first, self.end = self.first.to(tokens.device), self.end.to(tokens.device)
         behind = torch.searchsorted(self.end, start, right=True)
-        return behind < torch.searchsorted(self.first, start + below)
+        return behind < torch.searchsorted(self.first, start + weights[t])
 
 
 def _disk(tokenizer: S2Tokenizer, lat: float, lon: float, km: float) -> list[NDArray[np.int64]]:
-    """Ranges (N, 2) of the cells with their center within ``km``, from coarse prefixes to fine.
+    """Return ranges (N, 2) of the cells with their center within ``km``, found from coarse prefixes to fine.
 
     A prefix wholly inside is one range, one wholly outside is dropped: only the border is followed down.
     """

@@ -1,4 +1,4 @@
-"""GeoToken's reward head: the decoder's last state of a cell -> how far the truth may be from it."""
+"""These classes are GeoToken's reward head: how far the truth may be from a cell, by the decoder's state after it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from rag_geotoken.types import RADII_KM
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """Widths of a :class:`RewardHead`: the token model's, and of the layer between."""
+    """This class holds the widths of a :class:`RewardHead`: the token model's, and of the layer between."""
 
     d_model: int = 192
     hidden: int = 128
 
 
 class RewardHead(Pretrained):
-    """Two layers over the decoder's state after a cell's last token: one bin of error a radius, and one beyond.
+    """This head has two layers over the state after a cell's last token: a bin of error a radius, and one beyond.
 
     The released code has two bins, parted at 200 km; here all five radii part them, which an expected utility needs.
     """
@@ -35,12 +35,11 @@ class RewardHead(Pretrained):
         self.fc1, self.head = nn.Linear(config.d_model, config.hidden), nn.Linear(config.hidden, len(RADII_KM) + 1)
 
     def forward(self, states: Tensor) -> Tensor:
-        """States (..., d_model) -> logits (..., 6) of the error's bin: up to 1, 25, 200, 750, 2500 km, and beyond."""
+        """Return logits (..., 6) of the error's bin, up to 1, 25, 200, 750, 2500 km and beyond, of states (..., d)."""
         logits: Tensor = self.head(relu(self.fc1(states)))
         return logits
 
     @torch.inference_mode()
     def scores(self, states: Tensor) -> Tensor:
-        """States (..., d_model) -> log of the expected utility (...), the mean chance to lie within the radii."""
-        logits: Tensor = self(states)
-        return logits.softmax(-1).cumsum(-1)[..., :-1].mean(dim=-1).log()
+        """Return the log (...) of the expected utility, the mean chance to lie within the radii, of states (..., d)."""
+        return self.forward(states).softmax(-1).cumsum(-1)[..., :-1].mean(dim=-1).log()

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,8 +53,8 @@ def test_texts_are_embedded_alike_whatever_is_beside_them(alignment: GeoAlignmen
 
 
 def test_unknown_names_share_trigrams() -> None:
-    name, misspelt, other = (set(_hashes(text, 1 << 20)) for text in ("Ouagadougou", "Uagadugu", "Reykjavik"))
-    assert len(name & misspelt) >= 3 and not name & other
+    name, misspelt, unrelated = (set(_hashes(text, 1 << 20)) for text in ("Ouagadougou", "Uagadugu", "Reykjavik"))
+    assert len(name & misspelt) >= 3 and not name & unrelated
     assert len(name) == 1 + len("Ouagadougou")  # the word, and a trigram around each of its letters
 
 
@@ -105,50 +106,31 @@ def test_a_missing_file_is_named(broken: Path, name: str, one_line: OneLine) -> 
         GeoAlignment.from_pretrained(broken)
 
 
-@pytest.mark.parametrize("kept", [0, 5, 1000, -1])
-def test_broken_weights_are_named(broken: Path, kept: int, one_line: OneLine) -> None:
-    path = broken / "alignment.safetensors"
-    path.write_bytes(path.read_bytes()[:kept])
-    with one_line("alignment.safetensors in weights cannot be used"):
-        GeoAlignment.from_pretrained(broken)
-
-
-def test_weights_of_another_model_are_named(broken: Path, one_line: OneLine) -> None:
-    shutil.copy(broken / "tokens.safetensors", broken / "alignment.safetensors")
+@pytest.mark.parametrize("kept", [0, 5, 1000, -1, None])
+def test_broken_weights_and_those_of_another_model_are_named(broken: Path, kept: int | None, one_line: OneLine) -> None:
+    path = broken / ("tokens.safetensors" if kept is None else "alignment.safetensors")
+    (broken / "alignment.safetensors").write_bytes(path.read_bytes()[:kept])
     with one_line("alignment.safetensors in weights cannot be used as GeoAlignment weights"):
         GeoAlignment.from_pretrained(broken)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        "not JSON",
-        "[]",
-        '"dim"',
-        "{}",
-        '{"dim": 16}',
-        '{"dim": "32"}',
-        '{"dim": -1}',
-        '{"dim": 1e99}',
-        '{"depth": 3}',
-        '{"sigmas": 5}',
-        '{"location": "flat"}',
-        '{"sigmas": [[1, 2], [3]]}',
-    ],
-)
+WRONG = ["not JSON", "[]", '"dim"', "{}", '{"dim": 16}', '{"dim": "32"}', '{"dim": -1}', '{"dim": 1e99}']
+WRONG += ['{"depth": 3}', '{"sigmas": 5}', '{"location": "flat"}', '{"sigmas": [[1, 2], [3]]}']
+
+
+@pytest.mark.parametrize("settings", WRONG)
 def test_wrong_settings_are_named(broken: Path, settings: str, one_line: OneLine) -> None:
     (broken / "alignment.json").write_text(settings)
     with one_line("alignment"):
         GeoAlignment.from_pretrained(broken)
 
 
-@pytest.mark.parametrize(
-    "change", [{"level": 31}, {"group": 0}, {"heads": 5}, {"heads": 0}, {"d_model": 48}, {"dim": []}]
-)
-def test_wrong_settings_of_the_token_model_are_named(
-    broken: Path, change: dict[str, object], one_line: OneLine
-) -> None:
+WRONG_SIZES = [{"level": 31}, {"group": 0}, {"heads": 5}, {"heads": 0}, {"d_model": 48}, {"dim": []}]
+
+
+@pytest.mark.parametrize("sizes", WRONG_SIZES)
+def test_wrong_settings_of_the_token_model_are_named(broken: Path, sizes: dict[str, Any], one_line: OneLine) -> None:
     settings = json.loads((broken / "tokens.json").read_text())
-    (broken / "tokens.json").write_text(json.dumps(settings | change))
+    (broken / "tokens.json").write_text(json.dumps(settings | sizes))
     with one_line("tokens.safetensors in weights cannot be used as TokenModel weights"):
         TokenModel.from_pretrained(broken)

@@ -42,9 +42,9 @@ def by_formula(encoder: LocationEncoder) -> dict[str, Tensor]:
     """Weights that need no file and no random generator: digits of sines. With them the reference was computed."""
     state = {}
     for i, (name, value) in enumerate(sorted(encoder.state_dict().items())):
-        turns = 43758.5453 * torch.sin(12.9898 * torch.arange(value.numel(), dtype=torch.float64) + i)
+        phases = 43758.5453 * torch.sin(12.9898 * torch.arange(value.numel(), dtype=torch.float64) + i)
         scale = (1.0, 16.0, 256.0)[int(name[6])] if name.endswith(".b") else (6.0 / value.shape[-1]) ** 0.5
-        state[name] = (scale * (2.0 * (turns - turns.floor()) - 1.0)).float().reshape(value.shape)
+        state[name] = (scale * (2.0 * (phases - phases.floor()) - 1.0)).float().reshape(value.shape)
     return state
 
 
@@ -54,9 +54,9 @@ def test_the_encoder_is_the_released_codes(projection: str) -> None:
     encoder = LocationEncoder(LocationConfig(projection)).eval()
     encoder.load_state_dict(by_formula(encoder))
     with torch.no_grad():
-        found = encoder(reference["lat_lng_deg"])
+        embeddings = encoder(reference["lat_lng_deg"])
     assert reference[f"{projection}_embedding"].std() > 1
-    torch.testing.assert_close(found, reference[f"{projection}_embedding"], rtol=0, atol=2e-5)  # values of about 2
+    torch.testing.assert_close(embeddings, reference[f"{projection}_embedding"], rtol=0, atol=2e-5)  # values of about 2
 
 
 @pytest.mark.parametrize("projection", ["equal_earth", "mercator"])
@@ -89,33 +89,31 @@ def test_poles_and_date_line_are_finite(projection: str) -> None:
         assert torch.isfinite(encoder(places)).all()
 
 
+SEAMLESS = pytest.mark.parametrize("name", ["unit vector", "harmonics"])
+
+
 def seamless_encoders() -> dict[str, nn.Module]:
     """The two without seams, in full size, high frequencies and all."""
     torch.manual_seed(0)
     return {"unit vector": UnitVectorEncoder(256, (2.0, 12.0, 60.0, 250.0), 96, 512), "harmonics": HarmonicEncoder()}
 
 
-@pytest.mark.parametrize("name", ["unit vector", "harmonics"])
-def test_a_place_has_one_embedding_however_it_is_written(name: str) -> None:
+@SEAMLESS
+def test_poles_and_date_line_are_neither_seams_nor_jumps(name: str) -> None:
+    encoder = seamless_encoders()[name].eval()
+    # A place has one embedding however it is written.
     lat = torch.tensor([-60.0, 0.0, 66.5, 90.0, 90.0, -90.0])
     west = torch.stack([lat, torch.tensor([-180.0, -180.0, -180.0, 0.0, -180.0, 20.0])], dim=1)
     east = torch.stack([lat, torch.tensor([180.0, 180.0, 180.0, 123.4, 90.0, -160.0])], dim=1)
-    encoder = seamless_encoders()[name].eval()
-    with torch.no_grad():
-        first, second = encoder(west), encoder(east)
-    assert torch.isfinite(first).all()
-    torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["unit vector", "harmonics"])
-def test_nothing_jumps_across_poles_and_date_line(name: str) -> None:
     # Two places 2 m apart on either side, against what 2 m makes elsewhere.
     tiny = 1e-5
     across = [[0.0, 180 - tiny], [0.0, tiny - 180], [90 - tiny, 20.0], [90 - tiny, -160.0], [-90 + tiny, 5.0]]
     across += [[-90 + tiny, -175.0], [0.0, 50 - tiny], [0.0, 50 + tiny]]
-    encoder = seamless_encoders()[name].eval()
     with torch.no_grad():
+        first, second = encoder(west), encoder(east)
         pairs = encoder(torch.tensor(across, dtype=torch.float64)).view(4, 2, -1)
+    assert torch.isfinite(first).all()
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
     steps = (pairs[:, 0] - pairs[:, 1]).norm(dim=-1)
     assert steps.max() < 10 * steps[3] + 1e-6 and steps[3] < 0.01
 
@@ -123,11 +121,11 @@ def test_nothing_jumps_across_poles_and_date_line(name: str) -> None:
 def test_near_places_are_nearer_than_far_ones() -> None:
     encoder = seamless_encoders()["unit vector"]
     with torch.no_grad():
-        here, near, far = encoder(torch.tensor([[48.85, 2.35], [48.86, 2.36], [-33.9, 151.2]]))
-    assert cosine_similarity(here, near, dim=0) > 0.99 > cosine_similarity(here, far, dim=0)
+        place, near, far = encoder(torch.tensor([[48.85, 2.35], [48.86, 2.36], [-33.9, 151.2]]))
+    assert cosine_similarity(place, near, dim=0) > 0.99 > cosine_similarity(place, far, dim=0)
 
 
-@pytest.mark.parametrize("name", ["unit vector", "harmonics"])
+@SEAMLESS
 def test_latitude_comes_first(name: str) -> None:
     # Two places 1 m apart beside the pole, and the same numbers the other way round, far apart.
     encoder = seamless_encoders()[name]
@@ -174,8 +172,8 @@ def test_siren_as_satclip_has_it() -> None:
     names = ["nnet.layers.0", "nnet.layers.1", "nnet.last_layer"]
     assert list(state) == [f"{name}.{kind}" for name in names for kind in ("weight", "bias")]
     hidden = spherical_harmonics(places, 4)
-    for name, turns in zip(names[:2], (30.0, 1.0), strict=True):
-        hidden = torch.sin(turns * (hidden @ state[f"{name}.weight"].T + state[f"{name}.bias"]))
+    for name, phases in zip(names[:2], (30.0, 1.0), strict=True):
+        hidden = torch.sin(phases * (hidden @ state[f"{name}.weight"].T + state[f"{name}.bias"]))
     wanted = hidden @ state["nnet.last_layer.weight"].T + state["nnet.last_layer.bias"]
     torch.testing.assert_close(encoder(places), wanted)
     assert state["nnet.layers.0.weight"].abs().max() <= 1 / 16 < state["nnet.layers.1.weight"].abs().max()
@@ -189,8 +187,8 @@ def test_phases_keep_their_precision_in_bfloat16(kind: str) -> None:
     with torch.no_grad():
         exact = encoder(places)
         with torch.autocast("cpu", torch.bfloat16):
-            found = encoder(places)
-    assert cosine_similarity(exact, found.float()).min() > 0.99
+            embeddings = encoder(places)
+    assert cosine_similarity(exact, embeddings.float()).min() > 0.99
 
 
 def test_saved_and_loaded(tmp_path: Path) -> None:
@@ -215,8 +213,8 @@ def test_what_does_not_fit_is_said(tmp_path: Path, one_line: OneLine) -> None:
 
 
 def test_embedded_places_have_length_one_in_any_batch() -> None:
-    encoder, places, heard = LocationEncoder(LocationConfig(hidden=16)).eval(), random_places(50).numpy(), []
-    found = embed_places(encoder, places, batch=7, advance=heard.append)
-    assert found.shape == (50, 512) and found.dtype == np.float32 and sum(heard) == 50 and len(heard) == 8
-    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
-    np.testing.assert_allclose(found, embed_places(encoder, places), atol=1e-6)
+    encoder, places, counts = LocationEncoder(LocationConfig(hidden=16)).eval(), random_places(50).numpy(), []
+    vectors = embed_places(encoder, places, batch=7, advance=counts.append)
+    assert vectors.shape == (50, 512) and vectors.dtype == np.float32 and sum(counts) == 50 and len(counts) == 8
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(vectors, embed_places(encoder, places), atol=1e-6)

@@ -94,11 +94,11 @@ def cached(hub: Path, name: str = HUB) -> Path:
 
 def configure(folder: Path, **changes: Any) -> None:
     """Change settings of the model (``vision_cfg``, ``text_cfg`` ...) or of its pictures (``preprocess_cfg``)."""
-    told = json.loads((folder / CONFIG).read_text())
+    config = json.loads((folder / CONFIG).read_text())
     for key, value in changes.items():
-        inside = told if key == "preprocess_cfg" else told["model_cfg"]
+        inside = config if key == "preprocess_cfg" else config["model_cfg"]
         inside[key] = inside.get(key, {}) | value if isinstance(value, dict) else value
-    (folder / CONFIG).write_text(json.dumps(told))
+    (folder / CONFIG).write_text(json.dumps(config))
 
 
 def own_embeddings(folder: Path, paths: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -163,13 +163,13 @@ def test_half_precision_files_are_computed_in_full(folder: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
     full = OpenClipEncoder.from_pretrained(folder).images(pixels)
     save_file({name: value.half() for name, value in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS)
-    found = OpenClipEncoder.from_pretrained(folder).images(pixels)
-    torch.testing.assert_close(found, full, rtol=0, atol=0.02)
-    assert found.dtype == torch.float32 and not torch.equal(found, found.half().float())
+    result = OpenClipEncoder.from_pretrained(folder).images(pixels)
+    torch.testing.assert_close(result, full, rtol=0, atol=0.02)
+    assert result.dtype == torch.float32 and not torch.equal(result, result.half().float())
 
 
 def test_what_a_picture_becomes_makes_the_identity(folder: Path) -> None:
-    seen = []
+    identities = []
     for change in (
         {},
         {"quick_gelu": True},
@@ -178,11 +178,11 @@ def test_what_a_picture_becomes_makes_the_identity(folder: Path) -> None:
         {"preprocess_cfg": {"mean": 0.25}},
     ):
         configure(folder, **change)
-        seen.append(OpenClipEncoder.from_pretrained(folder).identity())
+        identities.append(OpenClipEncoder.from_pretrained(folder).identity())
     save_file({name: value + 1 for name, value in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS)
-    seen.append(OpenClipEncoder.from_pretrained(folder).identity())
-    assert len({json.dumps(identity, sort_keys=True) for identity in seen}) == len(seen)
-    assert OpenClipEncoder.from_pretrained(folder).identity() == seen[-1]
+    identities.append(OpenClipEncoder.from_pretrained(folder).identity())
+    assert len({json.dumps(identity, sort_keys=True) for identity in identities}) == len(identities)
+    assert OpenClipEncoder.from_pretrained(folder).identity() == identities[-1]
 
 
 def test_quietly(siglip: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -196,8 +196,8 @@ def test_a_hubs_model_from_the_cache(siglip: Path, hub: Path, one_line: OneLine)
     snapshot = cached(hub)
     shutil.copytree(siglip, snapshot)
     pixels = np.random.default_rng(0).integers(0, 256, (2, 160, 160, 3), dtype=np.uint8)
-    found, direct = load_backbone(f"open_clip:hf-hub:{HUB}"), OpenClipEncoder.from_pretrained(siglip)
-    assert torch.equal(found.images(pixels), direct.images(pixels)) and found.identity() == direct.identity()
+    result, direct = load_backbone(f"open_clip:hf-hub:{HUB}"), OpenClipEncoder.from_pretrained(siglip)
+    assert torch.equal(result.images(pixels), direct.images(pixels)) and result.identity() == direct.identity()
     # A tokenizer that its folder lacks is that of the model it names.
     for file in snapshot.glob("tokenizer*"):
         file.unlink()
@@ -311,25 +311,25 @@ def test_what_is_wrong_with_weights(folder: Path, one_line: OneLine) -> None:
 
 
 def test_what_is_wrong_with_settings(folder: Path, clip_folder: Path, one_line: OneLine) -> None:
-    told = json.loads((folder / CONFIG).read_text())
+    config = json.loads((folder / CONFIG).read_text())
     for pictures, words in (
         ({"resize_mode": "longest"}, "resized by 'longest'"),
         ({"interpolation": "nearest"}, "'nearest'"),
         ({"std": [1, 1, 0]}, "no usable mean and deviation"),
         ({"mean": "gray"}, "no usable mean and deviation"),
     ):
-        (folder / CONFIG).write_text(json.dumps(told | {"preprocess_cfg": pictures}))
+        (folder / CONFIG).write_text(json.dumps(config | {"preprocess_cfg": pictures}))
         with one_line(words):
             OpenClipEncoder.from_pretrained(folder)
     for model in ({"vision_cfg": {"image_size": [64, 32]}}, {"embed_dim": "24"}):
-        (folder / CONFIG).write_text(json.dumps({"model_cfg": told["model_cfg"] | model}))
+        (folder / CONFIG).write_text(json.dumps({"model_cfg": config["model_cfg"] | model}))
         with one_line("no embed_dim or no square image_size"):
             OpenClipEncoder.from_pretrained(folder)
-    for other in ([], told["model_cfg"], {"model_cfg": {"vision_cfg": {}}}, {"model_cfg": None}):
-        (folder / CONFIG).write_text(json.dumps(other))
+    for broken in ([], config["model_cfg"], {"model_cfg": {"vision_cfg": {}}}, {"model_cfg": None}):
+        (folder / CONFIG).write_text(json.dumps(broken))
         with one_line("describes no open_clip model"):
             OpenClipEncoder.from_pretrained(folder)
-    (folder / CONFIG).write_text(json.dumps({"model_cfg": {**told["model_cfg"], "nonsense": 1}}))
+    (folder / CONFIG).write_text(json.dumps({"model_cfg": {**config["model_cfg"], "nonsense": 1}}))
     with one_line("cannot be used as an open_clip model: .*nonsense"):
         OpenClipEncoder.from_pretrained(folder).texts(["a"])
     with one_line("clip holds no open_clip_config.json: name the folder of an open_clip model"):

@@ -46,9 +46,8 @@ def apart(given: list[Tensor], wanted: list[Tensor]) -> bool:
 
 @torch.no_grad()
 def test_shapes(token_model: TokenModel) -> None:
-    photo, near, tokens = inputs(5)
-    memory = token_model.memory_of(photo, near, tokens)
-    assert torch.equal(token_model.memory(*photo.unbind(1), *near.unbind(2), tokens), memory)
+    photo, neighbors, tokens = inputs(5)
+    memory = token_model.memory_of(photo, neighbors, tokens)
     assert memory.shape == (5, 4 + 3 * (3 + 3), TOKENS.d_model)
     logits = token_model.logits(memory, targets(5))
     assert [tuple(logit.shape) for logit in logits] == [(5, 6), (5, 16), (5, 16)]
@@ -59,8 +58,8 @@ def test_shapes(token_model: TokenModel) -> None:
 def test_the_papers_configuration() -> None:
     with torch.device("meta"):
         model = TokenModel(GEOTOKEN).eval()
-        photo, near = torch.empty(2, 3, 768), torch.empty(2, 15, 3, 768)
-        memory = model.memory_of(photo, near, torch.empty(2, 15, 11, dtype=torch.int64))
+        photo, neighbors = torch.empty(2, 3, 768), torch.empty(2, 15, 3, 768)
+        memory = model.memory_of(photo, neighbors, torch.empty(2, 15, 11, dtype=torch.int64))
         logits = model.logits(memory, torch.empty(2, 11, dtype=torch.int64))
     assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 1) == 54.8
     assert memory.shape == (2, 214, 512)
@@ -72,9 +71,9 @@ def test_the_papers_configuration() -> None:
 @torch.no_grad()
 def test_fewer_neighbors_than_usual_will_do(positions: Positions) -> None:
     model = tiny_tokens(replace(TOKENS, neighbor_positions=positions))
-    photo, near, tokens, places = placed(2)
+    photo, neighbors, tokens, places = placed(2)
     for k in range(3):
-        memory = model.memory_of(photo, near[:, :k], tokens[:, :k], places[:, :k])
+        memory = model.memory_of(photo, neighbors[:, :k], tokens[:, :k], places[:, :k])
         assert memory.shape == (2, 4 + 6 * k, TOKENS.d_model)
         assert torch.isfinite(model.logits(memory, targets(2))[-1]).all()
 
@@ -97,17 +96,13 @@ def test_sizes_that_do_not_fit_are_refused(one_line: OneLine) -> None:
 @pytest.mark.parametrize("part", range(7))
 @torch.no_grad()
 def test_every_input_counts(token_model: TokenModel, part: int) -> None:
-    def parts(seed: int) -> list[Tensor]:
-        photo, near, tokens = inputs(4, seed=seed)
-        return [*photo.unbind(1), *near.unbind(2), tokens]
-
-    def logits(those: list[Tensor]) -> list[Tensor]:
-        photo, near = torch.stack(those[:3], dim=1), torch.stack(those[3:6], dim=2)
-        return token_model.logits(token_model.memory_of(photo, near, those[6]), targets(4))
-
-    given, other = parts(0), parts(1)
-    changed = [b if i == part else a for i, (a, b) in enumerate(zip(given, other, strict=True))]
-    assert apart(logits(given), logits(changed))
+    given, replaced = inputs(4), inputs(4, seed=1)
+    which, column = divmod(part, 3)
+    changed = [tensor.clone() for tensor in given]
+    at = (..., column, slice(None)) if which < 2 else ...
+    changed[which][at] = replaced[which][at]
+    first, second = (token_model.logits(token_model.memory_of(*tensors), targets(4)) for tensors in (given, changed))
+    assert apart(first, second)
 
 
 @torch.no_grad()
@@ -119,32 +114,36 @@ def test_a_longer_embedding_is_no_louder() -> None:
         for layer in (layers[0], layers[2]):
             assert isinstance(layer, torch.nn.Linear)
             layer.bias.zero_()
-    photo, near, tokens = inputs(2)
-    torch.testing.assert_close(model.memory_of(5 * photo, 3 * near, tokens), model.memory_of(photo, near, tokens))
+    photo, neighbors, tokens = inputs(2)
+    torch.testing.assert_close(
+        model.memory_of(5 * photo, 3 * neighbors, tokens), model.memory_of(photo, neighbors, tokens)
+    )
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
 @torch.no_grad()
 def test_the_order_of_the_neighbors(positions: Positions) -> None:
     model, target = tiny_tokens(replace(TOKENS, neighbor_positions=positions)), targets(4)
-    photo, near, tokens, places = placed(4)
-    logits = model.logits(model.memory_of(photo, near, tokens, places), target)
+    photo, neighbors, tokens, places = placed(4)
+    logits = model.logits(model.memory_of(photo, neighbors, tokens, places), target)
     for order in ([2, 1, 0], [1, 2, 0], [0, 2, 1]):
-        other = model.logits(model.memory_of(photo, near[:, order], tokens[:, order], places[:, order]), target)
+        reordered = model.logits(
+            model.memory_of(photo, neighbors[:, order], tokens[:, order], places[:, order]), target
+        )
         if positions == "sequence":
-            assert apart(other, logits)
+            assert apart(reordered, logits)
         else:
-            alike(other, logits)
+            alike(reordered, logits)
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
 @torch.no_grad()
 def test_the_places_of_the_neighbors(positions: Positions) -> None:
     model, target = tiny_tokens(replace(TOKENS, neighbor_positions=positions)), targets(4)
-    photo, near, tokens, places = placed(4)
-    logits = model.logits(model.memory_of(photo, near, tokens, places), target)
-    exchanged = model.memory_of(photo, near, tokens, places.flip(1))
-    moved = model.memory_of(photo, near, tokens, places * torch.tensor([0.5, 1.0]))
+    photo, neighbors, tokens, places = placed(4)
+    logits = model.logits(model.memory_of(photo, neighbors, tokens, places), target)
+    exchanged = model.memory_of(photo, neighbors, tokens, places.flip(1))
+    moved = model.memory_of(photo, neighbors, tokens, places * torch.tensor([0.5, 1.0]))
     for memory in (exchanged, moved):
         if positions == "spherical":
             assert apart(model.logits(memory, target), logits)
@@ -152,7 +151,7 @@ def test_the_places_of_the_neighbors(positions: Positions) -> None:
             alike(model.logits(memory, target), logits, atol=0)
     west, east = places.clone(), places.clone()
     west[..., 1], east[..., 1] = -180, 180
-    memories = [model.memory_of(photo, near, tokens, around) for around in (west, east)]
+    memories = [model.memory_of(photo, neighbors, tokens, around) for around in (west, east)]
     torch.testing.assert_close(*memories, rtol=0, atol=1e-5)
 
 
@@ -161,8 +160,8 @@ def test_photos_do_not_see_each_other(token_model: TokenModel) -> None:
     together = inputs(6)
     memory = token_model.memory_of(*together)
     for i in range(6):
-        photo, near, tokens = (part[i : i + 1] for part in together)
-        alone = token_model.memory_of(photo, near, tokens)
+        photo, neighbors, tokens = (part[i : i + 1] for part in together)
+        alone = token_model.memory_of(photo, neighbors, tokens)
         torch.testing.assert_close(alone[0], memory[i], rtol=0, atol=1e-5)
 
 
@@ -191,15 +190,15 @@ def test_states_of_a_prefix_are_those_of_the_whole(token_model: TokenModel) -> N
 
 
 def test_every_position_has_embeddings_of_its_own(token_model: TokenModel) -> None:
-    photo, near, tokens = inputs(1)
-    memory, target = token_model.memory_of(photo, near, tokens), targets(1)
-    read, seen, start = torch.autograd.grad(
+    photo, neighbors, tokens = inputs(1)
+    memory, target = token_model.memory_of(photo, neighbors, tokens), targets(1)
+    read, written, start = torch.autograd.grad(
         sum(logit.square().sum() for logit in token_model.logits(memory, target)),  # type: ignore[arg-type]
         [token_model.retrieval_embedding.weight, token_model.embedding.weight, token_model.start_token_embedding],
     )
     offsets = torch.tensor([0, 6, 22])
     assert set(read.any(dim=1).nonzero()[:, 0].tolist()) == set((tokens + offsets).flatten().tolist())
-    assert set(seen.any(dim=1).nonzero()[:, 0].tolist()) == set((target + offsets)[0, :2].tolist())
+    assert set(written.any(dim=1).nonzero()[:, 0].tolist()) == set((target + offsets)[0, :2].tolist())
     assert start.all()
 
 
@@ -260,24 +259,13 @@ def test_saving_and_loading_keeps_the_logits(tmp_path: Path, half: bool) -> None
     loaded = TokenModel.from_pretrained(tmp_path)
     assert loaded.config == made.config and loaded.vocab_sizes == (6, 16, 4) and not loaded.training
     assert {weight.dtype for weight in loaded.parameters()} == {torch.float32}
-    photo, near, tokens = inputs(3, neighbors=2)
+    photo, neighbors, tokens = inputs(3, neighbors=2)
     tokens, target = tokens.clamp(max=3), targets(3).clamp(max=3)
-    first, second = (m.logits(m.memory_of(photo, near, tokens), target) for m in (made, loaded))
+    first, second = (m.logits(m.memory_of(photo, neighbors, tokens), target) for m in (made, loaded))
     alike([logit.softmax(-1) for logit in second], [logit.softmax(-1) for logit in first], atol=1e-2 if half else 0)
 
 
-def test_weights_of_other_sizes_are_refused(tmp_path: Path, one_line: OneLine) -> None:
-    tiny_tokens().save_pretrained(tmp_path / "tiny")
-    tiny_tokens(replace(TOKENS, decoder_layers=1)).save_pretrained(tmp_path / "other")
-    (tmp_path / "tiny" / "tokens.json").write_bytes((tmp_path / "other" / "tokens.json").read_bytes())
-    with one_line("cannot be used as TokenModel weights"):
-        TokenModel.from_pretrained(tmp_path / "tiny")
-
-
-def test_the_last_token_takes_the_levels_that_remain() -> None:
+def test_sizes_of_the_vocabularies_and_of_the_default() -> None:
     assert TokenModel(replace(TOKENS, level=5)).vocab_sizes == (6, 16, 16, 4)
     assert TokenModel(replace(TOKENS, level=3, group=1)).vocab_sizes == (6, 4, 4, 4)
-
-
-def test_the_default_is_small() -> None:
     assert sum(parameter.numel() for parameter in TokenModel(TokenConfig()).parameters()) < 3_000_000

@@ -77,8 +77,8 @@ def test_effective_area_by_hand() -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_effective_area_is_between_the_smallest_cell_and_the_earth(seed: int) -> None:
     posterior = cover(seed)
-    found = effective_area_km2(posterior)[0]
-    assert area_km2(posterior.cells).min() <= found < EARTH_KM2
+    result = effective_area_km2(posterior)[0]
+    assert area_km2(posterior.cells).min() <= result < EARTH_KM2
     proportional = one(posterior.cells[0], area_km2(posterior.cells[0]) / EARTH_KM2)
     assert effective_area_km2(proportional)[0] == pytest.approx(EARTH_KM2, rel=1e-5)
 
@@ -103,10 +103,10 @@ def test_photos_are_separate() -> None:
 def test_descendants_are_those_whose_parent_it_is(level: int) -> None:
     cells = np.unique(cell_ids(*points(30, level), level))
     for deeper in range(level, min(level + 4, 31)):
-        found = descendants(cells, level, deeper)
-        assert found.shape == (len(cells), 4 ** (deeper - level)) and len(np.unique(found)) == found.size
-        assert (cell_level(found) == deeper).all()
-        np.testing.assert_array_equal(parent_ids(found, level), np.broadcast_to(cells[:, None], found.shape))
+        result = descendants(cells, level, deeper)
+        assert result.shape == (len(cells), 4 ** (deeper - level)) and len(np.unique(result)) == result.size
+        assert (cell_level(result) == deeper).all()
+        np.testing.assert_array_equal(parent_ids(result, level), np.broadcast_to(cells[:, None], result.shape))
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -60,9 +60,9 @@ def all_ways(model: TokenModel, memory: Tensor, region: Region | None) -> list[D
     return [
         greedy(model, memory, region),
         beam(model, memory, 7, region),
-        sample(model, memory, 12, 1.5, region=region),
-        sample(model, memory, 12, 1e30, top_p=0.5, epsilon=0.1, region=region),
-        sample(model, memory, 12, 1e-45, region=region),
+        sample(model, memory, 12, temperature=1.5, region=region),
+        sample(model, memory, 12, temperature=1e30, top_p=0.5, epsilon=0.1, region=region),
+        sample(model, memory, 12, temperature=1e-45, region=region),
     ]
 
 
@@ -76,8 +76,8 @@ def test_within_is_brute_force(tokenizer: S2Tokenizer) -> None:
     for a, b in places:
         away, own = haversine_km(lat, lon, a, b), (cells == tokenizer.encode(a, b)).all(axis=1)
         for km in (0.0, 100.0, 700.0, 2_500.0, 9_000.0, 19_000.0, 20_100.0):
-            found = counted(Region.within(tokenizer, a, b, km))
-            np.testing.assert_array_equal(found, np.flatnonzero((away <= km) | own), err_msg=f"{a} {b} {km}")
+            result = counted(Region.within(tokenizer, a, b, km))
+            np.testing.assert_array_equal(result, np.flatnonzero((away <= km) | own), err_msg=f"{a} {b} {km}")
 
 
 def test_within_is_not_wide_at_a_fine_level() -> None:
@@ -109,13 +109,13 @@ def test_allowed_is_brute_force(tokenizer: S2Tokenizer, model: TokenModel) -> No
 @pytest.mark.parametrize("seed", range(3))
 def test_decoding_never_leaves(model: TokenModel, memory: Tensor, tokenizer: S2Tokenizer, size: int, seed: int) -> None:
     kept = np.random.default_rng([size, seed]).choice(384, size, replace=False)
-    for found in all_ways(model, memory, region_of(tokenizer, kept)):
-        assert np.isin(numbers(model, found.tokens), kept).all()
+    for result in all_ways(model, memory, region_of(tokenizer, kept)):
+        assert np.isin(numbers(model, result.tokens), kept).all()
         # The model's own probability: not renormalized over the region.
-        real, expected = found.log_prob.isfinite(), scored(model, memory, found.tokens)
-        assert real.sum(dim=1).tolist() == [min(size, 7) if found.log_prob.shape[1] == 7 else real.shape[1]] * BATCH
-        torch.testing.assert_close(found.log_prob[real], expected[real], rtol=0, atol=1e-4)
-        assert (found.log_prob[~real] == -torch.inf).all()
+        real, expected = result.log_prob.isfinite(), scored(model, memory, result.tokens)
+        assert real.sum(dim=1).tolist() == [min(size, 7) if result.log_prob.shape[1] == 7 else real.shape[1]] * BATCH
+        torch.testing.assert_close(result.log_prob[real], expected[real], rtol=0, atol=1e-4)
+        assert (result.log_prob[~real] == -torch.inf).all()
 
 
 @pytest.mark.parametrize("size", [1, 3, 30])
@@ -123,11 +123,11 @@ def test_a_beam_as_wide_as_the_lattice_is_the_lattice(
     model: TokenModel, memory: Tensor, tokenizer: S2Tokenizer, size: int
 ) -> None:
     kept = np.random.default_rng(size).choice(384, size, replace=False)
-    found = beam(model, memory, 30, region_of(tokenizer, kept))
+    result = beam(model, memory, 30, region_of(tokenizer, kept))
     log_prob = scored(model, memory, every_cell(model, BATCH)[:, kept]).sort(dim=1, descending=True)
-    np.testing.assert_array_equal(numbers(model, found.tokens)[:, :size], kept[log_prob.indices])
-    torch.testing.assert_close(found.log_prob[:, :size], log_prob.values, rtol=0, atol=1e-4)
-    assert torch.equal(found.tokens[:, size:], found.tokens[:, :1].expand(-1, 30 - size, -1))
+    np.testing.assert_array_equal(numbers(model, result.tokens)[:, :size], kept[log_prob.indices])
+    torch.testing.assert_close(result.log_prob[:, :size], log_prob.values, rtol=0, atol=1e-4)
+    assert torch.equal(result.tokens[:, size:], result.tokens[:, :1].expand(-1, 30 - size, -1))
 
 
 def test_samples_share_out_what_the_lattice_leaves_step_by_step(
@@ -135,17 +135,17 @@ def test_samples_share_out_what_the_lattice_leaves_step_by_step(
 ) -> None:
     n, kept = 20_000, np.random.default_rng(9).choice(384, 12, replace=False)
     rows = cells_of(model)[kept]
-    found = sample(model, memory[:1], n, seed=1, region=region_of(tokenizer, kept))
+    result = sample(model, memory[:1], n, seed=1, region=region_of(tokenizer, kept))
     with torch.no_grad():
         logits = model.logits(memory[:1].expand(len(rows), -1, -1), torch.from_numpy(rows))
     expected = np.ones(len(rows))
     for t, step in enumerate(logits):
         chances = step.softmax(-1).numpy()
         for i, row in enumerate(rows):
-            open_ = {int(other[t]) for other in rows if (other[:t] == row[:t]).all()}
+            open_ = {int(cell[t]) for cell in rows if (cell[:t] == row[:t]).all()}
             expected[i] *= chances[i, row[t]] / sum(chances[i, token] for token in open_)
     assert expected.sum() == pytest.approx(1, abs=1e-5)
-    counts = (numbers(model, found.tokens)[0][:, None] == kept).sum(axis=0)
+    counts = (numbers(model, result.tokens)[0][:, None] == kept).sum(axis=0)
     assert (np.abs(counts / n - expected) <= 4.5 * np.sqrt(expected * (1 - expected) / n) + 1e-4).all()
 
 

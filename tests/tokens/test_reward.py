@@ -58,23 +58,23 @@ def test_the_head_is_two_layers_by_hand(head: RewardHead) -> None:
     logits = head(states)
     assert logits.shape == (5, len(RADII_KM) + 1)
     first, last = head.state_dict(), head.head
-    for state, found in zip(states.tolist(), logits.tolist(), strict=True):
+    for state, result in zip(states.tolist(), logits.tolist(), strict=True):
         pairs = zip(first["fc1.weight"].tolist(), first["fc1.bias"].tolist(), strict=True)
         hidden = [max(0.0, sum(w * x for w, x in zip(row, state, strict=True)) + b) for row, b in pairs]
         pairs = zip(last.weight.tolist(), last.bias.tolist(), strict=True)
         expected = [sum(w * x for w, x in zip(row, hidden, strict=True)) + b for row, b in pairs]
-        assert found == pytest.approx(expected, abs=1e-5)
+        assert result == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_score_is_the_log_of_the_mean_chance_within_the_radii(head: RewardHead) -> None:
     states = torch.randn(2, 3, TOKENS.d_model, generator=torch.Generator().manual_seed(1))
     scores = head.scores(states)
     assert scores.shape == (2, 3)
-    for given, found in zip(head(states).flatten(0, 1).tolist(), scores.flatten().tolist(), strict=True):
+    for given, result in zip(head(states).flatten(0, 1).tolist(), scores.flatten().tolist(), strict=True):
         chances = [math.exp(x) / sum(math.exp(y) for y in given) for x in given]
         # Within the r-th radius lie the errors of the bins up to the r-th; the last bin lies beyond all.
         within = [sum(chances[: r + 1]) for r in range(5)]
-        assert found == pytest.approx(math.log(sum(within) / 5), abs=1e-5)
+        assert result == pytest.approx(math.log(sum(within) / 5), abs=1e-5)
 
 
 def test_a_nearer_bin_scores_higher(head: RewardHead) -> None:
@@ -138,8 +138,8 @@ def test_reward_scores_follow_from_states_one_by_one(geolocator: Geolocator, tab
 
 
 def test_states_of_other_photos_change_nothing(geolocator: Geolocator, tables: Tables) -> None:
-    def states(some: Tables) -> torch.Tensor:
-        return geolocator.states(some.embeddings, some.neighbors, some.pool)
+    def states(part: Tables) -> torch.Tensor:
+        return geolocator.states(part.embeddings, part.neighbors, part.pool)
 
     whole = states(tables)
     assert whole.shape == (*tables.pool.mask.shape, TOKENS.d_model)
@@ -159,34 +159,23 @@ def test_every_set_of_verifiers_decides(geolocator: Geolocator, names: Sequence[
         assert answer.confidence is not None and all(0 <= chance <= 1 for chance in answer.confidence)
 
 
-@pytest.mark.parametrize("name", ["sometimes", "", "Alignment"])
-def test_an_unknown_verifier_is_refused(name: str, one_line: OneLine) -> None:
-    with one_line(f"verify '{name}' is not known: choose of alignment, reward"):
-        Options(verify=(name,))
-
-
-def test_a_multimodal_model_is_not_passed_over(geolocator: Geolocator, tables: Tables, one_line: OneLine) -> None:
-    with one_line("which multimodal model"):
-        scores_of("mllm", geolocator, tables)
-
-
 def test_weights_without_a_reward_head(
     weights: Path, index_folder: Path, tables: Tables, tmp_path: Path, one_line: OneLine
 ) -> None:
     bare = shutil.copytree(weights, tmp_path / weights.name, ignore=shutil.ignore_patterns("reward*"))
-    found = Geolocator.from_pretrained(index_folder, bare)
-    assert found.reward is None and scores_of("alignment", found, tables).any()
+    result = Geolocator.from_pretrained(index_folder, bare)
+    assert result.reward is None and scores_of("alignment", result, tables).any()
     with one_line("these weights have no reward head: train one with rag-geotoken train reward"):
-        scores_of("reward", found, tables)
+        scores_of("reward", result, tables)
 
 
 def test_a_reward_head_of_another_width_is_refused(
     weights: Path, index_folder: Path, tmp_path: Path, one_line: OneLine
 ) -> None:
-    other = shutil.copytree(weights, tmp_path / weights.name)
-    RewardHead(RewardConfig(TOKENS.d_model + 2, 16)).save_pretrained(other)
+    replacement = shutil.copytree(weights, tmp_path / weights.name)
+    RewardHead(RewardConfig(TOKENS.d_model + 2, 16)).save_pretrained(replacement)
     with one_line("a reward head of width 26, a token model of width 24: train the head again"):
-        Geolocator.from_pretrained(index_folder, other)
+        Geolocator.from_pretrained(index_folder, replacement)
 
 
 def test_scores_are_known_by_the_weights_they_follow_from(geolocator: Geolocator, weights: Path) -> None:
@@ -197,8 +186,8 @@ def test_scores_are_known_by_the_weights_they_follow_from(geolocator: Geolocator
     assert geolocator.reward is not None
     assert geolocator.alignment.identity in identity("alignment", geolocator).values()
     assert fingerprint(geolocator.tokens, geolocator.reward) in identity("reward", geolocator).values()
-    other = RewardHead(REWARD)
-    changed = Geolocator(geolocator.alignment, geolocator.tokens, geolocator.index, geolocator.tuning, other)
+    replacement = RewardHead(REWARD)
+    changed = Geolocator(geolocator.alignment, geolocator.tokens, geolocator.index, geolocator.tuning, replacement)
     assert identity("reward", changed) != identity("reward", geolocator)
     assert identity("alignment", changed) == identity("alignment", geolocator)
 
