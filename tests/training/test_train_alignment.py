@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from tiny import ALIGNMENT, OneLine
-from tiny_training import quiet
+from tiny_training import Stop, files, quiet, stop_after
 from torch import Tensor, nn
 
 from rag_geotoken.encoders.alignment import GeoAlignment
@@ -94,29 +95,17 @@ def test_the_losses_are_contrastive_both_ways() -> None:
     assert text_loss.item() == pytest.approx(expected, abs=1e-4)
 
 
-class Stop(Exception):
-    """What stops a training in the middle."""
-
-
 def test_stopped_anywhere_ends_in_the_same_bytes(tmp_path: Path, drawn: list[Floats]) -> None:
     """Also batch statistics, and the places beside each photo, which come from a stream of their own."""
 
-    def train(out: Path, stop: int = 0) -> dict[str, bytes]:
-        lines: list[str] = []
-
-        def log(line: str) -> None:
-            lines.append(line)
-            if len(lines) == stop:
-                raise Stop
-
+    def train(out: Path, log: Callable[[str], None] = quiet) -> dict[str, bytes]:
         train_alignment(out, "a", source=SOURCE, steps=5, batch=4, rate=1e-3, seed=3, log=log)
-        paths = [*out.iterdir(), out.with_name(f"{out.name}-alignment-checkpoint.safetensors")]
-        return {path.name: path.read_bytes() for path in paths}
+        return files(out, "alignment-checkpoint")
 
     whole = train(tmp_path / "whole" / "w")
-    for stop in (2, 1):
+    for checks in (2, 1):
         with pytest.raises(Stop):
-            train(tmp_path / "w", stop)
+            train(tmp_path / "w", stop_after(checks))
     drawn.clear()
     assert train(tmp_path / "w") == whole
     assert len(drawn) == 2, "only what was left was cut"

@@ -15,9 +15,8 @@ import pytest
 import torch
 from command import call
 from numpy.typing import NDArray
-from PIL import Image
 from tiny import OneLine
-from tiny_training import GALLERY, NO_CHOICE, save_alignment, tiny
+from tiny_training import GALLERY, NO_CHOICE, save_alignment, save_pictures, tiny
 
 from rag_geotoken.encoders.alignment import GeoAlignment
 from rag_geotoken.errors import GeoError
@@ -269,16 +268,10 @@ def test_gallery_photos_can_be_trained_on(tmp_path: Path) -> None:
 OTHERS = ("tokens", "reward", "tuning", "verifier", "mllm")  # all that a gallery is trained with
 
 
-def save_pictures(folder: Path, count: int, seed: int) -> str:
-    """A folder of PNG files with their places in photos.csv -> its source."""
-    folder.mkdir()
-    views = draw_views("train", count, seed)
-    lines = ["file,lat,lon"]
-    for i, (view, pixels) in enumerate(zip(views.tolist(), blue_marble.cut(views), strict=True)):
-        Image.fromarray(pixels).save(folder / f"{i:02}.png")
-        lines.append(f"{i:02}.png,{view[0]},{view[1]}")
-    (folder / "photos.csv").write_text("\n".join([*lines, ""]))
-    return f"folder:{folder}"
+def save_views(folder: Path, count: int, seed: int) -> str:
+    """A folder of PNG files with their own places -> its source."""
+    places = [f"{lat},{lon}" for lat, lon, *_ in draw_views("train", count, seed).tolist()]
+    return save_pictures(folder, places, seed=seed)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -311,7 +304,7 @@ def write_recipe(path: Path, recipe: dict[str, Any]) -> Path:
 def own(tmp_path_factory: pytest.TempPathFactory, made: tuple[Path, dict[str, Seen]]) -> Path:
     """An index of 60 pictures of a folder, nothing of which is the demo's."""
     folder = tmp_path_factory.mktemp("own")
-    make_index(folder / "index", save_pictures(folder / "gallery", 60, 7), GeoAlignment.from_pretrained(made[0]))
+    make_index(folder / "index", save_views(folder / "gallery", 60, 7), GeoAlignment.from_pretrained(made[0]))
     return folder / "index"
 
 
@@ -319,7 +312,7 @@ def test_every_training_runs_on_any_index_and_leaves_it_as_it_was(
     own: Path, made: tuple[Path, dict[str, Seen]], tmp_path: Path
 ) -> None:
     out, before = copy_weights(made[0], tmp_path / "weights", "alignment"), contents(own)
-    photos, few = save_pictures(tmp_path / "photos", 24, 8), save_pictures(tmp_path / "few", 6, 9)
+    photos, few = save_views(tmp_path / "photos", 24, 8), save_views(tmp_path / "few", 6, 9)
     tuning = {"source": few, "grid": NO_CHOICE}
 
     def train(what: str, source: str = photos) -> dict[str, bytes]:
