@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -108,10 +109,16 @@ def tiny() -> Iterator[None]:
         yield
 
 
-def toml(settings: dict[str, Any], path: Path, section: str = "tokens") -> Path:
-    """A recipe of one training and its gallery as a file."""
-    lines = [f"{name} = {value!r}" for name, value in settings.items()]
-    path.write_text("\n".join([f"gallery = {GALLERY!r}", f"[{section}]", *lines, ""]))
+def toml(value: Any) -> str:
+    """Return a value as TOML."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name} = {toml(each)}" for name, each in value.items()) + "}"
+    return json.dumps(value)
+
+
+def write_recipe(path: Path, recipe: dict[str, Any]) -> Path:
+    """Write a recipe as a file."""
+    path.write_text("".join(f"{name} = {toml(value)}\n" for name, value in recipe.items()))
     return path
 
 

@@ -57,14 +57,14 @@ def test_training_is_seeded_and_sees_no_cell_kept_for_unseen(drawn: list[Floats]
 
 def test_nearby_places_lie_10_to_1000_km_away_in_no_held_out_cell() -> None:
     places = draw_views("train", 3000, 0)[:, :2]
-    there = nearby_places(places, np.random.default_rng(0), is_unseen)
-    assert there.shape == (9000, 2) and not is_unseen(*there.T).any()
-    km = haversine_km(*np.repeat(places, 3, axis=0).T, *there.T)
+    nearby = nearby_places(places, np.random.default_rng(0), is_unseen)
+    assert nearby.shape == (9000, 2) and not is_unseen(*nearby.T).any()
+    km = haversine_km(*np.repeat(places, 3, axis=0).T, *nearby.T)
     # The few that fell into a held-out cell are other photos' places.
     inside = (km >= 9.999) & (km <= 1000.001)
     assert 0.95 < inside.mean() < 1
     assert np.log(km[inside]).mean() == pytest.approx(math.log(100.0), abs=0.05)
-    np.testing.assert_array_equal(there, nearby_places(places, np.random.default_rng(0), is_unseen))
+    np.testing.assert_array_equal(nearby, nearby_places(places, np.random.default_rng(0), is_unseen))
 
 
 def test_the_losses_are_contrastive_both_ways() -> None:

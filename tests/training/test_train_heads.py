@@ -13,7 +13,7 @@ import torch
 from command import call
 from tiny import OneLine
 from tiny_clip import save_clip
-from tiny_training import Stop, files, save_pictures, single_precision, start, stop_after, toml
+from tiny_training import Stop, files, save_pictures, single_precision, start, stop_after, write_recipe
 from torch.nn.functional import cross_entropy, normalize
 
 from rag_geotoken.encoders.alignment import G3, GeoAlignment, LocationEncoder
@@ -105,13 +105,6 @@ def test_stopped_anywhere_ends_in_the_same_bytes(tmp_path: Path) -> None:
     lines: list[str] = []
     train(tmp_path / "w", lines.append)
     assert len(lines) == 2 and files(tmp_path / "w", CHECKPOINT) == files(tmp_path / "whole" / "w", CHECKPOINT)
-
-
-def test_another_identity_begins_anew(tmp_path: Path) -> None:
-    train(tmp_path / "w", identity="b", rate=1e-3)
-    train(tmp_path / "w")
-    train(tmp_path / "whole" / "w")
-    assert files(tmp_path / "w", CHECKPOINT) == files(tmp_path / "whole" / "w", CHECKPOINT)
 
 
 def test_the_rate_falls_by_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +222,7 @@ def test_the_index_takes_the_projections_up_and_photos_are_located(
 def test_two_processes_train_what_one_does(clip: Path, tmp_path: Path) -> None:
     """All photos of a batch are compared with all, on whichever process they are."""
     settings = SETTINGS | {"backbone": str(clip), "rate": 1e-2}
-    recipe = toml(settings, tmp_path / "recipe.toml", "heads")
+    recipe = write_recipe(tmp_path / "recipe.toml", {"heads": settings})
     (tmp_path / "shared").mkdir()
     with single_precision():
         process = start(["train", "heads", str(recipe), "--out", str(tmp_path / "shared" / "w")], 2)

@@ -27,7 +27,7 @@ from tiny_training import (
     start,
     stop_after,
     tiny,
-    toml,
+    write_recipe,
 )
 
 from rag_geotoken.encoders.alignment import GeoAlignment
@@ -151,7 +151,9 @@ def test_whatever_a_training_follows_from_is_known_again(
 
 @pytest.mark.slow
 def test_killed_processes_end_in_the_same_bytes(tmp_path: Path) -> None:
-    recipe = toml(SETTINGS | {"epochs": 25}, tmp_path / "recipe.toml")  # 150 steps, a check every 15
+    recipe = write_recipe(
+        tmp_path / "recipe.toml", RECIPE | {"tokens": SETTINGS | {"epochs": 25}}
+    )  # 150 steps, a check every 15
     killed, through = (save_alignment(tmp_path / name / "w") for name in ("killed", "through"))
     checkpoint = killed.with_name("w-checkpoint.safetensors")
     process = start(["train", "tokens", str(recipe), "--out", str(killed)])
@@ -172,7 +174,7 @@ def test_killed_processes_end_in_the_same_bytes(tmp_path: Path) -> None:
 def test_two_processes_train_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DROPOUT", "0")  # each process drops its own
     settings = SETTINGS | {"source": "blue-marble:train,n=80,seed=1", "epochs": 2, "batch": 40}  # four steps
-    recipe = toml(settings, tmp_path / "recipe.toml")
+    recipe = write_recipe(tmp_path / "recipe.toml", RECIPE | {"tokens": settings})
     alone, shared = (save_alignment(tmp_path / name / "w") for name in ("alone", "shared"))
     with tiny(), single_precision():
         process = start(["train", "tokens", str(recipe), "--out", str(shared)], 2, NOTES=str(tmp_path / "notes"))

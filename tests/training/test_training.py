@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,7 +15,7 @@ import torch
 from command import call
 from numpy.typing import NDArray
 from tiny import OneLine
-from tiny_training import GALLERY, NO_CHOICE, save_alignment, save_pictures, tiny
+from tiny_training import GALLERY, NO_CHOICE, save_alignment, save_pictures, tiny, write_recipe
 
 from rag_geotoken.encoders.alignment import GeoAlignment
 from rag_geotoken.errors import GeoError
@@ -218,10 +217,7 @@ def test_the_recipe_that_ships_fits() -> None:
 def test_wrong_settings_are_named(
     what: str, change: dict[str, Any], words: str, made: tuple[Path, dict[str, Seen]], tmp_path: Path, one_line: OneLine
 ) -> None:
-    out = tmp_path / "weights"
-    out.mkdir()
-    for file in made[0].iterdir():
-        (out / file.name).write_bytes(file.read_bytes())
+    out = copy_weights(made[0], tmp_path / "weights")
     with tiny(), one_line(words):
         run.train(what, RECIPE | {what: TRAININGS[what] | change}, out)
 
@@ -246,11 +242,7 @@ def test_a_recipe_without_a_section_is_named(recipe: dict[str, Any], tmp_path: P
 def test_a_model_that_should_be_there_first_is_named(
     what: str, missing: str, made: tuple[Path, dict[str, Seen]], tmp_path: Path, one_line: OneLine
 ) -> None:
-    out = tmp_path / "weights"
-    out.mkdir()
-    for file in made[0].iterdir():
-        if not file.name.startswith(missing):
-            (out / file.name).write_bytes(file.read_bytes())
+    out = copy_weights(made[0], tmp_path / "weights", *({"alignment", "tokens", "reward", "tuning"} - {missing}))
     with tiny(), one_line(f"{missing}.json"):
         run.train(what, RECIPE, out)
 
@@ -286,18 +278,6 @@ def copy_weights(folder: Path, out: Path, *models: str) -> Path:
         if not models or file.stem in models:
             shutil.copy(file, out)
     return out
-
-
-def written(value: Any) -> str:
-    """A value as TOML."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{name} = {written(each)}" for name, each in value.items()) + "}"
-    return json.dumps(value)
-
-
-def write_recipe(path: Path, recipe: dict[str, Any]) -> Path:
-    path.write_text("".join(f"{name} = {written(value)}\n" for name, value in recipe.items()))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -406,10 +386,7 @@ def test_here_is_a_folder_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_mistake_of_ours_is_no_wrong_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def mistaken(*_: object) -> None:
-        raise TypeError("unsupported operand")
-
-    monkeypatch.setattr(blue_marble, "draw_views", mistaken)
+    monkeypatch.setattr(blue_marble, "draw_views", lambda: None)  # takes no arguments
     with pytest.raises(TypeError):
         run.train("alignment", RECIPE, tmp_path)
 
