@@ -43,7 +43,7 @@ G3_NAMES = {
     "text_scale": "logit_scale1",
     "gps_scale": "logit_scale2",
 }
-# Where open_clip looks for weights that are pickled.
+# Names of pickled weights of open_clip.
 OPEN_CLIP_PICKLES = ("open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth", "pytorch_model.bin", "model.pth")
 GEOCLIP_FOLDERS = ("", "weights", "model/weights", "geoclip/model/weights")  # below a folder that one may name
 
@@ -130,7 +130,7 @@ def _load_peer(
     with torch.device("meta"):
         model = make()
     names = {rename(name): name for name in model.state_dict()}
-    shapes = {name: tuple(model.state_dict()[own].shape) for name, own in names.items()}
+    shapes = {name: tuple(model.state_dict()[our_name].shape) for name, our_name in names.items()}
     wrong = [f"{name} is missing" for name in shapes if name not in tensors]
     wrong += [f"{ascii(name)[:80]} is unknown" for name in tensors if name not in shapes]
     given = {name: tuple(tensors[name].shape) for name in shapes if name in tensors}
@@ -147,9 +147,9 @@ def _load_peer(
 def read_tensors(path: Path, unused: tuple[str, ...] = (), integers: bool = False) -> dict[str, Tensor]:
     """Read the state dict of a ``.safetensors``, ``.pth``, ``.pt`` or ``.bin`` file, on the CPU.
 
-    It may lie under a key such as ``state_dict``, and DistributedDataParallel's ``module.`` before every name goes;
-    what then begins with one of ``unused`` is left out, whatever it is. Pickled code is never run. Raises GeoError
-    unless there is a file whose state dict is floating-point tensors alone, or ``integers`` (of 64 bits) besides.
+    It may lie under a key such as ``state_dict``. DistributedDataParallel's prefix ``module.`` is removed, then names
+    that begin with one of ``unused`` are left out. Pickled code is never run. Raises GeoError for a missing or broken
+    file, and for a state dict with anything but floating-point tensors, or ``integers`` (of 64 bits).
     """
     if not path.is_file():
         raise GeoError(f"there is no file {path}: give a checkpoint, .pth, .pt, .bin or .safetensors")

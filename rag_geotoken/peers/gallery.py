@@ -79,8 +79,8 @@ class Gallery:
 def open_gallery(folder: Path, location: LocationEncoder) -> Gallery:
     """Open a folder's gallery, its embeddings mapped from ``gallery.npy``.
 
-    They are encoded and written first where the file is missing, changed, or of other weights or places. Raises
-    GeoError when there are no places, or the file cannot be written.
+    They are encoded and written first where the file is missing, changed, or made from other weights or places. Raises
+    GeoError when the gallery has no places, or the file cannot be written.
     """
     table = read_table(folder / PLACES, ["lat", "lon"])
     if not len(table) or any(column.null_count for column in table.columns):

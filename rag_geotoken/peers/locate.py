@@ -25,7 +25,7 @@ PLACE = ("lat", "lon", "probability")
 def locate_by_gallery(
     photos: list[str], out: Path, weights: Path, backbone: str | None, k: int, run: Path, limit: int | None = None
 ) -> tuple[int, list[str]]:
-    """Locate pictures, folders, CSVs and sources and write ``out``; return the number of answers and others' errors.
+    """Locate pictures, folders, CSVs and sources and write ``out``; return the number of answers and all errors.
 
     Raises GeoError when nothing can be located, a file cannot be written, or weights and backbone do not fit.
     """
@@ -76,7 +76,7 @@ def predict(folder: Path, geoclip: GeoCLIP, k: int) -> Path:
 
     def work(block: slice) -> pa.Table:
         matches = geoclip.search(torch.from_numpy(vectors[block].copy()), k)
-        places = [None if error else near for error, near in zip(errors[block], _places(matches), strict=True)]
+        places = [None if error else places for error, places in zip(errors[block], _places(matches), strict=True)]
         table = answers(photos[block], errors[block], matches).to_table()
         return table.append_column("places", pa.array(places, places_type))
 

@@ -17,7 +17,7 @@ MAX_LOG_SCALE = math.log(100.0)  # as in CLIP
 def gps_loss(gps: Tensor, places: Tensor, log_scale: Tensor) -> Tensor:
     """Return the symmetric cross-entropy between photos' gps parts (B, dim) and places (B + W, dim).
 
-    The first B places are the photos' own. The W negatives behind them count as wrong for every photo and have none.
+    The first B places belong to the photos. The W behind them are negatives of every photo, and have no photo.
     """
     logits = log_scale.clamp(max=MAX_LOG_SCALE).exp() * gps @ places.T
     target = torch.arange(len(gps), device=gps.device)
@@ -54,7 +54,7 @@ class Losses(nn.Module):
 
         Args:
             photos: A frozen backbone's embeddings (B, dim), or pixels (B, 64, 64, 3).
-            places: Degrees (B, 2); one process alone may add negatives behind the photos' own.
+            places: Degrees (B, 2); a single process may add negatives behind those of the photos.
             texts: A frozen backbone's embeddings (B, dim), or strings.
             text_of: See :func:`text_loss` (B,).
         """
@@ -69,11 +69,11 @@ class Losses(nn.Module):
             scales = [scale / world + (1 - 1 / world) * scale.detach() for scale in scales]
         with torch.autocast(gps.device.type, enabled=False):
             losses = gps_loss(gps, place, scales[0]), text_loss(text, words, text_of, scales[1])
-        # Every process has the whole loss and the gradient of its own part; the mean over all is a part too small.
+        # Each process has the gradient of its part alone, and the mean over all divides by their number.
         return losses[0] * world, losses[1] * world
 
     def _gather(self, values: Tensor) -> Tensor:
-        """Join all processes' values (b, ...) to (b * processes, ...), with the gradient of this process's own."""
+        """Join all processes' values (b, ...) to (b * processes, ...); only this process's part has a gradient."""
         parts = list(self.accelerator.gather(values.detach()).chunk(self.accelerator.num_processes))
         parts[self.accelerator.process_index] = values
         return torch.cat(parts)

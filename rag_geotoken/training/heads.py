@@ -31,9 +31,9 @@ def train(setup: Setup) -> None:
     config = replace(G3, dim=load_backbone(backbone).dim, backbone=backbone, location=settings["location"])
     alignment = GeoAlignment(config)  # refuses what cannot be built, before the long work
     start = LocationEncoder.from_pretrained(folder) if folder else None
-    stages = setup.beside("index") / "stages"  # where the index of the same photos will look for what it needs of them
+    stages = setup.beside("index") / "stages"  # an index of the same photos reads them too
     accelerator = make_accelerator()
-    with accelerator.main_process_first():  # the others find every table made
+    with accelerator.main_process_first():  # the other processes find every table made
         write_examples(stages, settings["source"], alignment)
     tables = [file_sha256(stages / f"{name}.parquet") for name in ("photos", "projections", "texts")]
     identity = setup.identity(config=asdict(config), tables=tables, start=fingerprint(start) if start else "")

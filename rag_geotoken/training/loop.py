@@ -55,7 +55,7 @@ def run_steps(
     """
     model, optimizer = accelerator.prepare(module, schedule.optimizer)
     facts: dict[str, Any] = {"identity": kept.identity, "step": 0, "best": None}
-    if kept.weights.is_file():  # the best so far; without them it begins anew
+    if kept.weights.is_file():  # the best weights are part of what is resumed
         facts = load_checkpoint(kept.checkpoint, module, schedule.optimizer, kept.identity) or facts
     with warnings.catch_warnings(action="ignore"):  # torch expects a step of the optimizer before each of these
         for _ in range(facts["step"]):

@@ -1,4 +1,4 @@
-"""These functions say how trainings run: in bf16, on a GPU where there is one, in one process or torchrun's several."""
+"""These functions set up processes: bf16, a GPU if the machine has one, one process or those that torchrun started."""
 
 from __future__ import annotations
 

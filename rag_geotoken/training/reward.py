@@ -35,7 +35,7 @@ def train_reward(
     """Train a reward head on the pools of ``photos`` gallery photos, a tenth of which is held out to validate.
 
     The token model stays as it is. No photo is among its own neighbors. Cross-entropy over the bins of error, every
-    entry alike. Raises GeoError when the gallery holds fewer photos, or a tenth or a batch is more than there are.
+    entry alike. Raises GeoError when the gallery has fewer photos, or too few are left to validate or to fill a batch.
     """
     rows = np.random.default_rng(seed).permutation(models.index.faiss_index.ntotal)
     held_out = photos // 10

@@ -16,7 +16,7 @@ from rag_geotoken.storage.recipes import training_recipe
 from rag_geotoken.training.processes import world_size
 from rag_geotoken.training.setup import Setup
 
-MODULES = {"verifier": "mllm.train", "mllm": "mllm.tuning"}  # of the others, the one of its name
+MODULES = {"verifier": "mllm.train", "mllm": "mllm.tuning"}  # else the module bears the training's name
 LEAST = {"seed": 0, "rate": 1e-9, "decay": 0.0}  # every other number at least 1
 
 

@@ -49,11 +49,11 @@ def train(setup: Setup) -> None:
     settings, alignment = setup.settings, GeoAlignment.from_pretrained(setup.out)
     config = TokenConfig(dim=alignment.config.dim, neighbor_positions=settings["neighbor_positions"])
     TokenModel(config)  # refuses what cannot be built, before the long work
-    # "gallery" is GeoToken's way: the index's own photos, each without itself among its neighbors.
+    # GeoToken trains on the gallery itself, each photo without itself among its neighbors.
     of_gallery, folder = settings["source"] == "gallery", setup.beside("photos")
     options = Options(neighbors=config.neighbors, propose=(), gps_places=0, verify=())
     accelerator = make_accelerator()
-    with accelerator.main_process_first():  # the others find every table made
+    with accelerator.main_process_first():  # the other processes find every table made
         models = Models(alignment, None, setup.gallery(alignment), Tuning())
         if of_gallery:
             gallery_tables(folder, models.index)
@@ -150,8 +150,8 @@ class Losses(nn.Module):
     def memory(self, photos: Photos, drawn: Tensor) -> Tensor:
         """Return the token model's memory of the photos at ``drawn`` (B,)."""
         rows = photos.neighbors[drawn]
-        query, near = photos.vectors[drawn].float(), self.gallery[rows].float()
-        return self.tokens.memory_of(query, near, self.cells[rows], self.places[rows])
+        query, neighbors = photos.vectors[drawn].float(), self.gallery[rows].float()
+        return self.tokens.memory_of(query, neighbors, self.cells[rows], self.places[rows])
 
     def forward(self, photos: Photos, drawn: Tensor) -> Tensor:
         """Return the losses (T,) of the photos at ``drawn`` (B,)."""
@@ -166,7 +166,7 @@ def read_photos(
     """Return the photos to train on, from tables up to their neighbors, and ``held_out`` gallery photos to validate by.
 
     Where the gallery is trained on, the held-out photos and all that show the same pixels are left out. A photo is
-    never its own neighbor: GeoToken skips the first hit, here whatever has the photo's own pixels is passed over.
+    never its own neighbor: GeoToken skips the first hit, this code all gallery photos with the same pixels.
     Raises GeoError when nothing is left to train on.
     """
 
@@ -178,8 +178,8 @@ def read_photos(
     vectors, digests = index.vectors(rows), index.rows["digest"].take(rows).to_pylist()
     neighbors = index.search(vectors, config.neighbors, Tuning().search_weights, digests).rows
     lat_lon = tables.photos.lat_lon
-    kept = np.isfinite(lat_lon).all(axis=1) & ~np.isin(tables.embeddings.digests, digests)
-    if not kept.any():
+    usable = np.isfinite(lat_lon).all(axis=1) & ~np.isin(tables.embeddings.digests, digests)
+    if not usable.any():
         raise GeoError("no photo with a place is left to train on: hold out fewer")
-    photos = photos_of(tables.embeddings.vectors[kept], tables.neighbors.rows[kept], lat_lon[kept])
+    photos = photos_of(tables.embeddings.vectors[usable], tables.neighbors.rows[usable], lat_lon[usable])
     return photos, photos_of(vectors, neighbors, index.lat_lon[rows])

@@ -34,7 +34,7 @@ from rag_geotoken.verifiers.visual import support
 Verifiers = tuple[str, ...]
 Grid = Mapping[str, list[float]]
 Mix = tuple[float, float, float]  # beta, semantic, spatial
-Scores = dict[str | Mix, NDArray[np.float32]]  # of a verifier, or of the look by its mixture
+Scores = dict[str | Mix, NDArray[np.float32]]  # of a verifier, or of RANGE by its mixture
 # Sets of verifiers: each of these three or none, with or without the alignment.
 CALIBRATED = [
     (*first, *second) for second in ((), ("reward",), ("look",), ("visual",)) for first in ((), ("alignment",))
@@ -61,14 +61,11 @@ def train(setup: Setup) -> None:
 def tune(models: Models, source: str, grid: Mapping[str, Grid], log: Log) -> Tuning:
     """Return the tuning that does best on a source of validation photos, by coordinate search.
 
-    Within a group one number after the other takes its best value, twice around: what leaves the fewest photos outside
-    25, 200, 750 and 2500 km, and 1 km too where pictures are compared. The mean of the shares' logarithms is compared,
-    or 25 km would decide alone. For the confidence it is the mean squared error of the calibrated chances (Brier), the
-    decision standing still.
-
-    The decision is tuned as verified by alignment, then the reward head's scale beside it, then the look as the only
-    verifier, then the comparison of pictures beside the alignment, then the confidence, with a calibration for every
-    set of verifiers. The density baseline gets its best kernel too, to be an honest opponent.
+    Within a group one number after the other takes its best value, in two rounds: the one that leaves the fewest photos
+    outside 25, 200, 750 and 2500 km, and 1 km too where pictures are compared. The mean of the shares' logarithms is
+    compared, or 25 km would decide alone. The confidence, which changes no answer, is tuned by the mean squared error
+    of the calibrated chances (Brier). ``GROUPS`` gives the order; RANGE ("look") is tuned as the only verifier, and
+    every set of verifiers has a calibration. The density baseline gets its best kernel too, for a fair comparison.
 
     grid: for each of ``GROUPS`` the values that some numbers of a :class:`.Tuning` may take. Photos without a place are
     left out. Raises GeoError for a grid that does not fit, or when no photo has a place or a picture cannot be read.
@@ -100,8 +97,8 @@ def tune(models: Models, source: str, grid: Mapping[str, Grid], log: Log) -> Tun
 class _Validation:
     """This class decides on validation photos by one tuning or another.
 
-    blocks: the photos' tables up to the pool, and verifiers' scores (B, C): what no tuning changes. lat_lon (N, 2): the
-    truth.
+    blocks: the photos' tables up to the pool, and verifiers' scores (B, C), which do not depend on the tuning. lat_lon
+    (N, 2): where the photos were taken.
     """
 
     tokenizer: S2Tokenizer
@@ -137,7 +134,7 @@ class _Validation:
         return Predictions.join([strategies.decide(pool, Given({}, tuning), "density") for pool in pools])
 
 
-def _validation(models: Models, photos: Photos, look: Grid, log: Log) -> _Validation:
+def _validation(models: Models, photos: Photos, look_grid: Grid, log: Log) -> _Validation:
     verify = ("alignment", "visual") if models.reward is None else ("alignment", "reward", "visual")
     options, blocks = Options(verify=verify), []
     for start in range(0, len(photos), BLOCK):
@@ -146,7 +143,7 @@ def _validation(models: Models, photos: Photos, look: Grid, log: Log) -> _Valida
             raise GeoError(f"tuning needs pictures that can be read: {error}")
         answered(models, options, tables, until="verdicts-visual")
         scores: Scores = {name: tables.verdicts[name].scores for name in verify[:-1]}
-        blocks.append((tables, scores | _looks(models, tables, look)))
+        blocks.append((tables, scores | _looks(models, tables, look_grid)))
     log(f"pools of {len(photos)} validation photos")
     return _Validation(models.tokenizer, blocks, photos.lat_lon)
 
@@ -166,7 +163,7 @@ def _looks(models: Models, tables: Tables, grid: Grid) -> Scores:
 
 
 def _search(best: Tuning, grid: Grid, value: Callable[[Tuning], float], log: Log) -> Tuning:
-    """Return the tuning after each number took its best value with the others as they are, twice around."""
+    """Return the tuning after each number took its best value with the rest as it is, in two rounds."""
     for _ in range(2 if len(grid) > 1 else 1):
         for name, choices in grid.items():
             tried = [replace(best, **{name: choice}) for choice in choices]  # type: ignore[arg-type]
