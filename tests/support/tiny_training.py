@@ -80,11 +80,11 @@ def single_precision() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def save_pictures(folder: Path, places: list[str], split: str = "train", seed: int = 0) -> str:
-    """Save a folder of PNG files and their places ("LAT,LON") in photos.csv and return its source."""
+def save_pictures(folder: Path, places: list[str], split: str = "train", seed: int = 0, of: int = 0) -> str:
+    """Save the first views of so many as PNG files, with places ("LAT,LON") in photos.csv, and return the source."""
     folder.mkdir(exist_ok=True)
     lines = [f"{i:02}.png,{place}" for i, place in enumerate(places)]
-    for i, pixels in enumerate(cut(draw_views(split, len(places), seed))):
+    for i, pixels in enumerate(cut(draw_views(split, of or len(places), seed)[: len(places)])):
         Image.fromarray(pixels).save(folder / f"{i:02}.png")
     (folder / "photos.csv").write_text("\n".join(["file,lat,lon", *lines, ""]))
     return f"folder:{folder}"

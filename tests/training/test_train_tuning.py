@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tiny import OneLine
+from tiny import ROWS, OneLine
 from tiny_training import NO_CHOICE, quiet, save_pictures
 
 from rag_geotoken.decision.confidence import fit_calibration
@@ -125,7 +125,7 @@ def test_a_gallery_photo_does_not_find_itself(
         return searched[-1]
 
     monkeypatch.setattr(stages, "search", noted)
-    tune(geolocator, save_pictures(tmp_path, ["10,20", "30,40", "50,60"], "gallery"), NO_CHOICE, quiet)
+    tune(geolocator, save_pictures(tmp_path, ["10,20", "30,40", "50,60"], "gallery", of=ROWS), NO_CHOICE, quiet)
     ids = geolocator.index.rows["id"].to_pylist()
     assert len(searched[0].rows) == 3
     for i, rows in enumerate(searched[0].rows.tolist()):
