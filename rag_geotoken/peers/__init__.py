@@ -1,1 +1,1 @@
-"""Other systems and their weights: GeoCLIP, G3, GeoToken, SatCLIP."""
+"""These modules run other systems, or read their weights: GeoCLIP, G3, GeoToken, open_clip."""

@@ -1,4 +1,4 @@
-"""Weights of peers, turned once into ours: untrusted files, checked before use."""
+"""These functions turn weights of other systems, once, into ours: untrusted files, checked before use."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rag_geotoken.encoders import open_clip
@@ -42,35 +43,44 @@ G3_NAMES = {
     "text_scale": "logit_scale1",
     "gps_scale": "logit_scale2",
 }
-GEOCLIP_LOCATION, GEOCLIP_GALLERY = "location_encoder_weights.pth", Path("gps_gallery", "coordinates_100K.csv")
-# Where open_clip looks for weights that are pickled.
-OPEN_CLIP = ("open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth", "pytorch_model.bin", "model.pth")
-GEOCLIP_INSIDE = ("", "weights", "model/weights", "geoclip/model/weights")  # of a folder that one may name
+# Names of pickled weights of open_clip.
+OPEN_CLIP_PICKLES = ("open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth", "pytorch_model.bin", "model.pth")
+GEOCLIP_FOLDERS = ("", "weights", "model/weights", "geoclip/model/weights")  # below a folder that one may name
 
 
 def convert_geotoken(path: Path, out: Path, heads: int = 8, neighbors: int = 15) -> TokenConfig:
-    """Turn a checkpoint of GeoToken's released code into a folder for :meth:`TokenModel.from_pretrained`.
+    """Convert a checkpoint of GeoToken's released code to a folder for :meth:`TokenModel.from_pretrained`.
 
     Our model bears the names of the released code, so this checks, drops what decoding never uses and saves in full
     precision. The shapes tell every size but the number of heads and of neighbors: give those of the training.
     Raises GeoError when the file is missing, no checkpoint, or not one of GeoToken; then nothing is written.
     """
     tensors = read_tensors(path, UNUSED)
-    config = _config(path, tensors, heads, neighbors)
-    _filled(lambda: TokenModel(config), tensors, path, "GeoToken").save_pretrained(out)
+    config = replace(_config(path, tensors), heads=heads, neighbors=neighbors)
+    _load_peer(lambda: TokenModel(config), tensors, path, peer="GeoToken").save_pretrained(out)
     return config
 
 
 def convert_geoclip(path: Path, out: Path) -> int:
-    """Turn the weights folder of the package ``geoclip`` into one for :meth:`GeoCLIP.from_pretrained` -> its places.
+    """Convert the package ``geoclip`` to a folder for :meth:`GeoCLIP.from_pretrained`; return the number of places.
 
-    ``path`` may also be the package's folder. The gallery is encoded here, once; what is converted also loads with
+    ``path``: its folder of weights, or the package's. The gallery is encoded now, once; the result also loads with
     :meth:`LocationEncoder.from_pretrained`. Raises GeoError when a file is missing or wrong; then nothing is written.
     """
-    folder = next((path / inner for inner in GEOCLIP_INSIDE if (path / inner / GEOCLIP_LOCATION).is_file()), path)
-    location, head = _read_geoclip(folder)
-    beside = (folder / GEOCLIP_GALLERY, folder.parent / GEOCLIP_GALLERY)
-    places = read_places_csv(next(filter(Path.is_file, beside), beside[0]))
+    encoder, mlp, scale = (f"{name}_weights.pth" for name in ("location_encoder", "image_encoder_mlp", "logit_scale"))
+    folder = next((path / inner for inner in GEOCLIP_FOLDERS if (path / inner / encoder).is_file()), path)
+    tensors = read_tensors(folder / encoder)
+    location = _load_peer(LocationEncoder, tensors, folder / encoder, peer="GeoCLIP")
+    tensors = {f"mlp.{name}": value for name, value in read_tensors(folder / mlp).items()}
+    # This file holds one number, not a state dict.
+    value = _load(folder / scale) if (folder / scale).is_file() else None
+    if not isinstance(value, Tensor) or value.shape != () or value.dtype not in FLOATS:
+        raise GeoError(
+            f"{folder / scale} is missing or no single number: take the weights folder of the package geoclip"
+        )
+    head = _load_peer(GeoCLIPHead, tensors | {"logit_scale": value.detach()}, folder / mlp, peer="GeoCLIP")
+    galleries = [parent / "gps_gallery" / "coordinates_100K.csv" for parent in (folder, folder.parent)]
+    places = read_places_csv(next(filter(Path.is_file, galleries), galleries[0]))
     location.save_pretrained(out)
     head.save_pretrained(out)
     write_places(out, places)
@@ -78,38 +88,29 @@ def convert_geoclip(path: Path, out: Path) -> int:
     return len(places)
 
 
-def _read_geoclip(folder: Path) -> tuple[LocationEncoder, GeoCLIPHead]:
-    encoder = folder / GEOCLIP_LOCATION
-    mlp, scale = folder / "image_encoder_mlp_weights.pth", folder / "logit_scale_weights.pth"
-    location = _filled(LocationEncoder, read_tensors(encoder), encoder, "GeoCLIP")
-    tensors = {f"mlp.{name}": value for name, value in read_tensors(mlp).items()}
-    # This file holds one number, not a state dict.
-    value = _load(scale) if scale.is_file() else None
-    if not isinstance(value, Tensor) or value.shape != () or value.dtype not in FLOATS:
-        raise GeoError(f"{scale} is missing or no single number: take the weights folder of the package geoclip")
-    return location, _filled(GeoCLIPHead, tensors | {"logit_scale": value.detach()}, mlp, "GeoCLIP")
-
-
 def convert_g3(path: Path, out: Path) -> None:
-    """Turn G3's state dict into a folder for :meth:`GeoAlignment.from_pretrained`.
+    """Convert G3's state dict to a folder for :meth:`GeoAlignment.from_pretrained`.
 
     CLIP's own weights, frozen in G3, are left out: they come from their hub. Raises GeoError when the file is missing,
     no state dict, or not G3's; then nothing is written.
     """
-    _filled(lambda: GeoAlignment(G3), read_tensors(path, G3_UNUSED), path, "G3", _g3_name).save_pretrained(out)
+
+    def g3_name(name: str) -> str:
+        return next(theirs + name.removeprefix(ours) for ours, theirs in G3_NAMES.items() if name.startswith(ours))
+
+    tensors = read_tensors(path, G3_UNUSED)
+    _load_peer(lambda: GeoAlignment(G3), tensors, path, peer="G3", rename=g3_name).save_pretrained(out)
 
 
 def convert_open_clip(path: Path, out: Path) -> None:
-    """Turn a folder of open_clip with a pickle into one with open_clip_model.safetensors, settings and tokenizer too.
+    """Convert a folder of open_clip with a pickle to one with safetensors, settings and tokenizer.
 
     Tensors stay as they are; whether they are all that the model needs is checked when it is loaded. Raises GeoError
     when the settings or the weights are missing, or when the file holds more than tensors; then nothing is written.
     """
-    from safetensors.torch import save_file
-
     settings = read_json(path / open_clip.CONFIG)
-    source = next((path / name for name in OPEN_CLIP if (path / name).is_file()), path / OPEN_CLIP[0])
-    tensors = read_tensors(source, integers=True)
+    pickles = [path / name for name in OPEN_CLIP_PICKLES]
+    tensors = read_tensors(next(filter(Path.is_file, pickles), pickles[0]), integers=True)
     # One memory each, as this format wants it.
     tensors = {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
     write_whole(out / open_clip.WEIGHTS[0], lambda beside: save_file(tensors, beside))
@@ -118,26 +119,22 @@ def convert_open_clip(path: Path, out: Path) -> None:
     write_json(out / open_clip.CONFIG, settings)
 
 
-def _g3_name(name: str) -> str:
-    return next(theirs + name.removeprefix(ours) for ours, theirs in G3_NAMES.items() if name.startswith(ours))
-
-
-def _filled(
-    make: Callable[[], Model], tensors: dict[str, Tensor], path: Path, peer: str, name_of: Callable[[str], str] = str
+def _load_peer(
+    make: Callable[[], Model], tensors: dict[str, Tensor], path: Path, *, peer: str, rename: Callable[[str], str] = str
 ) -> Model:
-    """A model with a peer's tensors, in single precision; ``name_of`` a tensor of the model is what the peer calls it.
+    """Return a model with a peer's tensors, in single precision; ``rename`` turns our names into the peer's.
 
-    Raises GeoError unless they are all its own, and finite.
+    Raises GeoError unless the tensors are all of the model's, and finite.
     """
     # On the meta device a model has shapes but no memory, whatever the file claims.
     with torch.device("meta"):
         model = make()
-    names = {name_of(name): name for name in model.state_dict()}
-    wanted = {name: model.state_dict()[own] for name, own in names.items()}
-    wrong = [f"{name} is missing" for name in wanted if name not in tensors]
-    wrong += [f"{ascii(name)[:80]} is unknown" for name in tensors if name not in wanted]
-    both = ((name, tuple(tensors[name].shape), tuple(wanted[name].shape)) for name in wanted if name in tensors)
-    wrong += [f"{name} is {given} where {fits} fits" for name, given, fits in both if given != fits]
+    names = {rename(name): name for name in model.state_dict()}
+    shapes = {name: tuple(model.state_dict()[our_name].shape) for name, our_name in names.items()}
+    wrong = [f"{name} is missing" for name in shapes if name not in tensors]
+    wrong += [f"{ascii(name)[:80]} is unknown" for name in tensors if name not in shapes]
+    given = {name: tuple(tensors[name].shape) for name in shapes if name in tensors}
+    wrong += [f"{name} is {shape} where {shapes[name]} fits" for name, shape in given.items() if shape != shapes[name]]
     if not wrong:
         tensors = {name: value.float() for name, value in tensors.items()}
         wrong = [f"{name} holds values that are not finite" for name, v in tensors.items() if not v.isfinite().all()]
@@ -148,25 +145,26 @@ def _filled(
 
 
 def read_tensors(path: Path, unused: tuple[str, ...] = (), integers: bool = False) -> dict[str, Tensor]:
-    """The state dict of a ``.safetensors``, ``.pth``, ``.pt`` or ``.bin`` file by name, on the CPU.
+    """Read the state dict of a ``.safetensors``, ``.pth``, ``.pt`` or ``.bin`` file, on the CPU.
 
-    It may lie under a key such as ``state_dict``, and DistributedDataParallel's ``module.`` before every name goes;
-    what then begins with one of ``unused`` is left out, whatever it is. Pickled code is never run. Raises GeoError
-    unless there is a file whose state dict is floating-point tensors alone, or ``integers`` (of 64 bits) besides.
+    It may lie under a key such as ``state_dict``. DistributedDataParallel's prefix ``module.`` is removed, then names
+    that begin with one of ``unused`` are left out. Pickled code is never run. Raises GeoError for a missing or broken
+    file, and for a state dict with anything but floating-point tensors, or ``integers`` (of 64 bits).
     """
     if not path.is_file():
         raise GeoError(f"there is no file {path}: give a checkpoint, .pth, .pt, .bin or .safetensors")
     loaded = _load(path)
-    inner = [loaded[nest] for nest in NESTS if isinstance(loaded.get(nest), dict)] if isinstance(loaded, dict) else []
-    state = inner[0] if inner else loaded
-    if not isinstance(state, dict) or not state or not all(isinstance(name, str) for name in state):
+    state = loaded if isinstance(loaded, dict) else {}
+    state = next((state[nest] for nest in NESTS if isinstance(state.get(nest), dict)), state)
+    if not state or not all(isinstance(name, str) for name in state):
         raise GeoError(f"{path} holds no state dict: save model.state_dict()")
     prefix = "module." if all(name.startswith("module.") for name in state) else ""
     state = {name.removeprefix(prefix): value for name, value in state.items()}
     state = {name: value for name, value in state.items() if not name.startswith(unused)}
+    dtypes = (*FLOATS, torch.int64) if integers else FLOATS
     for name, value in state.items():
-        usable = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
-        if not (usable and value.dtype in (*FLOATS, *([torch.int64] if integers else []))):
+        strided = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+        if not strided or value.dtype not in dtypes:
             raise GeoError(f"{path} holds no state dict, {ascii(name)[:80]} is not made of floats: save the model's")
     # A few bytes can pose as a tensor of any size, the same number repeated.
     if sum(value.numel() * value.element_size() for value in state.values()) > path.stat().st_size:
@@ -177,8 +175,6 @@ def read_tensors(path: Path, unused: tuple[str, ...] = (), integers: bool = Fals
 def _load(path: Path) -> object:
     try:
         if path.suffix.lower() == ".safetensors":
-            from safetensors.torch import load_file
-
             return load_file(path)
         if path.suffix.lower() in (".pth", ".pt", ".bin"):
             # What torch warns of is refused below.
@@ -197,8 +193,8 @@ def _load(path: Path) -> object:
     raise GeoError(f"{path.name} is no checkpoint by its name: give a .pth, .pt, .bin or .safetensors file")
 
 
-def _config(path: Path, tensors: dict[str, Tensor], heads: int, neighbors: int) -> TokenConfig:
-    """The sizes that the shapes tell; what the model then finds missing or misshapen is the caller's."""
+def _config(path: Path, tensors: dict[str, Tensor]) -> TokenConfig:
+    """Return the sizes that the shapes tell; tensors that they do not need are checked by :func:`_load_peer`."""
 
     def shape(name: str) -> tuple[int, int]:
         if name not in tensors:
@@ -215,24 +211,16 @@ def _config(path: Path, tensors: dict[str, Tensor], heads: int, neighbors: int) 
     ff, _ = shape("encoder.layers.0.linear1.weight")
     for first in ("decoder.layers.0.linear1.weight", "output_layers.0.weight"):
         shape(first)
-    sizes = tuple(shape(f"output_layers.{t}.weight")[0] for t in range(count("output_layers.")))
-    level = sum(size.bit_length() - 1 for size in sizes[1:]) // 2
+    vocabularies = tuple(shape(f"output_layers.{t}.weight")[0] for t in range(count("output_layers.")))
+    level = sum(size.bit_length() - 1 for size in vocabularies[1:]) // 2
     groups = range(1, MAX_LEVEL + 1) if 0 <= level <= MAX_LEVEL else ()
-    group = next((group for group in groups if S2Tokenizer(level, group).vocab_sizes == sizes), None)
+    group = next((group for group in groups if S2Tokenizer(level, group).vocab_sizes == vocabularies), None)
     if group is None:
-        raise _refusal(path, f"vocabularies {str(sizes)[:80]} are not the 6 faces and powers of 4 of an S2 tokenizer")
-    return replace(
-        GEOTOKEN,
-        level=level,
-        group=group,
-        neighbors=neighbors,
-        dim=dim,
-        d_model=d_model,
-        heads=heads,
-        ff=ff,
-        encoder_layers=count("encoder.layers."),
-        decoder_layers=count("decoder.layers."),
-    )
+        raise _refusal(
+            path, f"vocabularies {str(vocabularies)[:80]} are not the 6 faces and powers of 4 of an S2 tokenizer"
+        )
+    sizes = replace(GEOTOKEN, level=level, group=group, dim=dim, d_model=d_model, ff=ff)
+    return replace(sizes, encoder_layers=count("encoder.layers."), decoder_layers=count("decoder.layers."))
 
 
 def _refusal(path: Path, reason: str, peer: str = "GeoToken") -> GeoError:

@@ -1,4 +1,4 @@
-"""GeoCLIP (Vivanco Cepeda, Nayak and Shah, NeurIPS 2023): which of many places looks like a photo, or like a text."""
+"""This is GeoCLIP (Vivanco Cepeda et al., NeurIPS 2023): which of many places is most like a photo, or a text."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from rag_geotoken.encoders import Backbone, load_backbone
 from rag_geotoken.encoders.clip import CLIP_LARGE
 from rag_geotoken.encoders.location import LocationEncoder, mlp
 from rag_geotoken.errors import GeoError
-from rag_geotoken.peers.gallery import Found, Gallery, open_gallery
+from rag_geotoken.peers.gallery import Gallery, Matches, open_gallery
 from rag_geotoken.storage.weights import Pretrained
 from rag_geotoken.types import GALLERY, Answers, Photos, Prediction
 
 
 @dataclass(frozen=True)
 class GeoCLIPConfig:
-    """Sizes of a :class:`GeoCLIPHead`, and the CLIP whose ``features`` it was trained on."""
+    """This class holds the sizes of a :class:`GeoCLIPHead`, and the CLIP whose ``features`` it was trained on."""
 
     features: int = 768
     hidden: int = 768
@@ -32,7 +32,7 @@ class GeoCLIPConfig:
 
 
 class GeoCLIPHead(Pretrained):
-    """CLIP's embeddings of pictures or texts (N, features) -> (N, dim) of length one, to be compared with places'."""
+    """This head leads CLIP's embeddings of pictures or texts to the space in which places are embedded."""
 
     file, config_type = "geoclip", GeoCLIPConfig
     config: GeoCLIPConfig
@@ -44,20 +44,18 @@ class GeoCLIPHead(Pretrained):
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
 
     def forward(self, features: Tensor) -> Tensor:
-        """(N, features) -> (N, dim)."""
+        """Return the embeddings (N, dim) of length one of CLIP's features (N, features)."""
         return normalize(self.mlp(features), dim=-1)
 
 
 class GeoCLIP:
-    """Backbone, head and gallery, loaded once; call it with pictures."""
+    """This class holds backbone, head and gallery, loaded once; call it with pictures."""
 
     def __init__(self, backbone: Backbone, head: GeoCLIPHead, gallery: Gallery) -> None:
-        sizes = head.config
-        backbone.check_dim(sizes.features, sizes.backbone, "the head")
-        if gallery.vectors.shape[1] != sizes.dim:
-            raise GeoError(
-                f"a gallery of {gallery.vectors.shape[1]} numbers a place, a head of {sizes.dim}: convert again"
-            )
+        config, dim = head.config, gallery.vectors.shape[1]
+        backbone.check_dim(config.features, config.backbone, "the head")
+        if dim != config.dim:
+            raise GeoError(f"a gallery of {dim} numbers a place, a head of {config.dim}: convert again")
         self.backbone, self.head, self.gallery = backbone, head, gallery
 
     @classmethod
@@ -72,30 +70,30 @@ class GeoCLIP:
         return cls(encoder, head, open_gallery(folder, location))
 
     def __call__(self, pictures: str | Path | Sequence[str | Path]) -> list[Prediction]:
-        """Pictures -> predictions in order; one that cannot be read has an error and no coordinates."""
+        """Return the predictions of pictures in order; one that cannot be read has an error and no coordinates."""
         references = [str(p) for p in ([pictures] if isinstance(pictures, str | Path) else pictures)]
         pixels, errors = self.backbone.load(references)
         return answers(Photos.of(references, references), errors, self.search(self.embed(pixels), 1)).rows()
 
     @torch.inference_mode()
     def embed(self, pixels: NDArray[np.uint8]) -> Tensor:
-        """Pictures (B, size, size, 3) uint8 -> (B, dim) of length one."""
+        """Return the embeddings (B, dim) of length one of pictures (B, size, size, 3) uint8."""
         vectors: Tensor = self.head(self.backbone.images(pixels))
         return vectors
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Texts -> (B, dim) of length one: CLIP's text embeddings through the head that its pictures' go through."""
+        """Return the embeddings (B, dim) of length one of texts, by CLIP and the head that pictures go through."""
         vectors: Tensor = self.head(self.backbone.texts(texts))
         return vectors
 
-    def search(self, queries: Tensor, k: int) -> Found:
-        """Embeddings (B, dim) -> the k likeliest places. Raises GeoError when the gallery has fewer."""
+    def search(self, queries: Tensor, k: int) -> Matches:
+        """Return the k likeliest places of embeddings (B, dim). Raises GeoError when the gallery has fewer."""
         return self.gallery.search(queries, self.head.logit_scale.exp().item(), k)
 
 
-def answers(photos: Photos, errors: Sequence[str | None], found: Found) -> Answers:
-    """The likeliest place of each photo, none where there is an error."""
-    made = Answers.of(photos, errors)
-    made.lat_lon[:], made.confidence[:], made.source[:] = found.lat_lon[:, 0], found.confidence, GALLERY
-    return made
+def answers(photos: Photos, errors: Sequence[str | None], matches: Matches) -> Answers:
+    """Return the likeliest place of each photo, none where there is an error."""
+    result = Answers.of(photos, errors)
+    result.lat_lon[:], result.confidence[:], result.source[:] = matches.lat_lon[:, 0], matches.confidence, GALLERY
+    return result

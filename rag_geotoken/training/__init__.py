@@ -1,1 +1,1 @@
-"""Training: one file a model."""
+"""These modules train the models, each one of them."""

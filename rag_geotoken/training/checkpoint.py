@@ -1,4 +1,4 @@
-"""Checkpoints that resume exactly: parameters, AdamW's moments and the step, in one safetensors file."""
+"""These functions keep checkpoints that resume exactly: parameters, AdamW's moments and the step, in safetensors."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from rag_geotoken.errors import GeoError
 from rag_geotoken.storage.files import write_whole
 
-KINDS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of a parameter
+STATE = ("exp_avg", "exp_avg_sq", "step")  # of a parameter in AdamW
 
 
 def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, facts: dict[str, Any]) -> None:
-    """Write a checkpoint, whole or not at all. ``facts``: JSON values, among them what tells this training apart."""
+    """Write a checkpoint, whole or not at all.
+
+    facts: JSON values, among them the ``identity`` of the training.
+    """
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
@@ -29,7 +32,7 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
 def load_checkpoint(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: str
 ) -> dict[str, Any] | None:
-    """Fill model and optimizer -> the facts; None where there is no checkpoint of a training with this identity.
+    """Load a checkpoint into model and optimizer and return its facts, or None where this training has none.
 
     Raises GeoError for a file that is broken or holds other tensors than this model's and AdamW's.
     """
@@ -41,16 +44,15 @@ def load_checkpoint(
             if facts["identity"] != identity:
                 return None
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        shapes = {f"model.{name}": value.shape for name, value in model.state_dict().items()}
         parameters = [value for group in optimizer.param_groups for value in group["params"]]
-        wanted = {f"model.{name}": value.shape for name, value in model.state_dict().items()}
         for i, value in enumerate(parameters):
-            shapes = value.shape, value.shape, torch.Size([])
-            wanted |= {f"optimizer.{i}.{kind}": shape for kind, shape in zip(KINDS, shapes, strict=True)}
-        wrong = [name for name in wanted | tensors if name not in tensors or wanted.get(name) != tensors[name].shape]
+            shapes |= {f"optimizer.{i}.{kind}": value.shape if kind != "step" else torch.Size() for kind in STATE}
+        wrong = [name for name in shapes | tensors if name not in tensors or shapes.get(name) != tensors[name].shape]
         if wrong:
             raise ValueError(f"{len(wrong)} tensors do not fit, {wrong[0]} is the first")
         model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()})
-        moments = {i: {kind: tensors[f"optimizer.{i}.{kind}"] for kind in KINDS} for i in range(len(parameters))}
+        moments = {i: {kind: tensors[f"optimizer.{i}.{kind}"] for kind in STATE} for i in range(len(parameters))}
         optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]

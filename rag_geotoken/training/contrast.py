@@ -1,4 +1,4 @@
-"""The two contrastive losses of G3 (Jia et al., NeurIPS 2024): image with GPS and image with text."""
+"""These are the two contrastive losses of G3 (Jia et al., NeurIPS 2024): image with GPS and image with text."""
 
 from __future__ import annotations
 
@@ -11,72 +11,69 @@ from torch.nn.functional import cross_entropy, normalize
 
 from rag_geotoken.encoders.alignment import GeoAlignment
 
-LARGEST = math.log(100.0)  # of a logit scale, as in CLIP
+MAX_LOG_SCALE = math.log(100.0)  # as in CLIP
 
 
-def gps_loss(gps: Tensor, places: Tensor, scale: Tensor) -> Tensor:
-    """Photos' gps parts (B, dim) and places (B + W, dim), of which the first B are the photos' own and W are wrong.
+def gps_loss(gps: Tensor, places: Tensor, log_scale: Tensor) -> Tensor:
+    """Return the symmetric cross-entropy between photos' gps parts (B, dim) and places (B + W, dim).
 
-    Symmetric cross-entropy; photos are told from the wrong places too, but these have no photo.
+    The first B places belong to the photos. The W behind them are negatives of every photo, and have no photo.
     """
-    logits = scale.clamp(max=LARGEST).exp() * gps @ places.T
+    logits = log_scale.clamp(max=MAX_LOG_SCALE).exp() * gps @ places.T
     target = torch.arange(len(gps), device=gps.device)
     return (cross_entropy(logits, target) + cross_entropy(logits[:, : len(gps)].T, target)) / 2
 
 
-def text_loss(text: Tensor, words: Tensor, names: Tensor, scale: Tensor) -> Tensor:
-    """Photos' text parts and the embeddings of their texts (B, dim), names (B,) which text it is, -1 for none.
+def text_loss(text: Tensor, words: Tensor, text_of: Tensor, log_scale: Tensor) -> Tensor:
+    """Return the symmetric cross-entropy between photos' text parts and the embeddings of their texts, both (B, dim).
 
-    Symmetric cross-entropy; photos of one city share its text, so each of them counts as right. A photo without text
-    neither has a loss nor is wrong for others.
+    text_of (B,): which text each photo has, -1 for none. Photos of one city share its text, so each of them counts as
+    right. A photo without text neither has a loss nor is a negative.
     """
-    logits = scale.clamp(max=LARGEST).exp() * text @ words.T
-    there = names >= 0
-    logits = logits.masked_fill(~there[None, :], -1e4)
-    same = ((names[:, None] == names[None, :]) & there[:, None]).float()
-    same = same / same.sum(dim=1, keepdim=True).clamp(min=1.0)
-    back = logits.T.masked_fill(~there[None, :], -1e4)
-    lost = -(same * logits.log_softmax(1)).sum() - (same * back.log_softmax(1)).sum()
-    return lost / (2 * there.sum().clamp(min=1))
-
-
-def gathered(accelerator: Accelerator, values: Tensor) -> Tensor:
-    """Every process's values (b, ...) in one (b * processes, ...), with the gradient of this process's own."""
-    if accelerator.num_processes == 1:
-        return values
-    everyone = list(accelerator.gather(values.detach()).chunk(accelerator.num_processes))
-    everyone[accelerator.process_index] = values
-    return torch.cat(everyone)
+    logits = log_scale.clamp(max=MAX_LOG_SCALE).exp() * text @ words.T
+    mask = text_of >= 0
+    logits = logits.masked_fill(~mask[None, :], -1e4)
+    target = ((text_of[:, None] == text_of[None, :]) & mask[:, None]).float()
+    target = target / target.sum(dim=1, keepdim=True).clamp(min=1.0)
+    transposed = logits.T.masked_fill(~mask[None, :], -1e4)
+    total = -(target * logits.log_softmax(1)).sum() - (target * transposed.log_softmax(1)).sum()
+    return total / (2 * mask.sum().clamp(min=1))
 
 
 class Losses(nn.Module):
-    """The two losses of a batch of photos, from all of it or from each process's part."""
+    """This module computes the two losses of a batch of photos, all of it or one process's part."""
 
     def __init__(self, alignment: GeoAlignment, accelerator: Accelerator) -> None:
         super().__init__()
         self.alignment, self.accelerator = alignment, accelerator
 
     def forward(
-        self, photos: Tensor, places: Tensor, texts: Tensor | list[str], names: Tensor
+        self, photos: Tensor, places: Tensor, texts: Tensor | list[str], text_of: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """B photos, their places (B, 2) in degrees, texts and names (B,) -> gps loss, text loss.
+        """Return the gps loss and the text loss of B photos.
 
-        Photos and texts: what a frozen backbone makes of them (B, dim); or pixels (B, 64, 64, 3) and strings. One
-        process alone may add wrong places behind the photos' own.
+        Args:
+            photos: A frozen backbone's embeddings (B, dim), or pixels (B, 64, 64, 3).
+            places: Degrees (B, 2); a single process may add negatives behind those of the photos.
+            texts: A frozen backbone's embeddings (B, dim), or strings.
+            text_of: See :func:`text_loss` (B,).
         """
-        model, accelerator = self.alignment, self.accelerator
+        model = self.alignment
         _, gps, text = model.parts(photos) if model.frozen else model(photos)
         place, words = normalize(model.location(places).float(), dim=-1), normalize(model.text(texts).float(), dim=-1)
-        world = accelerator.num_processes if self.training else 1
+        world = self.accelerator.num_processes if self.training else 1
+        scales: list[Tensor] = [model.gps_scale, model.text_scale]
         if world > 1:
-            gps, place, text, words, names = (gathered(accelerator, x) for x in (gps, place, text, words, names))
+            gps, place, text, words, text_of = map(self._gather, (gps, place, text, words, text_of))
+            # Every process uses the whole scale: each has its part of the gradient.
+            scales = [scale / world + (1 - 1 / world) * scale.detach() for scale in scales]
         with torch.autocast(gps.device.type, enabled=False):
-            first = gps_loss(gps, place, _shared(model.gps_scale, world))
-            second = text_loss(text, words, names, _shared(model.text_scale, world))
-        # Every process has the whole loss and the gradient of its own part; the mean over all is a part too small.
-        return first * world, second * world
+            losses = gps_loss(gps, place, scales[0]), text_loss(text, words, text_of, scales[1])
+        # Each process has the gradient of its part alone, and the mean over all divides by their number.
+        return losses[0] * world, losses[1] * world
 
-
-def _shared(scale: Tensor, world: int) -> Tensor:
-    """The same number with a part of its gradient: every process sees all of it."""
-    return scale / world + (1 - 1 / world) * scale.detach() if world > 1 else scale
+    def _gather(self, values: Tensor) -> Tensor:
+        """Join all processes' values (b, ...) to (b * processes, ...); only this process's part has a gradient."""
+        parts = list(self.accelerator.gather(values.detach()).chunk(self.accelerator.num_processes))
+        parts[self.accelerator.process_index] = values
+        return torch.cat(parts)

@@ -1,4 +1,4 @@
-"""Photos as the heads are trained on them: a frozen backbone's embeddings of pictures and of place texts."""
+"""These are the photos that the heads are trained on: a frozen backbone's embeddings of pictures and place texts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BLOCK = 4096
 
 @dataclass(frozen=True)
 class Examples:
-    """N photos among M, on the CPU.
+    """This class holds N photos out of M, on the CPU.
 
     rows (N,) int64: which of the M. features (M, dim) half, of the backbone; lat_lon (M, 2) degrees float64; texts
     (T, dim) half, of the backbone's text tower; text_of (M,) int64 rows of texts, -1 for a photo without a place name.
@@ -35,49 +35,44 @@ class Examples:
     texts: Tensor
     text_of: Tensor
 
-    @property
-    def count(self) -> int:
-        """N."""
-        return len(self.rows)
-
     def batch(self, drawn: Tensor, device: torch.device) -> tuple[Tensor, ...]:
-        """The photos drawn (B,) of N -> features (B, dim), lat_lon (B, 2), texts (B, dim), text_of (B,) on a device."""
+        """Return features (B, dim), lat_lon (B, 2), texts (B, dim) and text_of (B,) of the photos drawn (B,) of N."""
         rows = self.rows[drawn]
-        names = self.text_of[rows]
-        vectors = self.features[rows].float(), self.lat_lon[rows], self.texts[names.clamp(min=0)].float(), names
-        return tuple(vector.to(device) for vector in vectors)
+        text_of = self.text_of[rows]
+        tensors = self.features[rows].float(), self.lat_lon[rows], self.texts[text_of.clamp(min=0)].float(), text_of
+        return tuple(tensor.to(device) for tensor in tensors)
 
 
 def write_examples(folder: Path, source: str, alignment: GeoAlignment) -> None:
-    """A source -> the stage tables photos, projections and texts; the first two are what an index is made from."""
+    """Write a source's stage tables photos, projections and texts; an index is made from the first two."""
     photos = write_photos(folder, source)
     project(folder, alignment)
     names = read_table(photos, ["place"])["place"].unique().drop_null().to_pylist() or [""]
 
-    def work(at: slice) -> pa.Table:
-        vectors = alignment.backbone.texts([STREET_VIEW.format(name) for name in names[at]])
-        return pa.table({"place": names[at], "text": fixed_list(vectors.numpy().astype(np.float16))})
+    def work(block: slice) -> pa.Table:
+        vectors = alignment.backbone.texts([STREET_VIEW.format(name) for name in names[block]])
+        return pa.table({"place": names[block], "text": fixed_list(vectors.numpy().astype(np.float16))})
 
     recipe = {"encoder": alignment.encoder_identity, "words": STREET_VIEW}
     run_stage(folder, "texts", recipe, ["photos"], names, work, block=BLOCK)
 
 
 def read_examples(folder: Path, held_out: int, seed: int) -> tuple[Examples, Examples]:
-    """The photos to train on and ``held_out`` random ones to validate by, whose pixels are not trained on.
+    """Read the photos to train on and ``held_out`` random ones to validate by, whose pixels are not trained on.
 
     Raises GeoError when nothing is left to train on.
     """
     photos = read_table(folder / "photos.parquet", ["lat", "lon", "place"])
     projections, texts = read_table(folder / "projections.parquet"), read_table(folder / "texts.parquet")
-    lat_lon = np.column_stack([photos[name].to_numpy() for name in ("lat", "lon")])
-    names = pa.compute.index_in(photos["place"], value_set=texts["place"].combine_chunks()).fill_null(-1)
+    lat_lon = np.column_stack([photos["lat"], photos["lon"]])
+    text_of = pa.compute.index_in(photos["place"], value_set=texts["place"].combine_chunks()).fill_null(-1)
     usable = np.flatnonzero(projections["error"].is_null().to_numpy() & np.isfinite(lat_lon).all(axis=1))
-    drawn = np.random.default_rng([seed, held_out]).permutation(usable)[:held_out]
-    digests = projections["digest"].take(drawn)
+    validation = np.random.default_rng([seed, held_out]).permutation(usable)[:held_out]
+    digests = projections["digest"].take(validation)
     copies = pa.compute.is_in(projections["digest"], value_set=digests.combine_chunks()).to_numpy()
     train = usable[~copies[usable]]
     if not len(train):
         raise GeoError(f"{folder.name} has no photo with a place that is not held out: hold out fewer than {held_out}")
-    arrays = to_numpy(projections["projection"]), lat_lon, to_numpy(texts["text"]), names.to_numpy().astype(np.int64)
+    arrays = to_numpy(projections["projection"]), lat_lon, to_numpy(texts["text"]), text_of.to_numpy().astype(np.int64)
     shared = [torch.from_numpy(array) for array in arrays]
-    return Examples(torch.from_numpy(train), *shared), Examples(torch.from_numpy(drawn), *shared)
+    return Examples(torch.from_numpy(train), *shared), Examples(torch.from_numpy(validation), *shared)

@@ -1,4 +1,4 @@
-"""Train the reward head on pools of gallery photos: how far is each entry from where the photo was taken?"""
+"""These functions train the reward head on pools of gallery photos: how far is each entry from the photo's place?"""
 
 from __future__ import annotations
 
@@ -24,20 +24,22 @@ BLOCK = 256
 
 
 def train(setup: Setup) -> None:
-    """Train with a recipe's settings for the models in its folder."""
+    """Train the reward head with a recipe's settings, for the models in its folder."""
     head = train_reward(setup.models(Tuning()), **setup.settings, log=setup.log)
     head.save_pretrained(setup.out, half=True)
 
 
-def train_reward(models: Models, photos: int, epochs: int, batch: int, rate: float, seed: int, log: Log) -> RewardHead:
-    """Train on the pools of ``photos`` gallery photos, the token model as it is; a tenth is kept to look at.
+def train_reward(
+    models: Models, *, photos: int, epochs: int, batch: int, rate: float, seed: int, log: Log
+) -> RewardHead:
+    """Train a reward head on the pools of ``photos`` gallery photos, a tenth of which is held out to validate.
 
-    No photo finds itself among its neighbors. Cross-entropy over the bins of error, every entry alike. Raises GeoError
-    when the gallery holds fewer photos, or they are too few to keep one or to fill a batch.
+    The token model stays as it is. No photo is among its own neighbors. Cross-entropy over the bins of error, every
+    entry alike. Raises GeoError when the gallery has fewer photos, or too few are left to validate or to fill a batch.
     """
     rows = np.random.default_rng(seed).permutation(models.index.faiss_index.ntotal)
-    held = photos // 10
-    if photos > len(rows) or held < 1 or photos - held < batch:
+    held_out = photos // 10
+    if photos > len(rows) or held_out < 1 or photos - held_out < batch:
         raise GeoError(f"photos = {photos}, batch = {batch} do not fit: the gallery has {len(rows)} photos, a tenth of "
                        "those asked for is held out, and the rest must fill a batch")  # fmt: skip
     states, bins, mask = pools_of(models, rows[:photos], log)
@@ -45,17 +47,17 @@ def train_reward(models: Models, photos: int, epochs: int, batch: int, rate: flo
     torch.manual_seed(seed)
     head = RewardHead(RewardConfig(states.shape[-1]))
     adam = torch.optim.AdamW(head.parameters(), lr=rate, weight_decay=0.02)
-    steps = (photos - held) // batch
+    steps = (photos - held_out) // batch
     schedule = one_cycle(adam, rate, steps * epochs)
     model, optimizer = accelerator.prepare(head, adam)
 
     def loss_of(drawn: Tensor) -> Tensor:
-        kept = mask[drawn]
-        there, truth = states[drawn][kept].float().to(accelerator.device), bins[drawn][kept].to(accelerator.device)
-        return cross_entropy(model(there), truth)
+        entries = mask[drawn]
+        logits = model(states[drawn][entries].float().to(accelerator.device))
+        return cross_entropy(logits, bins[drawn][entries].to(accelerator.device))
 
     for epoch in range(epochs):
-        order = held + torch.randperm(photos - held, generator=torch.Generator().manual_seed(seed + epoch))
+        order = held_out + torch.randperm(photos - held_out, generator=torch.Generator().manual_seed(seed + epoch))
         for drawn in torch.split(order[: steps * batch], batch):
             loss = loss_of(drawn)
             optimizer.zero_grad()
@@ -63,26 +65,25 @@ def train_reward(models: Models, photos: int, epochs: int, batch: int, rate: flo
             optimizer.step()
             schedule.step()
         with torch.no_grad():
-            left = loss_of(torch.arange(held)).item()
-        log(f"epoch {epoch + 1} of {epochs}: loss {loss.item():.4f}, held out {left:.4f}")
+            validation = loss_of(torch.arange(held_out)).item()
+        log(f"epoch {epoch + 1} of {epochs}: loss {loss.item():.4f}, held out {validation:.4f}")
     return head.cpu().eval()
 
 
 def pools_of(models: Models, rows: NDArray[np.int64], log: Log) -> tuple[Tensor, ...]:
-    """Gallery photos (N,) -> their pools: the entries' last states (N, C, d) half, bins (N, C), and mask (N, C)."""
+    """Return the pools of N gallery photos: last states (N, C, d) half of the entries, bins (N, C) and mask (N, C)."""
     index, parts = models.index, []
     options = Options(gps_places=0, verify=())
     for start in range(0, len(rows), BLOCK):
-        own = rows[start : start + BLOCK]
-        truth, digests = index.lat_lon[own], index.rows["digest"].take(own).to_pylist()
-        names = [str(row) for row in own.tolist()]
-        tables = Tables(Photos.of(names, names))
-        tables.put("embeddings", Embeddings(index.vectors(own), digests, [None] * len(own)))
+        block = rows[start : start + BLOCK]
+        lat_lon, digests = index.lat_lon[block], index.rows["digest"].take(block).to_pylist()
+        ids = [str(row) for row in block.tolist()]
+        tables = Tables(Photos.of(ids, ids))
+        tables.put("embeddings", Embeddings(index.vectors(block), digests, [None] * len(block)))
         pool: Pool = answered(models, options, tables, until="pool")
-        km = haversine_km(truth[:, :1], truth[:, 1:], pool.lat_lon[..., 0], pool.lat_lon[..., 1])
+        km = haversine_km(lat_lon[:, :1], lat_lon[:, 1:], pool.lat_lon[..., 0], pool.lat_lon[..., 1])
         states = models.states(tables.embeddings, tables.neighbors, pool).half()
         parts.append((states, torch.from_numpy(np.searchsorted(RADII_KM, km)), torch.from_numpy(pool.mask)))
         if start // BLOCK % 8 == 0:
-            log(f"pools of {start + len(own)} of {len(rows)} photos")
-    states, bins, mask = (torch.cat(part) for part in zip(*parts, strict=True))
-    return states, bins, mask
+            log(f"pools of {start + len(block)} of {len(rows)} photos")
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))

@@ -1,4 +1,4 @@
-"""Run one of the trainings of a recipe and write its weights into a folder."""
+"""These functions run one of the trainings of a recipe, which writes its weights into a folder."""
 
 from __future__ import annotations
 
@@ -13,19 +13,18 @@ from rag_geotoken.errors import GeoError
 from rag_geotoken.photos.sources import check_use
 from rag_geotoken.storage.files import check_writable
 from rag_geotoken.storage.recipes import training_recipe
-from rag_geotoken.training.loop import Log
 from rag_geotoken.training.processes import world_size
 from rag_geotoken.training.setup import Setup
 
-MODULES = {"verifier": "mllm.train", "mllm": "mllm.tuning"}  # of the others, the one of its name
+MODULES = {"verifier": "mllm.train", "mllm": "mllm.tuning"}  # else the module bears the training's name
 LEAST = {"seed": 0, "rate": 1e-9, "decay": 0.0}  # every other number at least 1
 
 
 def train(what: str, recipe: dict[str, Any], out: Path, index: Path | None = None, **more: Any) -> None:
-    """Train ``alignment``, ``heads``, ``tokens``, ``reward``, ``tuning``, ``verifier`` or ``mllm``: a module each.
+    """Train ``alignment``, ``heads``, ``tokens``, ``reward``, ``tuning``, ``verifier`` or ``mllm``.
 
     ``alignment`` (of satellite views) or ``heads`` (on a frozen backbone) is the first, the others follow in this order
-    in one folder; the multimodal verifier goes to ``OUT-verifier``.
+    in one folder; the multimodal verifier goes to ``OUT-verifier``. Lines on standard error bear the seconds since now.
 
     Args:
         what: The training; the recipe has a section of that name (``mllm``: that of ``tuning``).
@@ -44,24 +43,23 @@ def train(what: str, recipe: dict[str, Any], out: Path, index: Path | None = Non
             f"{world_size()} processes were started to train {what}: start one, tokens and heads take several"
         )
     check_writable(out)
-    setup = Setup(settings, out, recipe.get("gallery"), index, _log())
+    begun = time.monotonic()
+
+    def log(line: str) -> None:
+        print(f"{time.monotonic() - begun:7.0f} s  {line}", file=sys.stderr, flush=True)
+
+    setup = Setup(settings, out, recipe.get("gallery"), index, log)
     import_module(f"rag_geotoken.training.{MODULES.get(what, what)}").train(setup, **more)
 
 
-def _log() -> Log:
-    """Lines on standard error, with the seconds since now."""
-    begun = time.monotonic()
-    return lambda line: print(f"{time.monotonic() - begun:7.0f} s  {line}", file=sys.stderr, flush=True)
-
-
 def _settings(recipe: dict[str, Any], what: str) -> dict[str, Any]:
-    """The recipe's section of a training: every setting that the recipe which ships has, and of the same kind."""
-    section, wanted = recipe.get(what), training_recipe(None, "g3" if what == "heads" else "earth")[what]
-    if not isinstance(section, dict) or section.keys() != wanted.keys():
+    """Return a recipe's section of a training: every setting of the shipped recipe's, each of the same type."""
+    section, shipped = recipe.get(what), training_recipe(None, "g3" if what == "heads" else "earth")[what]
+    if not isinstance(section, dict) or section.keys() != shipped.keys():
         given = ", ".join(section) if isinstance(section, dict) else section
-        raise GeoError(f"the recipe's section [{what}] has {given or 'nothing'}: give it {', '.join(wanted)}")
-    for name, kind in ((name, type(value)) for name, value in wanted.items()):
-        value = section[name]
+        raise GeoError(f"the recipe's section [{what}] has {given or 'nothing'}: give it {', '.join(shipped)}")
+    for name, default in shipped.items():
+        value, kind = section[name], type(default)
         if type(value) is not kind or (kind in (int, float) and not LEAST.get(name, 1) <= value < math.inf):
             raise GeoError(f"the recipe's [{what}] {name} = {value!r} does not fit: give {kind.__name__}, above zero")
     if section.get("source", "gallery") != "gallery":

@@ -1,4 +1,4 @@
-"""What every training is given: its settings, the folder of the weights, and the gallery that it is trained with."""
+"""This module holds what every training is given: its settings, the folder of the weights, and its gallery."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import json
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.encoders.alignment import GeoAlignment
@@ -26,13 +27,10 @@ from rag_geotoken.tokens.model import TokenModel
 from rag_geotoken.training.loop import Log
 from rag_geotoken.types import Embeddings
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 
 @dataclass(frozen=True)
 class Setup:
-    """A training's settings, the folder ``out`` of the weights, and where its gallery comes from.
+    """This class holds a training's settings, the folder ``out`` of the weights, and where its gallery comes from.
 
     source: the recipe's gallery, an index of which is kept in ``OUT-index``. index: a folder to be read instead.
     """
@@ -44,62 +42,50 @@ class Setup:
     log: Log
 
     def beside(self, name: str) -> Path:
-        """The folder ``OUT-NAME``."""
+        """Return the folder ``OUT-NAME``."""
         return self.out.with_name(f"{self.out.name}-{name}")
 
-    def numbers(self, *names: str) -> dict[str, Any]:
-        """Some of the settings."""
-        return {name: self.settings[name] for name in names}
-
     def identity(self, **facts: Any) -> str:
-        """The SHA-256 of the settings and of what else the weights follow from, as JSON values."""
+        """Return the SHA-256 of the settings and of what else the weights follow from, as JSON values."""
         return hashlib.sha256(json.dumps({"settings": self.settings} | facts, sort_keys=True).encode()).hexdigest()
 
     def models(self, tuning: Tuning, **more: Any) -> Models:
-        """The models trained so far, with the gallery; more: as :class:`.Models` takes it. Raises GeoError."""
+        """Open the models trained so far, with the gallery; more: as :class:`.Models` takes it. Raises GeoError."""
         alignment, tokens = GeoAlignment.from_pretrained(self.out), TokenModel.from_pretrained(self.out)
         return Models(alignment, tokens, self.gallery(alignment), tuning, **more)
 
     def gallery(self, alignment: GeoAlignment) -> GeoIndex:
-        """The index to train with: a given one is only read, another is made where it is missing. Raises GeoError."""
-        index = self.index
-        if index is None:
-            if not isinstance(self.source, str):
+        """Open the index to train with: one that was given is only read, that in ``OUT-index`` is kept up to date.
+
+        The latter is made where it is missing, and anew where its source or the alignment has changed, with the same
+        plan and thumbnails. Raises GeoError, and leaves everything as it is, where it is an index of another source.
+        """
+        if self.index is not None:
+            return GeoIndex.load(self.index, alignment.heads)
+        if not isinstance(self.source, str):
+            raise GeoError('the recipe names no gallery: give --index DIR, or write gallery = "SCHEME:REST" into it')
+        folder, plan, thumbnails = self.beside("index"), Plan(), None
+        if (folder / MANIFEST).is_file():
+            manifest, photos = read_json(folder / MANIFEST), folder / "stages" / "photos.json"
+            if not photos.is_file() or read_json(photos)["recipe"]["source"] != self.source:
                 raise GeoError(
-                    'the recipe names no gallery: give --index DIR, or write gallery = "SCHEME:REST" into it'
+                    f"{folder} holds an index of other photos than {self.source}: add --index {folder} to train with "
+                    "it, or choose another --out"
                 )
-            index = index_of(self.beside("index"), self.source, alignment)
-        return GeoIndex.load(index, alignment.heads)
-
-
-def index_of(folder: Path, source: str, alignment: GeoAlignment) -> Path:
-    """The index of a source at a place where a training keeps it, made where it is missing -> its folder.
-
-    One of that source follows it and the alignment, if either has changed, with the same plan and thumbnails. Raises
-    GeoError, and leaves everything as it is, where an index of another source lies there.
-    """
-    plan, thumbnails = Plan(), None
-    if (folder / MANIFEST).is_file():
-        manifest, known = read_json(folder / MANIFEST), folder / "stages" / "photos.json"
-        if not known.is_file() or read_json(known)["recipe"]["source"] != source:
-            raise GeoError(
-                f"{folder} holds an index of other photos than {source}: add --index {folder} to train with it, or "
-                "choose another --out"
-            )
-        with suppress(AttributeError, KeyError, TypeError):  # a broken manifest: the index is made anew
-            plan, thumbnails = Plan(**manifest["made_from"].get("plan", {})), manifest.get("thumbnails")
-    make_index(folder, source, alignment, plan, thumbnails)
-    return folder
+            with suppress(AttributeError, KeyError, TypeError):  # a broken manifest: the index is made anew
+                plan, thumbnails = Plan(**manifest["made_from"].get("plan", {})), manifest.get("thumbnails")
+        make_index(folder, self.source, alignment, plan, thumbnails)
+        return GeoIndex.load(folder, alignment.heads)
 
 
 def gallery_tables(folder: Path, index: GeoIndex) -> None:
-    """An index's own photos as the tables photos and embeddings of a run."""
+    """Write an index's own photos as the tables photos and embeddings of a run."""
     recipe, rows = {"gallery": index.identity}, index.rows.select(SCHEMA.names)
     stage(folder, "photos", recipe, [], ["all"], lambda _: rows)
-    ids, names = rows["id"].to_pylist(), index.rows["digest"].to_pylist()
+    ids, digests = rows["id"].to_pylist(), index.rows["digest"].to_pylist()
 
-    def work(at: slice) -> pa.Table:
-        vectors = index.vectors(np.arange(at.start, at.stop))
-        return Embeddings(vectors, names[at], [None] * len(vectors)).to_table(ids[at])
+    def work(block: slice) -> pa.Table:
+        vectors = index.vectors(np.arange(block.start, block.stop))
+        return Embeddings(vectors, digests[block], [None] * len(vectors)).to_table(ids[block])
 
     run_stage(folder, "embeddings", recipe, ["photos"], ids, work, many=True)

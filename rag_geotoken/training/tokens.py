@@ -1,4 +1,4 @@
-"""Train the token model on the photos of a source with their neighbors in a gallery."""
+"""These functions train the token model on the photos of a source with their neighbors in a gallery."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.encoders.alignment import GeoAlignment
 from rag_geotoken.errors import GeoError
 from rag_geotoken.geo.cells import S2Tokenizer
+from rag_geotoken.geo.sphere import Floats
 from rag_geotoken.index.geo_index import GeoIndex
 from rag_geotoken.models import Models
 from rag_geotoken.options import Options
@@ -27,45 +28,46 @@ from rag_geotoken.training.processes import make_accelerator
 from rag_geotoken.training.setup import Setup, gallery_tables
 from rag_geotoken.types import Tables
 
-CHECKS = 10  # looks at the validation photos in a training, each with a checkpoint
+CHECKS = 10  # validations in a training, each with a checkpoint
 
 
 @dataclass(frozen=True)
 class Photos:
-    """N photos as a training reads them: embeddings (N, 3, dim) half, neighbors' rows (N, K), tokens (N, T) int64."""
+    """This class holds embeddings (N, 3, dim) half, neighbors' rows (N, K) and tokens (N, T) int64 of N photos."""
 
     vectors: Tensor
     neighbors: Tensor
     tokens: Tensor
 
     def to(self, device: torch.device) -> Photos:
-        """The same on a device."""
-        return Photos(self.vectors.to(device), self.neighbors.to(device), self.tokens.to(device))
+        """Return the same photos on a device."""
+        return Photos(*(tensor.to(device) for tensor in vars(self).values()))
 
 
 def train(setup: Setup) -> None:
-    """Photos through the road up to their neighbors, then the training itself."""
+    """Take the photos through the road up to their neighbors and train the token model on them."""
     settings, alignment = setup.settings, GeoAlignment.from_pretrained(setup.out)
     config = TokenConfig(dim=alignment.config.dim, neighbor_positions=settings["neighbor_positions"])
     TokenModel(config)  # refuses what cannot be built, before the long work
-    # "gallery" is GeoToken's way: the index's own photos, each without itself among its neighbors.
-    own, folder = settings["source"] == "gallery", setup.beside("photos")
+    # GeoToken trains on the gallery itself, each photo without itself among its neighbors.
+    of_gallery, folder = settings["source"] == "gallery", setup.beside("photos")
     options = Options(neighbors=config.neighbors, propose=(), gps_places=0, verify=())
     accelerator = make_accelerator()
-    with accelerator.main_process_first():  # the others find every table made
+    with accelerator.main_process_first():  # the other processes find every table made
         models = Models(alignment, None, setup.gallery(alignment), Tuning())
-        if own:
+        if of_gallery:
             gallery_tables(folder, models.index)
         else:
             write_photos(folder, settings["source"])
         run = RunFolder(folder, models)
-        files = run.walk(options, until="neighbors", given=("embeddings",) * own)
-    tables = [file_sha256(folder / f"{name}.parquet") for name in ("photos", "embeddings", "neighbors")]
-    identity = setup.identity(config=asdict(config), tables=tables, index=models.index.identity)
-    photos = run.tables(options, files)
-    train_on, validation = read_photos(photos, models.index, config, settings["held_out"], settings["seed"])
-    numbers = setup.numbers("epochs", "batch", "rate", "seed")
-    train_tokens(config, models.index, train_on, validation, setup.out, identity, **numbers, log=setup.log)
+        files = run.walk(options, until="neighbors", given=("embeddings",) * of_gallery)
+    hashes = [file_sha256(folder / f"{name}.parquet") for name in ("photos", "embeddings", "neighbors")]
+    identity = setup.identity(config=asdict(config), tables=hashes, index=models.index.identity)
+    tables = run.tables(options, files)
+    photos, validation = read_photos(tables, models.index, config, settings["held_out"], settings["seed"])
+    numbers = {name: settings[name] for name in ("epochs", "batch", "rate", "seed")}
+    train_tokens(config, models.index, photos, validation=validation, out=setup.out, identity=identity, **numbers,
+                 log=setup.log)  # fmt: skip
     accelerator.end_training()
 
 
@@ -74,16 +76,16 @@ def train_tokens(
     index: GeoIndex,
     photos: Photos,
     validation: Photos,
+    *,
     out: Path,
     identity: str,
-    *,
     epochs: int,
     batch: int,
     rate: float,
     seed: int,
     log: Log,
 ) -> None:
-    """Train and write the weights that do best on the validation photos into ``out``.
+    """Train a token model and write the weights that do best on the validation photos into ``out``.
 
     Cross-entropy a position, its weight falling linearly from 2 (face) to 1 (last), as in GeoToken; AdamW, one cosine
     cycle, bf16. With several processes each takes its part of every batch. ``OUT-checkpoint.safetensors`` lets a
@@ -91,7 +93,7 @@ def train_tokens(
     through. Raises GeoError when the photos do not fill a batch, the processes cannot share one, or the loss diverges.
     """
     accelerator = make_accelerator()
-    here, world = accelerator.process_index, accelerator.num_processes
+    rank, world = accelerator.process_index, accelerator.num_processes
     if len(photos.tokens) < batch or batch % world:
         raise GeoError(f"{len(photos.tokens)} photos, batches of {batch}, {world} processes: the first must fill the "
                        "second, and the third divide it")  # fmt: skip
@@ -103,29 +105,30 @@ def train_tokens(
 
     def loss(model: nn.Module, step: int) -> Tensor:
         # Order and dropout follow from the step, not from what came before: a resumed training draws the same.
-        torch.manual_seed(seed + step * world + here)
-        drawn = torch.from_numpy(batch_of(step, len(photos.tokens), batch, seed)[here::world])
+        torch.manual_seed(seed + step * world + rank)
+        drawn = torch.from_numpy(batch_of(step, len(photos.tokens), batch, seed)[rank::world])
         return weighted(model(photos, drawn.to(accelerator.device)))
 
-    def look() -> tuple[float, str]:
-        found = validate(losses, validation, batch)
-        value = float(weighted(found))
-        return value, f"validation loss {value:.4f}, a position {' '.join(f'{x:.4f}' for x in found.tolist())}"
+    def check() -> tuple[float, str]:
+        positions = validate(losses, validation, batch)
+        mean = float(weighted(positions))
+        return mean, f"validation loss {mean:.4f}, a position {' '.join(f'{x:.4f}' for x in positions.tolist())}"
 
     save = partial(losses.tokens.save_pretrained, out, half=True)
     kept = Kept(out / "tokens.safetensors", out.with_name(f"{out.name}-checkpoint.safetensors"), identity)
-    run_steps(accelerator, losses, one_cycle(adam, rate, steps), steps, CHECKS, loss, look, save, kept, log)
+    run_steps(accelerator, losses, one_cycle(adam, rate, steps), steps=steps, checks=CHECKS, loss=loss, check=check,
+              save=save, kept=kept, log=log)  # fmt: skip
 
 
 def weighted(losses: Tensor) -> Tensor:
-    """The losses of the positions (T,) in one: weights fall linearly from 2 to 1 and add up to 1."""
+    """Return the mean of the positions' losses (T,) with weights that fall linearly from 2 to 1."""
     weights = torch.linspace(2.0, 1.0, len(losses), device=losses.device)
     return (losses * weights).sum() / weights.sum()
 
 
 @torch.no_grad()
 def validate(losses: Losses, photos: Photos, batch: int) -> Tensor:
-    """The mean loss of each position (T,) over all photos."""
+    """Return the mean loss of each position (T,) over all photos."""
     losses.eval()
     rows = torch.arange(len(photos.tokens), device=photos.tokens.device)
     parts = [losses(photos, part) * len(part) for part in torch.split(rows, batch)]
@@ -133,7 +136,7 @@ def validate(losses: Losses, photos: Photos, batch: int) -> Tensor:
 
 
 class Losses(nn.Module):
-    """Mean cross-entropy of each position, neighbors looked up in the gallery."""
+    """This module computes the mean cross-entropy of each position; neighbors are looked up in the gallery."""
 
     def __init__(self, tokens: TokenModel, index: GeoIndex, device: torch.device | str = "cpu") -> None:
         super().__init__()
@@ -141,18 +144,17 @@ class Losses(nn.Module):
         # No buffers: several processes would send them round before every step.
         vectors = index.vectors(np.arange(index.faiss_index.ntotal)).astype(np.float16)
         cells = S2Tokenizer(tokens.config.level, tokens.config.group).encode(*index.lat_lon.T)
-        self.gallery, self.cells, self.places = (
-            torch.from_numpy(array).to(device) for array in (vectors, cells, index.lat_lon)
-        )
+        arrays = vectors, cells, index.lat_lon
+        self.gallery, self.cells, self.places = (torch.from_numpy(array).to(device) for array in arrays)
 
     def memory(self, photos: Photos, drawn: Tensor) -> Tensor:
-        """The token model's memory of the photos at ``drawn`` (B,)."""
+        """Return the token model's memory of the photos at ``drawn`` (B,)."""
         rows = photos.neighbors[drawn]
-        query, near = photos.vectors[drawn].float(), self.gallery[rows].float()
-        return self.tokens.memory_of(query, near, self.cells[rows], self.places[rows])
+        query, neighbors = photos.vectors[drawn].float(), self.gallery[rows].float()
+        return self.tokens.memory_of(query, neighbors, self.cells[rows], self.places[rows])
 
     def forward(self, photos: Photos, drawn: Tensor) -> Tensor:
-        """Losses (T,) of the photos at ``drawn`` (B,)."""
+        """Return the losses (T,) of the photos at ``drawn`` (B,)."""
         target = photos.tokens[drawn]
         logits = self.tokens.logits(self.memory(photos, drawn), target)
         return torch.stack([cross_entropy(logit.float(), target[:, t]) for t, logit in enumerate(logits)])
@@ -161,25 +163,23 @@ class Losses(nn.Module):
 def read_photos(
     tables: Tables, index: GeoIndex, config: TokenConfig, held_out: int, seed: int
 ) -> tuple[Photos, Photos]:
-    """Photos to train on, from tables up to their neighbors, and ``held_out`` of the gallery to validate.
+    """Return the photos to train on, from tables up to their neighbors, and ``held_out`` gallery photos to validate by.
 
     Where the gallery is trained on, the held-out photos and all that show the same pixels are left out. A photo is
-    never its own neighbor: GeoToken skips the first hit, here whatever has the photo's own pixels is passed over.
+    never its own neighbor: GeoToken skips the first hit, this code all gallery photos with the same pixels.
     Raises GeoError when nothing is left to train on.
     """
-    tokenizer = S2Tokenizer(config.level, config.group)
+
+    def photos_of(vectors: NDArray[np.float32], neighbors: NDArray[np.int64], lat_lon: Floats) -> Photos:
+        arrays = vectors.astype(np.float16), neighbors, S2Tokenizer(config.level, config.group).encode(*lat_lon.T)
+        return Photos(*map(torch.from_numpy, arrays))
+
     rows = np.random.default_rng([seed, held_out]).permutation(index.faiss_index.ntotal)[:held_out]
-    vectors = index.vectors(rows)
-    digests = index.rows["digest"].take(rows).to_pylist()
-    near = index.search(vectors, config.neighbors, Tuning().search_weights, digests).rows
-    validation = _photos(vectors, near, tokenizer.encode(*index.lat_lon[rows].T))
-    places = tables.photos.lat_lon
-    kept = np.isfinite(places).all(axis=1) & ~np.isin(tables.embeddings.digests, digests)
-    if not kept.any():
+    vectors, digests = index.vectors(rows), index.rows["digest"].take(rows).to_pylist()
+    neighbors = index.search(vectors, config.neighbors, Tuning().search_weights, digests).rows
+    lat_lon = tables.photos.lat_lon
+    usable = np.isfinite(lat_lon).all(axis=1) & ~np.isin(tables.embeddings.digests, digests)
+    if not usable.any():
         raise GeoError("no photo with a place is left to train on: hold out fewer")
-    own = tables.embeddings.vectors[kept]
-    return _photos(own, tables.neighbors.rows[kept], tokenizer.encode(*places[kept].T)), validation
-
-
-def _photos(vectors: NDArray[np.float32], neighbors: NDArray[np.int64], tokens: NDArray[np.int64]) -> Photos:
-    return Photos(*map(torch.from_numpy, (vectors.astype(np.float16), neighbors, tokens)))
+    photos = photos_of(tables.embeddings.vectors[usable], tables.neighbors.rows[usable], lat_lon[usable])
+    return photos, photos_of(vectors, neighbors, index.lat_lon[rows])

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command import call, fails
 from safetensors.torch import load_file, save_file
 from tiny import OneLine
 from torch import Tensor
 
-from rag_geotoken.cli.app import main
 from rag_geotoken.geo.cells import S2Tokenizer
 from rag_geotoken.peers.convert import convert_geotoken
 from rag_geotoken.tokens.decoding import beam, greedy
@@ -265,20 +265,16 @@ def test_a_refusal_leaves_the_folder_as_it_was(state: State, tmp_path: Path, one
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def call(*arguments: object) -> tuple[Any, str, str]:
-        with pytest.raises(SystemExit) as end:
-            main(["convert", "geotoken", *map(str, arguments)])
-        return end.value.code or 0, *capsys.readouterr()
-
-    code, said, _ = call(WEIGHTS, "--out", tmp_path / "out", "--heads", 4)
-    assert code == 0 and "level 20" in said and "4 heads" in said and "15 neighbors" in said
+    assert call("convert", "geotoken", WEIGHTS, "--out", tmp_path / "out", "--heads", 4) == 0
+    shown = capsys.readouterr().out
+    assert "level 20" in shown and "4 heads" in shown and "15 neighbors" in shown
     assert TokenModel.from_pretrained(tmp_path / "out").config == SIZES
-    code, _, said = call(tmp_path / "nowhere.pth", "--out", tmp_path / "other")
-    assert code == 1 and said.startswith("rag-geotoken: there is no file") and said.count("\n") == 1
-    assert call(WEIGHTS, "--out", tmp_path / "other", "--heads", 0)[0] == 2
-    assert call(WEIGHTS)[0] == 2
+    convert, other = ("convert", "geotoken", WEIGHTS), tmp_path / "other"
+    assert "there is no file" in fails(capsys, "convert", "geotoken", tmp_path / "nowhere.pth", "--out", other)
+    assert call(*convert, "--out", other, "--heads", 0) == 2
+    assert call(*convert) == 2
     (tmp_path / "file").touch()
-    code, _, said = call(WEIGHTS, "--out", tmp_path / "file", "--heads", 4)
-    assert code == 1 and "cannot write" in said and said.count("\n") == 1
-    code, said, _ = call("--help")
-    assert code == 0 and "--heads" in said and "safetensors" in said
+    assert "cannot write" in fails(capsys, *convert, "--out", tmp_path / "file", "--heads", 4)
+    assert call("convert", "geotoken", "--help") == 0
+    shown = capsys.readouterr().out
+    assert "--heads" in shown and "safetensors" in shown

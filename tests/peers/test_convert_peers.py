@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command import call, fails
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from tiny import OneLine
 from tiny_clip import save_clip
 from torch import Tensor
 
-from rag_geotoken.cli.app import main
 from rag_geotoken.encoders.alignment import G3, GeoAlignment, LocationEncoder
 from rag_geotoken.encoders.location import LocationConfig
 from rag_geotoken.peers.convert import G3_NAMES, convert_g3, convert_geoclip
@@ -210,16 +210,11 @@ def test_a_wrong_state_dict_of_g3_is_refused_in_one_line(g3: State, tmp_path: Pa
 
 
 def test_the_commands(g3: State, geoclip_package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as end:
-            main(["convert", *map(str, arguments)])
-        return int(end.value.code or 0), *capsys.readouterr()
-
     torch.save(g3, tmp_path / "g3.pth")
-    assert call("g3", tmp_path / "g3.pth", "--out", tmp_path / "g3")[0] == 0
-    code, said, _ = call("geoclip", geoclip_package, "--out", tmp_path / "geoclip")
-    assert code == 0 and "300 places" in said
+    assert call("convert", "g3", tmp_path / "g3.pth", "--out", tmp_path / "g3") == 0
+    assert call("convert", "geoclip", geoclip_package, "--out", tmp_path / "geoclip") == 0
+    assert "300 places" in capsys.readouterr().out
     for what in ("g3", "geoclip"):
-        code, _, said = call(what, tmp_path / "nowhere", "--out", tmp_path / "other")
-        assert code == 1 and said.startswith("rag-geotoken: there is no file") and said.count("\n") == 1
-        assert call(what, tmp_path)[0] == 2
+        missing = fails(capsys, "convert", what, tmp_path / "nowhere", "--out", tmp_path / "other")
+        assert missing.startswith("rag-geotoken: there is no file")
+        assert call("convert", what, tmp_path) == 2

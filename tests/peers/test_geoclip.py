@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command import call, fails
 from tiny import OneLine
 from tiny_clip import save_clip, save_pictures
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from rag_geotoken.cli.app import main
 from rag_geotoken.encoders.location import LocationEncoder
 from rag_geotoken.geo.sphere import haversine_km
 from rag_geotoken.peers import gallery
@@ -186,12 +186,6 @@ def test_what_does_not_fit_is_said(copied: Path, clip_folder: Path, tmp_path: Pa
         GeoCLIP.from_pretrained(copied, clip_folder)
 
 
-def call(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as end:
-        main([str(a) for a in arguments])
-    return int(end.value.code or 0)
-
-
 def test_locate_without_an_index(
     geoclip: GeoCLIP, geoclip_folder: Path, clip_folder: Path, pictures: list[str], tmp_path: Path
 ) -> None:
@@ -230,13 +224,10 @@ def test_a_stopped_run_goes_on(
     )
     assert call("locate", *pictures, *common) == 0
 
-    def encoded_again(*_: object) -> None:
-        raise AssertionError
-
-    monkeypatch.setattr(GeoCLIP, "embed", encoded_again)
+    monkeypatch.setattr(GeoCLIP, "embed", lambda *_: pytest.fail("embedded again"))
     assert call("locate", *pictures, *common, "--top-k", 2) == 0  # other answers from the same embeddings
-    with pytest.raises(AssertionError):
-        main([str(a) for a in ("locate", *pictures[:3], *common)])
+    with pytest.raises(pytest.fail.Exception, match="embedded again"):
+        call("locate", *pictures[:3], *common)
 
 
 def test_texts_are_answered(
@@ -265,17 +256,10 @@ def test_wrong_usage_and_failures(
     assert call(*locate, *out, "--index", tmp_path, "--top-k", 3) == 2
     assert not (tmp_path / "o.csv").exists()
 
-    def fails(*arguments: object) -> str:
-        capsys.readouterr()
-        assert call(*arguments) == 1
-        shown = capsys.readouterr().err
-        assert shown.startswith("rag-geotoken: ") and shown.count("\n") == 1
-        return shown
-
-    assert "000.png" not in fails("locate", pictures[4], *out, *preset)
-    assert "nowhere" in fails(*locate, *out, *preset[:-1], tmp_path / "nowhere")
-    assert "ask for no more" in fails(*locate, *out, *preset, "--top-k", 301)
-    assert "o.doc" in fails(*locate, "--out", tmp_path / "o.doc", *preset)
+    assert "000.png" not in fails(capsys, "locate", pictures[4], *out, *preset)
+    assert "nowhere" in fails(capsys, *locate, *out, *preset[:-1], tmp_path / "nowhere")
+    assert "ask for no more" in fails(capsys, *locate, *out, *preset, "--top-k", 301)
+    assert "o.doc" in fails(capsys, *locate, "--out", tmp_path / "o.doc", *preset)
 
 
 def test_the_package_may_be_named_at_any_depth(geoclip_package: Path, geoclip_folder: Path, tmp_path: Path) -> None:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
 from tiny import ALIGNMENT, TOKENS, TUNING
 from torch import Tensor
 
 from rag_geotoken.encoders.alignment import GeoAlignment
+from rag_geotoken.photos.blue_marble import cut, draw_views
 from rag_geotoken.storage.recipes import training_recipe
 from rag_geotoken.tokens.model import TokenConfig
 from rag_geotoken.training import tokens
@@ -43,6 +48,48 @@ def quiet(line: str) -> None:
     assert "nan" not in line
 
 
+class Stop(Exception):
+    """This stops a training in the middle."""
+
+
+def stop_after(checks: int) -> Callable[[str], None]:
+    """Return a log that stops a training when it has been called so often."""
+    lines: list[str] = []
+
+    def log(line: str) -> None:
+        lines.append(line)
+        if len(lines) == checks:
+            raise Stop
+
+    return log
+
+
+def files(out: Path, checkpoint: str = "checkpoint") -> dict[str, bytes]:
+    """Return the contents of the weights in a folder and of the checkpoint beside it."""
+    paths = [*out.glob("*.*"), out.with_name(f"{out.name}-{checkpoint}.safetensors")]
+    return {path.name: path.read_bytes() for path in paths}
+
+
+@contextmanager
+def single_precision() -> Iterator[None]:
+    """Train as ``accelerate launch --mixed_precision no`` does; accelerate knows one precision a process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+        AcceleratorState._reset_state(reset_partial_state=True)
+        yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def save_pictures(folder: Path, places: list[str], split: str = "train", seed: int = 0, of: int = 0) -> str:
+    """Save the first views of so many as PNG files, with places ("LAT,LON") in photos.csv, and return the source."""
+    folder.mkdir(exist_ok=True)
+    lines = [f"{i:02}.png,{place}" for i, place in enumerate(places)]
+    for i, pixels in enumerate(cut(draw_views(split, of or len(places), seed)[: len(places)])):
+        Image.fromarray(pixels).save(folder / f"{i:02}.png")
+    (folder / "photos.csv").write_text("\n".join(["file,lat,lon", *lines, ""]))
+    return f"folder:{folder}"
+
+
 def save_alignment(folder: Path) -> Path:
     """A folder with an untrained tiny alignment, the same at every call."""
     with torch.random.fork_rng(devices=[]):
@@ -62,10 +109,16 @@ def tiny() -> Iterator[None]:
         yield
 
 
-def toml(settings: dict[str, Any], path: Path, section: str = "tokens") -> Path:
-    """A recipe of one training and its gallery as a file."""
-    lines = [f"{name} = {value!r}" for name, value in settings.items()]
-    path.write_text("\n".join([f"gallery = {GALLERY!r}", f"[{section}]", *lines, ""]))
+def toml(value: Any) -> str:
+    """Return a value as TOML."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name} = {toml(each)}" for name, each in value.items()) + "}"
+    return json.dumps(value)
+
+
+def write_recipe(path: Path, recipe: dict[str, Any]) -> Path:
+    """Write a recipe as a file."""
+    path.write_text("".join(f"{name} = {toml(value)}\n" for name, value in recipe.items()))
     return path
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from tiny import ALIGNMENT, OneLine
-from tiny_training import quiet
-from torch import Tensor, nn
+from tiny_training import Stop, files, quiet, stop_after
+from torch import nn
 
 from rag_geotoken.encoders.alignment import GeoAlignment
 from rag_geotoken.geo.sphere import haversine_km
@@ -36,19 +37,15 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Floats]:
 
 
 def test_training_is_seeded_and_sees_no_cell_kept_for_unseen(drawn: list[Floats], tmp_path: Path) -> None:
-    def train(seed: int) -> dict[str, Tensor]:
-        out = tmp_path / str(len(drawn))
-        train_alignment(out, "", source=SOURCE, steps=2, batch=6, rate=1e-3, seed=seed, log=quiet)
-        model = GeoAlignment.from_pretrained(out)
-        assert all(torch.isfinite(value).all() for value in model.state_dict().values())
-        return model.state_dict()
+    def train(seed: int, name: str) -> bytes:
+        train_alignment(tmp_path / name, "", source=SOURCE, steps=2, batch=6, rate=1e-3, seed=seed, log=quiet)
+        state = GeoAlignment.from_pretrained(tmp_path / name).state_dict()
+        assert all(torch.isfinite(value).all() for value in state.values())
+        return (tmp_path / name / "alignment.safetensors").read_bytes()
 
-    def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-        return all(torch.equal(first[key], second[key]) for key in first)
-
-    first = train(0)
+    first = train(0, "first")
     assert [len(views) for views in drawn] == [6, 6]
-    assert same(first, train(0)) and not same(first, train(1))
+    assert first == train(0, "again") and first != train(1, "other")
     places = np.concatenate(drawn)[:, :2]
     assert not is_unseen(*places.T).any()
     assert len(np.unique(places, axis=0)) == 24  # twelve a seed, drawn twice for seed 0
@@ -56,14 +53,14 @@ def test_training_is_seeded_and_sees_no_cell_kept_for_unseen(drawn: list[Floats]
 
 def test_nearby_places_lie_10_to_1000_km_away_in_no_held_out_cell() -> None:
     places = draw_views("train", 3000, 0)[:, :2]
-    there = nearby_places(places, np.random.default_rng(0), is_unseen)
-    assert there.shape == (9000, 2) and not is_unseen(*there.T).any()
-    km = haversine_km(*np.repeat(places, 3, axis=0).T, *there.T)
+    nearby = nearby_places(places, np.random.default_rng(0), is_unseen)
+    assert nearby.shape == (9000, 2) and not is_unseen(*nearby.T).any()
+    km = haversine_km(*np.repeat(places, 3, axis=0).T, *nearby.T)
     # The few that fell into a held-out cell are other photos' places.
     inside = (km >= 9.999) & (km <= 1000.001)
     assert 0.95 < inside.mean() < 1
     assert np.log(km[inside]).mean() == pytest.approx(math.log(100.0), abs=0.05)
-    np.testing.assert_array_equal(there, nearby_places(places, np.random.default_rng(0), is_unseen))
+    np.testing.assert_array_equal(nearby, nearby_places(places, np.random.default_rng(0), is_unseen))
 
 
 def test_the_losses_are_contrastive_both_ways() -> None:
@@ -94,29 +91,17 @@ def test_the_losses_are_contrastive_both_ways() -> None:
     assert text_loss.item() == pytest.approx(expected, abs=1e-4)
 
 
-class Stop(Exception):
-    """What stops a training in the middle."""
-
-
 def test_stopped_anywhere_ends_in_the_same_bytes(tmp_path: Path, drawn: list[Floats]) -> None:
     """Also batch statistics, and the places beside each photo, which come from a stream of their own."""
 
-    def train(out: Path, stop: int = 0) -> dict[str, bytes]:
-        lines: list[str] = []
-
-        def log(line: str) -> None:
-            lines.append(line)
-            if len(lines) == stop:
-                raise Stop
-
+    def train(out: Path, log: Callable[[str], None] = quiet) -> dict[str, bytes]:
         train_alignment(out, "a", source=SOURCE, steps=5, batch=4, rate=1e-3, seed=3, log=log)
-        paths = [*out.iterdir(), out.with_name(f"{out.name}-alignment-checkpoint.safetensors")]
-        return {path.name: path.read_bytes() for path in paths}
+        return files(out, "alignment-checkpoint")
 
     whole = train(tmp_path / "whole" / "w")
-    for stop in (2, 1):
+    for checks in (2, 1):
         with pytest.raises(Stop):
-            train(tmp_path / "w", stop)
+            train(tmp_path / "w", stop_after(checks))
     drawn.clear()
     assert train(tmp_path / "w") == whole
     assert len(drawn) == 2, "only what was left was cut"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,34 +9,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from command import call
 from tiny import OneLine
 from tiny_clip import save_clip
-from tiny_training import start, toml
-from torch.nn.functional import cross_entropy, normalize
+from tiny_training import Stop, files, save_pictures, single_precision, start, stop_after, write_recipe
+from torch.nn.functional import normalize
 
-from rag_geotoken.cli.app import main
 from rag_geotoken.encoders.alignment import G3, GeoAlignment, LocationEncoder
 from rag_geotoken.encoders.location import LocationConfig
 from rag_geotoken.index.geo_index import GeoIndex
 from rag_geotoken.options import Options
-from rag_geotoken.photos.blue_marble import cut, draw_views
 from rag_geotoken.photos.pictures import load_pictures
 from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.storage.parquet import read_table
 from rag_geotoken.training import run
-from rag_geotoken.training.contrast import Losses, gps_loss, text_loss
+from rag_geotoken.training.contrast import Losses, text_loss
 from rag_geotoken.training.examples import STREET_VIEW, Examples, read_examples
 from rag_geotoken.training.heads import train_heads
 from rag_geotoken.training.processes import make_accelerator
 
-DIM = 16
+DIM, CHECKPOINT = 16, "alignment-checkpoint"
 CONFIG = replace(G3, dim=DIM, location_dim=8, hidden=16, frequencies=4, sigmas=(1.0, 4.0))
 NUMBERS: dict[str, Any] = {"epochs": 6, "batch": 16, "rate": 1e-2, "decay": 1e-6, "seed": 3}
-
-
-class Stop(Exception):
-    """What stops a training in the middle."""
 
 
 def examples(count: int = 70, seed: int = 0) -> Examples:
@@ -52,35 +45,12 @@ def examples(count: int = 70, seed: int = 0) -> Examples:
 
 
 def train(out: Path, log: Any = lambda line: None, identity: str = "a", **changes: Any) -> GeoAlignment:
-    train_heads(CONFIG, examples(), examples(20, 1), out, identity, **NUMBERS | changes, log=log)
+    train_heads(CONFIG, examples(), examples(20, 1), out=out, identity=identity, **NUMBERS | changes, log=log)
     return GeoAlignment.from_pretrained(out)
-
-
-def files(out: Path) -> dict[str, bytes]:
-    paths = [*out.iterdir(), out.with_name(f"{out.name}-alignment-checkpoint.safetensors")]
-    return {path.name: path.read_bytes() for path in paths}
 
 
 def unit(rows: int, seed: int) -> torch.Tensor:
     return normalize(torch.randn(rows, DIM, generator=torch.Generator().manual_seed(seed)), dim=1)
-
-
-def test_the_losses_are_those_of_g3() -> None:
-    """Where every photo has a text of its own: symmetric cross-entropy against the diagonal."""
-    photo, other, scale = unit(6, 0), unit(6, 1), torch.tensor(1.5)
-    logits, target = math.exp(1.5) * photo @ other.T, torch.arange(6)
-    wanted = (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
-    torch.testing.assert_close(gps_loss(photo, other, scale), wanted)
-    torch.testing.assert_close(text_loss(photo, other, target, scale), wanted)
-
-
-def test_a_text_shared_by_photos_is_right_for_each() -> None:
-    photo, words, scale = unit(4, 0), unit(3, 1)[[0, 1, 0, 2]], torch.tensor(0.7)
-    logits = (math.exp(0.7) * photo @ words.T).double()
-    same = torch.tensor([[1, 0, 1, 0], [0, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]]).double()
-    same /= same.sum(1, keepdim=True)
-    wanted = -(same * logits.log_softmax(1)).sum() / 8 - (same * logits.T.log_softmax(1)).sum() / 8
-    assert text_loss(photo, words, torch.tensor([0, 1, 0, 2]), scale).item() == pytest.approx(wanted.item(), abs=1e-5)
 
 
 def test_a_photo_without_text_changes_nothing_for_others() -> None:
@@ -110,26 +80,12 @@ def test_training_learns_and_keeps_the_best(tmp_path: Path) -> None:
 
 def test_stopped_anywhere_ends_in_the_same_bytes(tmp_path: Path) -> None:
     train(tmp_path / "whole" / "w")
-    for stop in (1, 3):
-        lines: list[str] = []
-
-        def log(line: str, lines: list[str] = lines, stop: int = stop) -> None:
-            lines.append(line)
-            if len(lines) == stop:
-                raise Stop
-
+    for checks in (1, 3):
         with pytest.raises(Stop):
-            train(tmp_path / "w", log)
-    lines = []
+            train(tmp_path / "w", stop_after(checks))
+    lines: list[str] = []
     train(tmp_path / "w", lines.append)
-    assert len(lines) == 2 and files(tmp_path / "w") == files(tmp_path / "whole" / "w")
-
-
-def test_another_identity_begins_anew(tmp_path: Path) -> None:
-    train(tmp_path / "w", identity="b", rate=1e-3)
-    train(tmp_path / "w")
-    train(tmp_path / "whole" / "w")
-    assert files(tmp_path / "w") == files(tmp_path / "whole" / "w")
+    assert len(lines) == 2 and files(tmp_path / "w", CHECKPOINT) == files(tmp_path / "whole" / "w", CHECKPOINT)
 
 
 def test_the_rate_falls_by_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +147,7 @@ def test_examples_are_the_backbones(trained: Path, clip: Path) -> None:
     folder, alignment = trained.with_name("w-index") / "stages", GeoAlignment.from_pretrained(trained)
     assert alignment.config.backbone == str(clip) and alignment.config.location == "equal_earth"
     photos, held = read_examples(folder, 8, 1)
-    assert (photos.count, held.count) == (52, 8) and not set(photos.rows.tolist()) & set(held.rows.tolist())
+    assert (len(photos.rows), len(held.rows)) == (52, 8) and not set(photos.rows.tolist()) & set(held.rows.tolist())
     features, lat_lon, texts, names = held.batch(torch.arange(8), torch.device("cpu"))
     table = read_table(folder / "photos.parquet")
     rows = table.take(held.rows.numpy())
@@ -205,26 +161,18 @@ def test_examples_are_the_backbones(trained: Path, clip: Path) -> None:
 
 
 def test_asked_again_nothing_is_embedded_or_trained(trained: Path, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = files(trained)
+    before = files(trained, CHECKPOINT)
     for name in ("images", "texts"):
         monkeypatch.setattr(f"rag_geotoken.encoders.clip.ClipEncoder.{name}", lambda *_: pytest.fail("embedded again"))
     monkeypatch.setattr("torch.optim.AdamW.step", lambda *_: pytest.fail("trained again"))
     run.train("heads", {"heads": SETTINGS | {"backbone": str(clip)}}, trained)
-    assert files(trained) == before
-
-
-def call(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as end:
-        main([str(argument) for argument in arguments])
-    return int(end.value.code or 0)
+    assert files(trained, CHECKPOINT) == before
 
 
 def test_the_index_takes_the_projections_up_and_photos_are_located(
     trained: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The road without a token model: neighbors and places by GPS embedding, verified by the alignment."""
-    from PIL import Image
-
     index = trained.with_name("w-index")
     with monkeypatch.context() as patch:
         patch.setattr("rag_geotoken.encoders.clip.ClipEncoder.images", lambda *_: pytest.fail("embedded again"))
@@ -233,9 +181,8 @@ def test_the_index_takes_the_projections_up_and_photos_are_located(
     gallery = GeoIndex.load(index, GeoAlignment.from_pretrained(trained).heads)
     assert (gallery.manifest["rows"], gallery.manifest["dim"]) == (60, DIM)
     pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    for i, pixels in enumerate(cut(draw_views("train", 3, 4))):
-        Image.fromarray(pixels).save(pictures / f"{i}.png")
+    save_pictures(pictures, [","] * 3, seed=4)
+    (pictures / "photos.csv").unlink()
     (pictures / "broken.png").write_text("no picture")
     out = tmp_path / "answers.parquet"
     road = ["locate", pictures, "--index", index, "--weights", trained, "--neighbors", 5, "--out", out]
@@ -245,7 +192,7 @@ def test_the_index_takes_the_projections_up_and_photos_are_located(
     answers = read_table(out)
     assert answers["error"].null_count == 3 and answers["lat"].null_count == 1
     found = Geolocator.from_pretrained(index, trained, str(clip))(
-        [str(pictures / f"{i}.png") for i in range(3)], Options(neighbors=5, propose=())
+        [str(pictures / f"{i:02}.png") for i in range(3)], Options(neighbors=5, propose=())
     )
     known = {row["id"]: row for row in answers.to_pylist() if row["error"] is None}
     for prediction in found:
@@ -253,21 +200,14 @@ def test_the_index_takes_the_projections_up_and_photos_are_located(
         assert (prediction.lat, prediction.lon) == pytest.approx((row["lat"], row["lon"]), abs=1e-6)
 
 
-@pytest.fixture
-def float32(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def test_two_processes_train_what_one_does(clip: Path, tmp_path: Path, float32: None) -> None:
+def test_two_processes_train_what_one_does(clip: Path, tmp_path: Path) -> None:
     """All photos of a batch are compared with all, on whichever process they are."""
     settings = SETTINGS | {"backbone": str(clip), "rate": 1e-2}
-    recipe = toml(settings, tmp_path / "recipe.toml", "heads")
+    recipe = write_recipe(tmp_path / "recipe.toml", {"heads": settings})
     (tmp_path / "shared").mkdir()
-    process = start(["train", "heads", str(recipe), "--out", str(tmp_path / "shared" / "w")], 2)
-    run.train("heads", {"heads": settings}, tmp_path / "alone" / "w")
+    with single_precision():
+        process = start(["train", "heads", str(recipe), "--out", str(tmp_path / "shared" / "w")], 2)
+        run.train("heads", {"heads": settings}, tmp_path / "alone" / "w")
     said = process.communicate(timeout=120)[1]
     assert process.returncode == 0, said
     alone, shared = (GeoAlignment.from_pretrained(tmp_path / name / "w") for name in ("alone", "shared"))

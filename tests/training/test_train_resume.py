@@ -6,17 +6,29 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tiny import TOKENS, OneLine
-from tiny_training import GALLERY, SETTINGS, quiet, save_alignment, start, tiny, toml
+from tiny_training import (
+    GALLERY,
+    SETTINGS,
+    Stop,
+    files,
+    quiet,
+    save_alignment,
+    save_pictures,
+    single_precision,
+    start,
+    stop_after,
+    tiny,
+    write_recipe,
+)
 
 from rag_geotoken.encoders.alignment import GeoAlignment
 from rag_geotoken.index.geo_index import GeoIndex
@@ -35,10 +47,6 @@ RECIPE: dict[str, Any] = {"gallery": GALLERY}
 Train = Callable[..., TokenModel]
 
 
-class Stop(Exception):
-    """What stops a training in the middle."""
-
-
 @pytest.fixture(scope="module")
 def both(index_folder: Path, geolocator: Geolocator, tmp_path_factory: pytest.TempPathFactory) -> tuple[Photos, Photos]:
     folder = tmp_path_factory.mktemp("photos") / "stages"
@@ -51,27 +59,10 @@ def both(index_folder: Path, geolocator: Geolocator, tmp_path_factory: pytest.Te
 @pytest.fixture
 def train(gallery: GeoIndex, both: tuple[Photos, Photos]) -> Train:
     def call(out: Path, identity: str = "a", log: Callable[[str], None] = quiet) -> TokenModel:
-        train_tokens(CONFIG, gallery, *both, out, identity, **NUMBERS, log=log)
+        train_tokens(CONFIG, gallery, *both, out=out, identity=identity, **NUMBERS, log=log)
         return TokenModel.from_pretrained(out)
 
     return call
-
-
-def stop_after(checks: int) -> Callable[[str], None]:
-    lines: list[str] = []
-
-    def log(line: str) -> None:
-        lines.append(line)
-        if len(lines) == checks:
-            raise Stop
-
-    return log
-
-
-def files(out: Path) -> dict[str, bytes]:
-    """The weights in a folder and the checkpoint beside it."""
-    paths = [*out.glob("tokens.*"), out.with_name(f"{out.name}-checkpoint.safetensors")]
-    return {path.name: path.read_bytes() for path in paths}
 
 
 @pytest.fixture
@@ -139,16 +130,16 @@ def test_whatever_a_training_follows_from_is_known_again(
     change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known: list[str] = []
-    monkeypatch.setattr(tokens, "train_tokens", lambda *given, **_: known.append(given[5]))
+    monkeypatch.setattr(tokens, "train_tokens", lambda *_, identity, **__: known.append(identity))
     folder, settings = tmp_path / "photos", SETTINGS | {"source": f"folder:{tmp_path / 'photos'}"}
     out = save_alignment(tmp_path / "w")
-    _pictures(folder, lat=10.0)
+    save_pictures(folder, ["10,20", "30,40"])
     recipe = RECIPE | {"tokens": settings}
     with tiny():
         run.train("tokens", recipe, out)
         run.train("tokens", recipe, out)
         if change == "place":
-            _pictures(folder, lat=11.0)
+            save_pictures(folder, ["11,20", "30,40"])
         if change == "seed":
             recipe["tokens"] = settings | {"seed": 2}
         index = tmp_path / "other" if change == "gallery" else None
@@ -158,20 +149,11 @@ def test_whatever_a_training_follows_from_is_known_again(
     assert known[0] == known[1] != known[2]
 
 
-def _pictures(folder: Path, lat: float) -> None:
-    from PIL import Image
-
-    from rag_geotoken.photos.blue_marble import cut, draw_views
-
-    folder.mkdir(exist_ok=True)
-    for i, pixels in enumerate(cut(draw_views("train", 2, 0))):
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-    (folder / "photos.csv").write_text(f"file,lat,lon\n0.png,{lat},20\n1.png,30,40\n")
-
-
 @pytest.mark.slow
 def test_killed_processes_end_in_the_same_bytes(tmp_path: Path) -> None:
-    recipe = toml(SETTINGS | {"epochs": 25}, tmp_path / "recipe.toml")  # 150 steps, a check every 15
+    recipe = write_recipe(
+        tmp_path / "recipe.toml", RECIPE | {"tokens": SETTINGS | {"epochs": 25}}
+    )  # 150 steps, a check every 15
     killed, through = (save_alignment(tmp_path / name / "w") for name in ("killed", "through"))
     checkpoint = killed.with_name("w-checkpoint.safetensors")
     process = start(["train", "tokens", str(recipe), "--out", str(killed)])
@@ -188,23 +170,14 @@ def test_killed_processes_end_in_the_same_bytes(tmp_path: Path) -> None:
     assert files(killed) == files(through)
 
 
-@pytest.fixture
-def float32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As ``accelerate launch --mixed_precision no`` says it; accelerate knows one precision a process."""
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.mark.slow
-def test_two_processes_train_what_one_does(tmp_path: Path, float32: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_train_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DROPOUT", "0")  # each process drops its own
     settings = SETTINGS | {"source": "blue-marble:train,n=80,seed=1", "epochs": 2, "batch": 40}  # four steps
-    recipe = toml(settings, tmp_path / "recipe.toml")
+    recipe = write_recipe(tmp_path / "recipe.toml", RECIPE | {"tokens": settings})
     alone, shared = (save_alignment(tmp_path / name / "w") for name in ("alone", "shared"))
-    process = start(["train", "tokens", str(recipe), "--out", str(shared)], 2, NOTES=str(tmp_path / "notes"))
-    with tiny():
+    with tiny(), single_precision():
+        process = start(["train", "tokens", str(recipe), "--out", str(shared)], 2, NOTES=str(tmp_path / "notes"))
         run.train("tokens", RECIPE | {"tokens": settings}, alone)
     said = process.communicate(timeout=120)[1]
     assert process.returncode == 0, said

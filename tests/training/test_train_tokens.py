@@ -131,7 +131,7 @@ def test_held_out_photos_are_never_trained_on(
     held = set[int]().union(*rows_of(validation.vectors, index))
     assert len(validation.tokens) == 20 and len(held) > 20  # one of those that stand twice is among them
     assert len(photos.tokens) == len(index.rows) - len(held)
-    train_tokens(TOKENS, index, photos, validation, tmp_path / "w", "a", **NUMBERS, log=quiet)
+    train_tokens(TOKENS, index, photos, validation, out=tmp_path / "w", identity="a", **NUMBERS, log=quiet)
     trained = set[int]().union(*rows_of(torch.cat(seen), index))
     assert len(torch.cat(seen)) == 3 * 16 * (len(photos.tokens) // 16)
     assert len(trained) > 90 and not trained & held
@@ -154,7 +154,7 @@ def test_the_same_seed_gives_the_same_bytes(
 
     def train(seed: int, name: str) -> bytes:
         numbers = NUMBERS | {"seed": seed, "epochs": 1}
-        train_tokens(config, index, *both, tmp_path / name, "a", **numbers, log=quiet)
+        train_tokens(config, index, *both, out=tmp_path / name, identity="a", **numbers, log=quiet)
         assert TokenModel.from_pretrained(tmp_path / name).config == config
         torch.randn(7)  # what else was drawn in this process changes nothing
         return (tmp_path / name / "tokens.safetensors").read_bytes()
@@ -168,7 +168,7 @@ def test_dropout_is_on_in_training_alone(both: tuple[Photos, Photos], index: Geo
     def lines(dropout: float) -> tuple[list[str], dict[str, Tensor]]:
         said: list[str] = []
         config, out = replace(TOKENS, dropout=dropout), tmp_path / str(dropout)
-        train_tokens(config, index, *both, out, "a", **NUMBERS | {"rate": 1e-30}, log=said.append)
+        train_tokens(config, index, *both, out=out, identity="a", **NUMBERS | {"rate": 1e-30}, log=said.append)
         return said, load_file(tmp_path / f"{dropout}-checkpoint.safetensors")
 
     (without, still), (with_it, moved) = lines(0.0), lines(0.5)
@@ -178,7 +178,9 @@ def test_dropout_is_on_in_training_alone(both: tuple[Photos, Photos], index: Geo
 
 def test_training_learns(both: tuple[Photos, Photos], index: GeoIndex, tmp_path: Path) -> None:
     photos, lines = both[0], list[str]()
-    train_tokens(TOKENS, index, photos, photos, tmp_path / "w", "a", **NUMBERS | {"epochs": 25}, log=lines.append)
+    train_tokens(
+        TOKENS, index, photos, photos, out=tmp_path / "w", identity="a", **NUMBERS | {"epochs": 25}, log=lines.append
+    )
     faces = [float(line.split("position ")[1].split()[0]) for line in lines]
     assert len(faces) == 10 and faces[-1] < faces[0] - 0.5
 
@@ -195,7 +197,7 @@ def test_the_weights_with_the_lowest_validation_loss_are_kept(
         return torch.full((3,), float(values[len(had) - 1]))
 
     monkeypatch.setattr(tokens, "validate", validate)
-    train_tokens(TOKENS, index, *both, tmp_path / "w", "a", **NUMBERS | {"epochs": 5}, log=quiet)
+    train_tokens(TOKENS, index, *both, out=tmp_path / "w", identity="a", **NUMBERS | {"epochs": 5}, log=quiet)
     best = had[int(np.argmin(values))]
     kept = load_file(tmp_path / "w" / "tokens.safetensors")
     assert len(had) == 10 and kept.keys() == best.keys() and all(torch.equal(kept[name], best[name]) for name in best)
@@ -207,7 +209,7 @@ def test_a_loss_that_is_no_number_is_named(
 ) -> None:
     monkeypatch.setattr(tokens, "validate", lambda *_: torch.full((3,), math.nan))
     with one_line("validation loss is nan at step 2: .*lower rate"):
-        train_tokens(TOKENS, index, *both, tmp_path / "w", "a", **NUMBERS, log=quiet)
+        train_tokens(TOKENS, index, *both, out=tmp_path / "w", identity="a", **NUMBERS, log=quiet)
     assert not list(tmp_path.iterdir())
 
 
@@ -215,10 +217,10 @@ def test_batches_that_cannot_be_filled_or_shared_are_named(
     both: tuple[Photos, Photos], index: GeoIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_line: OneLine
 ) -> None:
     with one_line("photos, batches of 200, 1 processes"):
-        train_tokens(TOKENS, index, *both, tmp_path / "w", "a", **NUMBERS | {"batch": 200}, log=quiet)
+        train_tokens(TOKENS, index, *both, out=tmp_path / "w", identity="a", **NUMBERS | {"batch": 200}, log=quiet)
     monkeypatch.setattr(tokens, "make_accelerator", lambda: SimpleNamespace(process_index=0, num_processes=3))
     with one_line("batches of 16, 3 processes"):
-        train_tokens(TOKENS, index, *both, tmp_path / "w", "a", **NUMBERS, log=quiet)
+        train_tokens(TOKENS, index, *both, out=tmp_path / "w", identity="a", **NUMBERS, log=quiet)
 
 
 def test_nothing_left_to_train_on_is_named(tables: Tables, index: GeoIndex, one_line: OneLine) -> None:

@@ -11,15 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image
 from tiny import ROWS, OneLine
-from tiny_training import NO_CHOICE, quiet
+from tiny_training import NO_CHOICE, quiet, save_pictures
 
 from rag_geotoken.decision.confidence import fit_calibration
 from rag_geotoken.decision.tuning import Tuning, load_tuning
 from rag_geotoken.models import Models
 from rag_geotoken.options import Options
-from rag_geotoken.photos.blue_marble import cut, draw_views
 from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.run import stages
 from rag_geotoken.storage.files import write_json
@@ -100,27 +98,19 @@ def test_without_a_reward_head_there_is_none_to_tune(geolocator: Geolocator) -> 
     assert found.calibration == {name: whole.calibration[name] for name in found.calibration}
 
 
-def _pictures(folder: Path, *rows: str) -> str:
-    folder.mkdir(exist_ok=True)
-    for i, pixels in enumerate(cut(draw_views("validation", len(rows), 0))):
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-    (folder / "photos.csv").write_text("\n".join(["file,lat,lon", *rows, ""]))
-    return f"folder:{folder}"
-
-
 def test_photos_without_a_place_are_left_out(geolocator: Geolocator, tmp_path: Path, one_line: OneLine) -> None:
     lines: list[str] = []
-    some = _pictures(tmp_path / "some", "0.png,10,20", "1.png,,", "2.png,30,40")
+    some = save_pictures(tmp_path / "some", ["10,20", ",", "30,40"], "validation")
     tune(geolocator, some, NO_CHOICE, lines.append)
     assert "pools of 2 validation photos" in lines
     with one_line("has no photo with a place"):
-        tune(geolocator, _pictures(tmp_path / "none", "0.png,,"), NO_CHOICE, quiet)
+        tune(geolocator, save_pictures(tmp_path / "none", [","], "validation"), NO_CHOICE, quiet)
 
 
 def test_a_picture_that_cannot_be_read_is_named(geolocator: Geolocator, tmp_path: Path, one_line: OneLine) -> None:
-    source = _pictures(tmp_path / "photos", "0.png,10,20", "1.png,30,40")
-    (tmp_path / "photos" / "1.png").write_bytes(b"no picture")
-    with one_line(r"tuning needs pictures that can be read: .*1\.png"):
+    source = save_pictures(tmp_path / "photos", ["10,20", "30,40"], "validation")
+    (tmp_path / "photos" / "01.png").write_bytes(b"no picture")
+    with one_line(r"tuning needs pictures that can be read: .*01\.png"):
         tune(geolocator, source, NO_CHOICE, quiet)
 
 
@@ -135,10 +125,7 @@ def test_a_gallery_photo_does_not_find_itself(
         return searched[-1]
 
     monkeypatch.setattr(stages, "search", noted)
-    for i, pixels in enumerate(cut(draw_views("gallery", ROWS, 0)[:3])):
-        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
-    (tmp_path / "photos.csv").write_text("file,lat,lon\n0.png,10,20\n1.png,30,40\n2.png,50,60\n")
-    tune(geolocator, f"folder:{tmp_path}", NO_CHOICE, quiet)
+    tune(geolocator, save_pictures(tmp_path, ["10,20", "30,40", "50,60"], "gallery", of=ROWS), NO_CHOICE, quiet)
     ids = geolocator.index.rows["id"].to_pylist()
     assert len(searched[0].rows) == 3
     for i, rows in enumerate(searched[0].rows.tolist()):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,9 +14,8 @@ import pytest
 import torch
 from command import call
 from numpy.typing import NDArray
-from PIL import Image
 from tiny import OneLine
-from tiny_training import GALLERY, NO_CHOICE, save_alignment, tiny
+from tiny_training import GALLERY, NO_CHOICE, save_alignment, save_pictures, tiny, write_recipe
 
 from rag_geotoken.encoders.alignment import GeoAlignment
 from rag_geotoken.errors import GeoError
@@ -219,10 +217,7 @@ def test_the_recipe_that_ships_fits() -> None:
 def test_wrong_settings_are_named(
     what: str, change: dict[str, Any], words: str, made: tuple[Path, dict[str, Seen]], tmp_path: Path, one_line: OneLine
 ) -> None:
-    out = tmp_path / "weights"
-    out.mkdir()
-    for file in made[0].iterdir():
-        (out / file.name).write_bytes(file.read_bytes())
+    out = copy_weights(made[0], tmp_path / "weights")
     with tiny(), one_line(words):
         run.train(what, RECIPE | {what: TRAININGS[what] | change}, out)
 
@@ -247,11 +242,7 @@ def test_a_recipe_without_a_section_is_named(recipe: dict[str, Any], tmp_path: P
 def test_a_model_that_should_be_there_first_is_named(
     what: str, missing: str, made: tuple[Path, dict[str, Seen]], tmp_path: Path, one_line: OneLine
 ) -> None:
-    out = tmp_path / "weights"
-    out.mkdir()
-    for file in made[0].iterdir():
-        if not file.name.startswith(missing):
-            (out / file.name).write_bytes(file.read_bytes())
+    out = copy_weights(made[0], tmp_path / "weights", *({"alignment", "tokens", "reward", "tuning"} - {missing}))
     with tiny(), one_line(f"{missing}.json"):
         run.train(what, RECIPE, out)
 
@@ -269,16 +260,10 @@ def test_gallery_photos_can_be_trained_on(tmp_path: Path) -> None:
 OTHERS = ("tokens", "reward", "tuning", "verifier", "mllm")  # all that a gallery is trained with
 
 
-def save_pictures(folder: Path, count: int, seed: int) -> str:
-    """A folder of PNG files with their places in photos.csv -> its source."""
-    folder.mkdir()
-    views = draw_views("train", count, seed)
-    lines = ["file,lat,lon"]
-    for i, (view, pixels) in enumerate(zip(views.tolist(), blue_marble.cut(views), strict=True)):
-        Image.fromarray(pixels).save(folder / f"{i:02}.png")
-        lines.append(f"{i:02}.png,{view[0]},{view[1]}")
-    (folder / "photos.csv").write_text("\n".join([*lines, ""]))
-    return f"folder:{folder}"
+def save_views(folder: Path, count: int, seed: int) -> str:
+    """A folder of PNG files with their own places -> its source."""
+    places = [f"{lat},{lon}" for lat, lon, *_ in draw_views("train", count, seed).tolist()]
+    return save_pictures(folder, places, seed=seed)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -295,23 +280,11 @@ def copy_weights(folder: Path, out: Path, *models: str) -> Path:
     return out
 
 
-def written(value: Any) -> str:
-    """A value as TOML."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{name} = {written(each)}" for name, each in value.items()) + "}"
-    return json.dumps(value)
-
-
-def write_recipe(path: Path, recipe: dict[str, Any]) -> Path:
-    path.write_text("".join(f"{name} = {written(value)}\n" for name, value in recipe.items()))
-    return path
-
-
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory, made: tuple[Path, dict[str, Seen]]) -> Path:
     """An index of 60 pictures of a folder, nothing of which is the demo's."""
     folder = tmp_path_factory.mktemp("own")
-    make_index(folder / "index", save_pictures(folder / "gallery", 60, 7), GeoAlignment.from_pretrained(made[0]))
+    make_index(folder / "index", save_views(folder / "gallery", 60, 7), GeoAlignment.from_pretrained(made[0]))
     return folder / "index"
 
 
@@ -319,7 +292,7 @@ def test_every_training_runs_on_any_index_and_leaves_it_as_it_was(
     own: Path, made: tuple[Path, dict[str, Seen]], tmp_path: Path
 ) -> None:
     out, before = copy_weights(made[0], tmp_path / "weights", "alignment"), contents(own)
-    photos, few = save_pictures(tmp_path / "photos", 24, 8), save_pictures(tmp_path / "few", 6, 9)
+    photos, few = save_views(tmp_path / "photos", 24, 8), save_views(tmp_path / "few", 6, 9)
     tuning = {"source": few, "grid": NO_CHOICE}
 
     def train(what: str, source: str = photos) -> dict[str, bytes]:
@@ -413,10 +386,7 @@ def test_here_is_a_folder_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_mistake_of_ours_is_no_wrong_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def mistaken(*_: object) -> None:
-        raise TypeError("unsupported operand")
-
-    monkeypatch.setattr(blue_marble, "draw_views", mistaken)
+    monkeypatch.setattr(blue_marble, "draw_views", lambda: None)  # takes no arguments
     with pytest.raises(TypeError):
         run.train("alignment", RECIPE, tmp_path)
 

@@ -115,7 +115,8 @@ def train_verifier(
 
     kept = Kept(out / "model.safetensors", out.with_name(f"{out.name}-checkpoint.safetensors"), identity)
     save = partial(save_weights, model, kept.weights)
-    run_steps(accelerator, losses, one_cycle(adam, rate, steps), steps, CHECKS, loss, look, save, kept, log)
+    run_steps(accelerator, losses, one_cycle(adam, rate, steps), steps=steps, checks=CHECKS, loss=loss, check=look,
+              save=save, kept=kept, log=log)  # fmt: skip
 
 
 def _begin(examples: Examples, photos: int, vocabulary: int, seed: int) -> tuple[LlavaForConditionalGeneration, Any]:
