@@ -1,4 +1,4 @@
-"""Multimodal models as verifiers: what they are asked, who asks them, and what their answers mean."""
+"""This package asks multimodal models for verdicts: requests, ways to run a model, and how answers are read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ EMBEDDED_FOLDER = EARTH.with_name("earth-verifier")  # the small model that ship
 
 
 def open_client(where: str, model: str | None = None, concurrent: int | None = None) -> Client:
-    """The model at an address or in a folder, checked to be there.
+    """Open the model at an address or in a folder, after checking that it exists.
 
     Args:
         where: ``embedded`` is the small model that ships, ``http://HOST:PORT/v1`` an OpenAI-compatible server,
