@@ -28,18 +28,18 @@ def encode_picture(picture: Image.Image, size: int) -> bytes:
     pixels = Image.fromarray(np.asarray(picture.convert("RGB")))  # drops all metadata
     picture = middle(pixels)  # many a model's own processor enlarges by the shorter side
     longer = max(size, *picture.size)
-    sides = tuple(max(1, round(side * size / longer)) for side in picture.size)
+    width, height = (max(1, round(side * size / longer)) for side in picture.size)
     while True:
-        if sides != picture.size:
-            picture = picture.resize(sides, Image.Resampling.BICUBIC)
-        if max(sides) <= TINY and len(encoded := _encode(picture, "PNG")) <= BYTES:
+        if (width, height) != picture.size:
+            picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+        if max(picture.size) <= TINY and len(encoded := _encode(picture, "PNG")) <= BYTES:
             return encoded
         for quality in QUALITIES:
             if len(encoded := _encode(picture, "JPEG", quality=quality)) <= BYTES:
                 return encoded
-        if max(sides) == 1:
+        if max(picture.size) == 1:
             return encoded  # nothing smaller exists
-        sides = tuple(max(1, side // 2) for side in sides)
+        width, height = (max(1, side // 2) for side in picture.size)
 
 
 def encode_pictures(references: Sequence[Picture], size: int) -> tuple[list[bytes | None], list[str | None]]:

@@ -123,7 +123,7 @@ class ServerClient:
         return body
 
     def _settings(self, http_client: type[Any], timeout: float, retries: int) -> dict[str, Any]:
-        """Return the settings of an openai client: pictures are redirected nowhere, and no local server needs a proxy."""
+        """Return an openai client's settings: pictures are redirected nowhere, and no local server needs a proxy."""
         is_local = urlsplit(self.url).hostname in ("127.0.0.1", "localhost", "::1")
         return {
             "http_client": http_client(follow_redirects=False, trust_env=not is_local),
@@ -162,8 +162,8 @@ def _read(request: Request, completion: Any, seconds: float) -> Reply:
     top = (
         [(entry.token, entry.logprob) for entry in listed.content[0].top_logprobs] if listed and listed.content else []
     )
-    tokens = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
-    return with_log_probs(Reply(texts, (), *tokens, seconds), request.options, top)
+    prompt_tokens, output_tokens = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
+    return with_log_probs(Reply(texts, (), prompt_tokens, output_tokens, seconds), request.options, top)
 
 
 def _one_line(error: Exception) -> str:
