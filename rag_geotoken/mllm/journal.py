@@ -25,15 +25,8 @@ def ask_journaled(client: Client, requests: Sequence[Request], journal: Path, ag
     """Return the replies to all requests: those in the journal as they are, the rest asked and kept as they come.
 
     Requests that are equal are asked once. Only ``seconds`` tells a resumed run's replies from an uninterrupted one's.
-
-    Args:
-        client: The model.
-        requests: In the order in which replies are given back.
-        journal: An SQLite database, made where missing.
-        again: Ask again what failed before. Otherwise a failure in the journal stands.
-
-    Raises:
-        GeoError: the journal cannot be read or written, or is none.
+    The journal is an SQLite database, made where missing. again: Ask again what failed before; otherwise a failure in
+    the journal stands. Raises GeoError where the journal cannot be read or written, or is none.
     """
     keys = [(request.image_hash(), request.prompt_hash(), client.model) for request in requests]
     with _opened(journal) as database:

@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -67,12 +68,9 @@ def parse_place(text: str) -> Answer:
     """
     text = text[-LONGEST:].rpartition("</think>")[2]
     for value in reversed(list(_json_values(text))):
-        try:
-            answer = _from_json(value)
-        except RecursionError:
-            continue
-        if answer is not None:
-            return answer
+        with suppress(RecursionError):
+            if answer := _from_json(value):
+                return answer
     text = normalize(text)
     return _from_prose(text) or Answer(REFUSED if _REFUSAL.search(text) else UNPARSABLE)
 
@@ -90,10 +88,8 @@ def _json_values(text: str) -> Iterator[Any]:
         elif not quoted and char in "}]" and depth:
             depth -= 1
             if depth == 0:
-                try:
+                with suppress(ValueError, RecursionError):
                     yield json.loads(text[begin : match.end()], strict=False, parse_int=_integer)
-                except (ValueError, RecursionError):
-                    continue
 
 
 def _integer(digits: str) -> int | float:

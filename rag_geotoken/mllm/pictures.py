@@ -19,11 +19,8 @@ QUALITIES = (90, 75, 60, 40)
 def encode_picture(picture: Image.Image, size: int) -> bytes:
     """Encode a picture as PNG where it is tiny, else as JPEG: at most ``size`` px and ``BYTES`` bytes, no metadata.
 
-    JPEG's quality is lowered, then the picture is halved, until it fits.
-
-    Args:
-        picture: In any mode. It is never enlarged; of one more than 16 times as long as wide the middle is taken.
-        size: The longest that its longer side may be, in pixels.
+    ``size`` limits the longer side. JPEG's quality is lowered, then the picture is halved, until it fits. A picture in
+    any mode is taken, and never enlarged; of one more than 16 times as long as wide the middle is taken.
     """
     pixels = Image.fromarray(np.asarray(picture.convert("RGB")))  # drops all metadata
     picture = middle(pixels)  # many a model's own processor enlarges by the shorter side
@@ -43,17 +40,11 @@ def encode_picture(picture: Image.Image, size: int) -> bytes:
 
 
 def encode_pictures(references: Sequence[Picture], size: int) -> tuple[list[bytes | None], list[str | None]]:
-    """Encode the pictures behind references, whole (not cut to a square), as ``encode_picture`` does.
+    """Encode the N pictures behind references, whole (not cut to a square), as ``encode_picture`` does.
 
-    Args:
-        references: N pictures, as ``load_pictures`` takes them.
-        size: The longest that a longer side may be, in pixels; what a source draws has its own.
-
-    Returns:
-        For each picture the bytes, or None; and None, or one line that says why it could not be loaded.
-
-    Raises:
-        GeoError: what a source draws from is missing. A bad picture file raises nothing.
+    references: As ``load_pictures`` takes them. size: The longest side in pixels; what a source draws has its own.
+    Returns for each picture its bytes, or None; and None, or one line that says why it could not be loaded. Raises
+    GeoError when what a source draws from is missing. A bad picture file raises nothing.
     """
     drawn = {i: encode_picture(Image.fromarray(pixels), size) for i, pixels in draw(references).items()}
     results = list(read_pictures(references, lambda image: encode_picture(upright(image), size), drawn))

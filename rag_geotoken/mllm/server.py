@@ -43,18 +43,11 @@ class ServerClient:
         request_s: float = REQUEST_S,
         total_s: float = math.inf,
     ) -> None:
-        """Ask the server which models it has.
+        """Ask the server at a URL such as http://127.0.0.1:8000/v1 which models it has.
 
-        Args:
-            url: Such as http://127.0.0.1:8000/v1.
-            model: The name under which it is served; None where there is only one.
-            concurrent: Requests at a time, ``CONCURRENT`` unless given.
-            retries: Further tries of a request.
-            request_s: Seconds that one try may take.
-            total_s: Seconds that all of one ``ask`` may take.
-
-        Raises:
-            GeoError: the server does not answer, or has no such model.
+        model: The name under which it is served; None where there is only one. concurrent: Requests at a time,
+        ``CONCURRENT`` unless given. retries: Further tries of a request. request_s, total_s: Seconds that one try, and
+        all of one ``ask``, may take. Raises GeoError when the server does not answer, or has no such model.
         """
         self.url = url.rstrip("/") if urlsplit(url).path.strip("/") else url.rstrip("/") + "/v1"
         self.concurrent, self.retries = concurrent or CONCURRENT, retries

@@ -85,7 +85,14 @@ class VllmServer:
                 start_new_session=True,  # so that it and its children can be killed as one
             )
         try:
-            self._wait()
+            begun = time.monotonic()
+            while self.process.poll() is not None or not self._healthy():
+                if self.process.poll() is not None:
+                    error = _last_error(self.log)
+                    raise GeoError(f"the vLLM server ended before it was ready ({error}): see {self.log}")
+                if time.monotonic() - begun >= READY_S:
+                    raise GeoError(f"the vLLM server was not ready within {READY_S:g} s: see {self.log}")
+                time.sleep(0.5)
         except BaseException:
             self.kill()
             raise
@@ -95,16 +102,6 @@ class VllmServer:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-
-    def _wait(self) -> None:
-        begun = time.monotonic()
-        while time.monotonic() - begun < READY_S:
-            if self.process.poll() is not None:
-                raise GeoError(f"the vLLM server ended before it was ready ({_last_error(self.log)}): see {self.log}")
-            if self._healthy():
-                return
-            time.sleep(0.5)
-        raise GeoError(f"the vLLM server was not ready within {READY_S:g} s: see {self.log}")
 
     def _healthy(self) -> bool:
         with closing(HTTPConnection("127.0.0.1", self.port, timeout=5)) as connection:
