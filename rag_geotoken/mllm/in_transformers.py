@@ -149,12 +149,17 @@ class TransformersClient:
             )
 
     def _options(self, prompts: list[_Prompt], logits: Tensor, tokens: dict[str, int]) -> list[Reply]:
-        """Choose an option for each prompt from the logits after it (B, V), with all options' log-probabilities."""
+        """Choose the likeliest option, or draw n, for each prompt from the logits after it (B, V)."""
         replies = []
         for prompt, row in zip(prompts, logits.double().cpu(), strict=False):
             request = prompt.request
             log_probs = normalized_log_probs(row[[tokens[option] for option in request.options]].tolist())
-            replies.append(Reply(_choose(request, log_probs), log_probs, prompt.tokens, request.n))
+            if request.temperature == 0:
+                texts = [request.options[log_probs.index(max(log_probs))]] * request.n
+            else:
+                weights = [math.exp(value / request.temperature) for value in log_probs]
+                texts = random.Random(request.seed).choices(request.options, weights, k=request.n)
+            replies.append(Reply(tuple(texts), log_probs, prompt_tokens=prompt.tokens, output_tokens=request.n))
         return replies
 
     def _texts(self, prompts: list[_Prompt], new: Tensor) -> list[Reply]:
@@ -166,7 +171,8 @@ class TransformersClient:
         for prompt, rows, lengths in zip(prompts, new.tolist(), counts, strict=False):
             texts = [decode(row[:length], skip_special_tokens=True) for row, length in zip(rows, lengths, strict=True)]
             repeats = prompt.request.n // len(texts)  # without sampling, n answers are n times the one
-            replies.append(Reply(tuple(texts * repeats), (), prompt.tokens, sum(lengths) * repeats))
+            tokens = sum(lengths) * repeats
+            replies.append(Reply(tuple(texts * repeats), prompt_tokens=prompt.tokens, output_tokens=tokens))
         return replies
 
     def _token(self, option: str) -> int:
@@ -177,14 +183,6 @@ class TransformersClient:
         if tokenizer.decode(tokens[-1:]) != option:
             raise GeoError(f"{self.model} has no token of its own for the option {option!r}: ask another model")
         return int(tokens[-1])
-
-
-def _choose(request: Request, log_probs: tuple[float, ...]) -> tuple[str, ...]:
-    """Return the likeliest option n times; at a temperature, n draws."""
-    if request.temperature == 0:
-        return (request.options[log_probs.index(max(log_probs))],) * request.n
-    weights = [math.exp(value / request.temperature) for value in log_probs]
-    return tuple(random.Random(request.seed).choices(request.options, weights, k=request.n))
 
 
 def _load(folder: Path) -> tuple[Any, Any, list[int]]:

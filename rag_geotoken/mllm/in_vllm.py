@@ -58,10 +58,8 @@ def _sampling(request: Request) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
-    structure = None
-    if request.options:
-        structure = StructuredOutputsParams(choice=list(request.options))
-    elif request.schema is not None:
+    structure = StructuredOutputsParams(choice=list(request.options)) if request.options else None
+    if request.schema is not None:
         structure = StructuredOutputsParams(json=request.schema)
     return SamplingParams(
         n=request.n,

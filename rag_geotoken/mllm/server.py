@@ -156,7 +156,8 @@ def _read(request: Request, completion: Any, seconds: float) -> Reply:
         [(entry.token, entry.logprob) for entry in listed.content[0].top_logprobs] if listed and listed.content else []
     )
     prompt_tokens, output_tokens = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
-    return with_log_probs(Reply(texts, (), prompt_tokens, output_tokens, seconds), request.options, top)
+    reply = Reply(texts, prompt_tokens=prompt_tokens, output_tokens=output_tokens, seconds=seconds)
+    return with_log_probs(reply, request.options, top)
 
 
 def _one_line(error: Exception) -> str:

@@ -70,7 +70,7 @@ class Examples:
         if self.matched and rng.random() < SEEN:
             return self.matched.prompt(i, rng)
         if rng.random() < ZERO_SHOT:
-            return self._render("diversify", i, [], [])
+            return self._render("diversify", i, shown=[], order=[])
         free, unproven, absent, unplaced, pictures = rng.random(5) < (FREE, UNPROVEN, ABSENT, UNPLACED, PICTURES)
         places, evidence = None if unplaced else self.places[i], None if unproven else self.evidence
         shown = candidates(self.candidates, i, places, evidence)
@@ -82,17 +82,18 @@ class Examples:
         if absent:
             order = order[self._distances_km(i)[order] > RIGHT_KM]
         count = rng.integers(2, MOST + 1) if rng.random() < FEWER else COUNT
-        return self._render("free" if free else "pool", i, shown, rng.permutation(order[:count]).tolist())
+        order = rng.permutation(order[:count])
+        return self._render("free" if free else "pool", i, shown=shown, order=order.tolist())
 
     def usual_prompt(self, i: int, rng: np.random.Generator) -> Prompt:
         """Return the usual question about photo ``i``, its candidates in an order drawn from ``rng``."""
         shown = candidates(self.candidates, i, self.places[i], self.evidence)[:COUNT]
-        return self._render("pool", i, shown, rng.permutation(len(shown)).tolist())
+        return self._render("pool", i, shown=shown, order=rng.permutation(len(shown)).tolist())
 
     def _distances_km(self, i: int) -> NDArray[np.float64]:
         return haversine_km(*self.truth[i], *self.candidates.lat_lon[i].T)
 
-    def _render(self, name: str, i: int, shown: list[dict[str, Any]], order: list[int]) -> Prompt:
+    def _render(self, name: str, i: int, *, shown: list[dict[str, Any]], order: list[int]) -> Prompt:
         """Render a prompt file with the candidates at ``order``, and add the right answer."""
         listed = [shown[at] | {"letter": letter} for at, letter in zip(order, LETTERS, strict=False)]
         distances_km = self._distances_km(i)[order].tolist()
@@ -106,7 +107,7 @@ class Examples:
         parts = render(name, pictures, candidates=listed, similar=[])
         text = "".join(part if isinstance(part, str) else IMAGE * (PIXELS // PATCH) ** 2 for part in parts)
         references = [self.images[i] if part == PHOTO else part.decode() for part in parts if isinstance(part, bytes)]
-        return Prompt(BEGIN + text, tuple(references), answer, tuple(distances_km))
+        return Prompt(BEGIN + text, tuple(references), answer=answer, distances_km=tuple(distances_km))
 
 
 def read_examples(tables: Tables, index: GeoIndex, tuning: Tuning) -> Examples:
@@ -126,6 +127,14 @@ def read_examples(tables: Tables, index: GeoIndex, tuning: Tuning) -> Examples:
         pictures[rows >= 0] = index.rows["image"].take(rows[rows >= 0]).to_pylist()
         known = evidence(chosen, pool, neighbors, alignment, tuning, matches)
         images = [str(image) for image in tables.photos.images]
-        return Examples(images, truth, chosen, known, place_texts(chosen), pictures.tolist(), matched)
+        return Examples(
+            images,
+            truth,
+            candidates=chosen,
+            evidence=known,
+            places=place_texts(chosen),
+            nearby=pictures.tolist(),
+            matched=matched,
+        )
 
     return make(without(tables.pool, VISUAL), None, make(tables.pool, tables.matches, None))
