@@ -1,4 +1,4 @@
-"""Multimodal models as verifiers: what they are asked, who asks them, and what their answers mean."""
+"""This package asks multimodal models for verdicts: requests, ways to run a model, and how answers are read."""
 
 from __future__ import annotations
 
@@ -13,17 +13,12 @@ EMBEDDED_FOLDER = EARTH.with_name("earth-verifier")  # the small model that ship
 
 
 def open_client(where: str, model: str | None = None, concurrent: int | None = None) -> Client:
-    """The model at an address or in a folder, checked to be there.
+    """Open the model at an address or in a folder, after checking that it exists.
 
-    Args:
-        where: ``embedded`` is the small model that ships, ``http://HOST:PORT/v1`` an OpenAI-compatible server,
-            ``vllm:DIR`` runs vLLM in this process, anything else is a folder or a hub's name for transformers in this
-            process.
-        model: Its name on a server; None where the server has only one.
-        concurrent: Requests to a server at a time, 16 unless given.
-
-    Raises:
-        GeoError: in one line, when the server is down or has no such model, or the model cannot be had or used.
+    where: ``embedded`` is the small model that ships, ``http://HOST:PORT/v1`` an OpenAI-compatible server, ``vllm:DIR``
+    runs vLLM in this process, anything else is a folder or a hub's name for transformers in this process. model: Its
+    name on a server; None where the server has only one. concurrent: Requests to a server at a time, 16 unless given.
+    Raises GeoError, in one line, when the server is down or has no such model, or the model cannot be had or used.
     """
     if where == "embedded":
         where = str(EMBEDDED_FOLDER)

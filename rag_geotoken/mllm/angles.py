@@ -1,4 +1,4 @@
-"""Latitudes and longitudes as people and models write them: decimal, in minutes and seconds, in several languages."""
+"""These functions read angles as people write them: decimal, in minutes and seconds, in several languages."""
 
 # ruff: noqa: RUF001, SIM905 (letters of several alphabets; lists of words)
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 LAT = set("lat latitude latitud latitudine breite breitengrad enlem широта 纬度 緯度 위도".split())
 LON = set("lon lng long longitude longitud longitudine länge längengrad boylam долгота 经度 經度 経度 경도".split())
-SURE = set("confidence conf certainty probability konfidenz sicherheit confiance confianza 置信度".split())
+CONFIDENCE = set("confidence conf certainty probability konfidenz sicherheit confiance confianza 置信度".split())
 
 # "O" is east in German and west in Spanish and French: nobody can tell, so it is no hemisphere here.
 _SIDES = {
@@ -31,7 +31,7 @@ _SIDE_WORDS = _any(set(_SIDE))
 # Every repetition is bounded, so a search takes a bounded number of steps from each character.
 _ANGLE = re.compile(
     rf"""
-    (?:(?<![^\W_])(?:(?P<lat>{_any(LAT)})|(?P<lon>{_any(LON)})|(?P<sure>{_any(SURE)}))(?![^\W\d_])
+    (?:(?<![^\W_])(?:(?P<lat>{_any(LAT)})|(?P<lon>{_any(LON)})|(?P<confidence>{_any(CONFIDENCE)}))(?![^\W\d_])
        (?:[^\w+\-.]|\.(?!\d)){{0,12}}
        (?:(?:is|of|ist|est|es|è|é|about|approximately|approx|around|roughly|circa|ca|between|level|score|degrees)\b
           [^\w+\-]{{0,4}}){{0,3}})?
@@ -50,16 +50,16 @@ _ANGLE = re.compile(
 _AND = r"\b[\s,/&|_-]{0,4}(?:and|und|et|y|e)?\s{0,2}\b"
 _LAT_LON = re.compile(rf"\b(?:{_any(LAT)}){_AND}(?:{_any(LON)})\b", re.IGNORECASE)
 _LON_LAT = re.compile(rf"\b(?:{_any(LON)}){_AND}(?:{_any(LAT)})\b", re.IGNORECASE)
-# One look for many: signs that keyboards lack, and full-width forms.
+# One character for many that look alike: signs that keyboards lack, and full-width forms.
 _SAME = str.maketrans("−–—‒′’‘ʹ″”“º˚：，；（）．＋－０１２３４５６７８９", "----''''\"\"\"°°:,;().+-0123456789")
 
 
 @dataclass(frozen=True)
 class Angle:
-    """A number in a text, from ``start`` to ``end``.
+    """This is a number in a text, from ``start`` to ``end``.
 
-    axis: lat, lon, sure (a confidence) or None where nothing tells. degrees: NaN where it contradicts itself.
-    decimal: Whether it was written with decimals. written: As it stands there, without sign and unit.
+    axis: lat, lon, confidence or None where nothing tells. degrees: NaN where it contradicts itself.
+    decimal: Whether it was written with decimals. written: As it stands in the text, without sign and unit.
     """
 
     axis: str | None
@@ -71,55 +71,59 @@ class Angle:
     written: str
 
 
-def plain(text: str) -> str:
-    """A text with one look for signs that have many."""
+def normalize(text: str) -> str:
+    """Replace characters that look alike by one of them, and labels of pairs by "latlon" or "lonlat"."""
     return _LON_LAT.sub("lonlat", _LAT_LON.sub("latlon", text.translate(_SAME)))
 
 
-def angles(text: str) -> list[Angle]:
-    """All numbers in a text that ``plain`` gave, in order."""
-    found: list[Angle] = []
-    while match := _ANGLE.search(text, found[-1].end if found else 0):
-        found.append(_angle(match))
-    return found
+def find_angles(text: str) -> list[Angle]:
+    """Return all numbers in a text that ``normalize`` gave, in order."""
+    angles: list[Angle] = []
+    while match := _ANGLE.search(text, angles[-1].end if angles else 0):
+        angles.append(_angle(match))
+    return angles
 
 
 def _angle(match: re.Match[str]) -> Angle:
-    told = match.groupdict()
-    axis = next((name for name in ("lat", "lon", "sure") if told[name]), None)
-    size = _float(told["degrees"])
-    for divisor, part in ((60, told["minutes"]), (3600, told["seconds"])):
-        if part:
-            size = size + _float(part) / divisor if _float(part) < 60 else math.nan
-    sign = -1.0 if "-" in (told["sign"], told["insign"]) else 1.0
-    side = _side(told["before"] or told["after"], told["unit"] is not None)
-    degrees, end, text = sign * size, match.end(), match.string
-    if told["upto"]:
-        if side is None and axis in (None, "sure"):  # "48.2 and 16.4" is a pair, "48.2-16.4" is anything
-            end = match.end("unit" if told["unit"] else "degrees")
+    groups = match.groupdict()
+    axis = next((name for name in ("lat", "lon", "confidence") if groups[name]), None)
+    degrees, end, text = _float(groups["degrees"]), match.end(), match.string
+    for divisor, name in ((60, "minutes"), (3600, "seconds")):
+        if groups[name]:
+            part = _float(groups[name])
+            degrees += part / divisor if part < 60 else math.nan
+    negative = "-" in (groups["sign"], groups["insign"])
+    degrees = -degrees if negative else degrees
+    word, side = groups["before"] or groups["after"], None
+    # A small letter is a hemisphere only after a degree sign: "12.5 e 41.9" is Italian.
+    if word and (len(word) > 1 or word.isupper() or groups["unit"]):
+        side = _SIDE.get(word.lower())
+    if groups["upto"]:
+        if side is None and axis in (None, "confidence"):  # "48.2 and 16.4" is a pair, "48.2-16.4" is anything
+            end = match.end("unit" if groups["unit"] else "degrees")
             degrees = math.nan if "-" in text[end : match.start("upto")] else degrees
         else:
-            degrees = _middle(degrees, _float(told["upto"]))
+            degrees = _middle(degrees, _float(groups["upto"]))
     if side is not None:
-        if axis not in (None, side[0]) or (sign < 0 < side[1]):
+        if axis not in (None, side[0]) or (negative and side[1] > 0):
             degrees = math.nan  # such as a latitude east, or -33.9 north
         axis, degrees = axis or side[0], abs(degrees) * side[1]
-    decimal = "." in told["degrees"] or "," in told["degrees"] or told["minutes"] is not None
-    return Angle(axis, degrees, match.start(), end, decimal, told["unit"] == "%", told["degrees"])
-
-
-def _side(word: str | None, unit: bool) -> tuple[str, int] | None:
-    """The axis and sign of a hemisphere. A small letter counts only after a degree sign: "12.5 e 41.9" is Italian."""
-    if word is None or (len(word) == 1 and word.islower() and not unit):
-        return None
-    return _SIDE.get(word.lower())
+    return Angle(
+        axis,
+        degrees,
+        start=match.start(),
+        end=end,
+        decimal=groups["minutes"] is not None or "." in groups["degrees"] or "," in groups["degrees"],
+        percent=groups["unit"] == "%",
+        written=groups["degrees"],
+    )
 
 
 def _middle(low: float, high: float) -> float:
+    middle = (low + high) / 2
     if abs(low - high) > 180:  # across the date line
-        middle = (low + high + 360) / 2
-        return middle - 360 if middle > 180 else middle
-    return (low + high) / 2
+        return middle - 180 if middle > 0 else middle + 180
+    return middle
 
 
 def _float(written: str) -> float:

@@ -1,4 +1,4 @@
-"""A multimodal model in this process, through transformers."""
+"""This module runs a multimodal model in this process through transformers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,8 +20,8 @@ from rag_geotoken.mllm.pictures import decode_picture
 from rag_geotoken.mllm.request import Reply, Request, normalized_log_probs
 from rag_geotoken.storage.model_folder import brief, find_model, model_identity, quiet
 
-# A batch has always as many rows, and prompts are padded to the next multiple: sums of floats depend on the shapes,
-# so only thus does an answer not depend on what else was asked, and a resumed run repeats it to the last bit.
+# Every batch has as many rows, and prompts are padded to the next multiple: sums of floats depend on the shapes. So an
+# answer does not depend on the other requests, and a resumed run repeats it to the last bit.
 BATCH, MULTIPLE = 16, 32
 SEQUENCES = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")  # one entry a token
 
@@ -35,56 +35,56 @@ class _Prompt:
     length: int  # in tokens, padding included
     seconds: float
 
+    @property
+    def sampled(self) -> bool:
+        return not self.request.options and self.request.temperature > 0
+
 
 class TransformersClient:
-    """Any image-text-to-text model that transformers itself knows, from safetensors, on a GPU where there is one.
+    """This client runs an image-text-to-text model that transformers knows, from safetensors, on a GPU if there is one.
 
-    Options are judged by the logits after the prompt, restricted to their tokens. A schema is not enforced here: the
-    model answers freely, and who parses the answer decides.
+    Options are judged by the logits after the prompt, restricted to their tokens. A schema is not enforced: the model
+    answers freely, and the caller parses the answer.
     """
 
     def __init__(self, name: str | Path) -> None:
-        """Opens a folder, or a model of the hub, downloaded the first time.
+        """Open a folder, or a model of the hub, downloaded the first time.
 
-        Raises GeoError, in one line, when it is not there and cannot be had, or cannot be used.
+        Raises GeoError, in one line, when it is missing and cannot be had, or cannot be used.
         """
         folder = find_model(name)
         self.processor, self.network, self.ends = _load(folder)
         self.model = model_identity(folder)
         self.pad = next(i for i in (self.processor.tokenizer.pad_token_id, *self.ends, 0) if i is not None)
         # Some tokenizers give segments that few models take, and transformers 4 refuses what a model does not take.
-        taken = inspect.signature(self.network.forward).parameters
-        self.unused = {"token_type_ids"} - set(taken)
+        self.unused = {"token_type_ids"} - set(inspect.signature(self.network.forward).parameters)
         self.longest = getattr(self.network.config.get_text_config(), "max_position_embeddings", None) or 2**31
 
     def ask(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
-        """Yields (position, reply) a batch at a time, batches of like length together."""
-        tokens = {option: self._token(option) for option in sorted({o for r in requests for o in r.options})}
+        """Yield (position, reply) a batch at a time, batches of like length together."""
+        options = {option for request in requests for option in request.options}
+        tokens = {option: self._token(option) for option in sorted(options)}
         waiting: dict[Any, list[_Prompt]] = defaultdict(list)
         for position, request in enumerate(requests):
             prompt = self._prompt(position, request)
             if isinstance(prompt, str):
                 yield position, Reply(error=prompt)
                 continue
-            free = not request.options
             shapes = tuple((name, tensor.shape[1:]) for name, tensor in prompt.inputs.items() if name not in SEQUENCES)
-            key = (prompt.length, free and request.max_tokens, free and request.temperature > 0, shapes)
+            key = (prompt.length, not request.options and request.max_tokens, prompt.sampled, shapes)
             waiting[key].append(prompt)
             # Samples are drawn for one request at a time, since they follow from its seed.
-            if len(waiting[key]) == (1 if key[2] else BATCH):
+            if len(waiting[key]) == (1 if prompt.sampled else BATCH):
                 yield from self._answer(waiting.pop(key), tokens)
         for prompts in waiting.values():
             yield from self._answer(prompts, tokens)
 
     def _prompt(self, position: int, request: Request) -> _Prompt | str:
-        """The tensors of one request, or what is wrong with it."""
+        """Return the tensors of one request, or what is wrong with it."""
         begun = time.perf_counter()
-        content = [
-            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in request.parts
-        ]
-        text = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
+        content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in request.parts]
+        messages = [{"role": "user", "content": content}]
+        text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         try:
             pictures = [decode_picture(picture) for picture in request.pictures]
         except Exception:  # a decoder given broken bytes raises nearly anything
@@ -105,15 +105,14 @@ class TransformersClient:
 
     @torch.inference_mode()
     def _answer(self, prompts: list[_Prompt], tokens: dict[str, int]) -> list[tuple[int, Reply]]:
-        begun, request = time.perf_counter(), prompts[0].request
-        sampled = not request.options and request.temperature > 0
-        rows = prompts if sampled else prompts + prompts[-1:] * (BATCH - len(prompts))
+        begun, first = time.perf_counter(), prompts[0]
+        rows = prompts if first.sampled else prompts + prompts[-1:] * (BATCH - len(prompts))
         try:
-            made = self._generate(rows, sampled)
-            if request.options:
-                replies = self._options(prompts, made.logits[0], tokens)
+            output = self._generate(rows)
+            if first.request.options:
+                replies = self._options(prompts, output.logits[0], tokens)
             else:
-                new = made.sequences[:, prompts[0].length :]
+                new = output.sequences[:, first.length :]
                 replies = self._texts(prompts, new.view(len(rows), -1, new.shape[1]))
         except RuntimeError as error:  # out of memory among them
             return [(prompt.position, Reply(error=f"the model failed: {brief(error)}")) for prompt in prompts]
@@ -123,8 +122,8 @@ class TransformersClient:
             for prompt, reply in zip(prompts, replies, strict=True)
         ]
 
-    def _generate(self, rows: list[_Prompt], sampled: bool) -> Any:
-        """The tokens that follow each prompt, with the logits of each step where there are options."""
+    def _generate(self, rows: list[_Prompt]) -> Any:
+        """Generate the tokens that follow each prompt, with the logits of each step where there are options."""
         request = rows[0].request
         inputs: dict[str, Tensor] = {}
         for name in rows[0].inputs:
@@ -133,16 +132,16 @@ class TransformersClient:
                 fill = self.pad if name == "input_ids" else 0
                 tensors = [torch.nn.functional.pad(t, (rows[0].length - t.shape[1], 0), value=fill) for t in tensors]
             inputs[name] = torch.cat(tensors).to(self.network.device)
-        settings: dict[str, Any] = {"do_sample": False}
-        if sampled:
-            settings = {"do_sample": True, "temperature": request.temperature, "top_k": 0}
-            settings["num_return_sequences"] = request.n
+        sampling: dict[str, Any] = {}
+        if rows[0].sampled:
+            sampling = {"temperature": request.temperature, "top_k": 0, "num_return_sequences": request.n}
         devices = [self.network.device] if self.network.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(request.seed)
             return self.network.generate(
                 **inputs,
-                **settings,
+                **sampling,
+                do_sample=rows[0].sampled,
                 max_new_tokens=request.max_tokens,
                 pad_token_id=self.pad,
                 return_dict_in_generate=True,
@@ -150,28 +149,34 @@ class TransformersClient:
             )
 
     def _options(self, prompts: list[_Prompt], logits: Tensor, tokens: dict[str, int]) -> list[Reply]:
-        """The options chosen and their log-probabilities, from the logits after each prompt (B, V)."""
+        """Choose the likeliest option, or draw n, for each prompt from the logits after it (B, V)."""
         replies = []
         for prompt, row in zip(prompts, logits.double().cpu(), strict=False):
             request = prompt.request
             log_probs = normalized_log_probs(row[[tokens[option] for option in request.options]].tolist())
-            replies.append(Reply(_choose(request, log_probs), log_probs, prompt.tokens, request.n))
+            if request.temperature == 0:
+                texts = [request.options[log_probs.index(max(log_probs))]] * request.n
+            else:
+                weights = [math.exp(value / request.temperature) for value in log_probs]
+                texts = random.Random(request.seed).choices(request.options, weights, k=request.n)
+            replies.append(Reply(tuple(texts), log_probs, prompt_tokens=prompt.tokens, output_tokens=request.n))
         return replies
 
     def _texts(self, prompts: list[_Prompt], new: Tensor) -> list[Reply]:
-        """The texts of new tokens (B, N, T). The token that ends one is counted too."""
-        ends = torch.isin(new, torch.tensor(self.ends, dtype=new.dtype, device=new.device))
-        spent = (ends.cumsum(-1) - ends.long() == 0).sum(-1).tolist()
+        """Decode new tokens (B, N, T). The token that ends an answer is counted too."""
+        is_end = torch.isin(new, torch.tensor(self.ends, dtype=new.dtype, device=new.device))
+        counts = (is_end.cumsum(-1) - is_end.long() == 0).sum(-1).tolist()
         decode = self.processor.tokenizer.decode
         replies = []
-        for prompt, rows, lengths in zip(prompts, new.tolist(), spent, strict=False):
+        for prompt, rows, lengths in zip(prompts, new.tolist(), counts, strict=False):
             texts = [decode(row[:length], skip_special_tokens=True) for row, length in zip(rows, lengths, strict=True)]
             repeats = prompt.request.n // len(texts)  # without sampling, n answers are n times the one
-            replies.append(Reply(tuple(texts * repeats), (), prompt.tokens, sum(lengths) * repeats))
+            tokens = sum(lengths) * repeats
+            replies.append(Reply(tuple(texts * repeats), prompt_tokens=prompt.tokens, output_tokens=tokens))
         return replies
 
     def _token(self, option: str) -> int:
-        """The token of an option at the start of an answer. Raises GeoError where it is not exactly one."""
+        """Return the token of an option at the start of an answer. Raises GeoError where it is not exactly one."""
         tokenizer = self.processor.tokenizer
         # After a line end, since some tokenizers put a space of their own before the first word.
         tokens = tokenizer.encode("\n" + option, add_special_tokens=False)
@@ -180,69 +185,58 @@ class TransformersClient:
         return int(tokens[-1])
 
 
-def _choose(request: Request, log_probs: tuple[float, ...]) -> tuple[str, ...]:
-    """The likeliest option, n times; or n draws."""
-    if request.temperature == 0:
-        return (request.options[log_probs.index(max(log_probs))],) * request.n
-    weights = [math.exp(value / request.temperature) for value in log_probs]
-    return tuple(random.Random(request.seed).choices(request.options, weights, k=request.n))
-
-
 def _load(folder: Path) -> tuple[Any, Any, list[int]]:
-    """Processor, network in evaluation mode, and the tokens that end an answer. Raises GeoError."""
+    """Load processor, network in evaluation mode, and the tokens that end an answer. Raises GeoError."""
     try:
         from transformers import AutoModelForImageTextToText, GenerationConfig
-    except (ImportError, RuntimeError):  # what a torchvision that does not fit torch makes of it
+    except (ImportError, RuntimeError):  # from a torchvision that does not fit torch
         raise GeoError(
             "transformers cannot read pictures here: install the torchvision that fits your torch, or uninstall it"
         ) from None
 
-    networks: Any = AutoModelForImageTextToText
-    settings: Any = GenerationConfig
+    networks, configs = cast(Any, AutoModelForImageTextToText), cast(Any, GenerationConfig)
     options: Any = {"local_files_only": True, "trust_remote_code": False}
     try:
         with quiet():
             processor = _load_processor(folder, options)
             # Named here, or a folder's settings could name a hub's code instead: CVE-2026-4372 before transformers 5.3.
-            network, told = networks.from_pretrained(
+            network, report = networks.from_pretrained(
                 folder, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True, **options
             )
     except GeoError:
         raise
     except Exception as error:  # broken files fail in many ways
         raise GeoError(f"{folder} cannot be used as a multimodal model: {brief(error)}") from None
-    lacking = sorted(map(str, [*told["missing_keys"], *told["mismatched_keys"]]))
-    if lacking:  # it would be left random
-        raise GeoError(f"{folder} cannot be used as a multimodal model: its weights lack {lacking[0]}")
+    missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    if missing:  # it would be left random
+        raise GeoError(f"{folder} cannot be used as a multimodal model: its weights lack {missing[0]}")
     if not getattr(processor, "chat_template", None):
         raise GeoError(f"{folder} has no chat template: name the folder of a model made to follow instructions")
     ends = network.generation_config.eos_token_id
     ends = [] if ends is None else [int(i) for i in ends] if isinstance(ends, list | tuple) else [int(ends)]
-    # A folder's own habits of sampling are not what is asked for.
-    network.generation_config = settings(eos_token_id=ends or None)
+    # A folder's own settings of sampling are not what is asked for.
+    network.generation_config = configs(eos_token_id=ends or None)
     network = network.eval().to("cuda") if torch.cuda.is_available() else network.float().eval()
     return processor, network, ends
 
 
 def _load_processor(folder: Path, options: dict[str, Any]) -> Any:
-    """Pictures go through Pillow: few models need a torchvision, and results are the same wherever one is installed."""
+    """Load a processor that decodes pictures by Pillow: the results do not depend on an installed torchvision."""
     import transformers
 
     processors: Any = transformers.AutoProcessor
-    if int(transformers.__version__.split(".")[0]) < 5:
-        return processors.from_pretrained(folder, use_fast=False, **options)
+    pictures: Any = transformers.AutoImageProcessor
+    by_pillow = {"use_fast": False} if int(transformers.__version__.split(".")[0]) < 5 else {"backend": "pil"}
     try:
-        return processors.from_pretrained(folder, backend="pil", **options)
+        return processors.from_pretrained(folder, **by_pillow, **options)
     except ImportError:
         pass
-    try:  # models that take videos too, such as Qwen-VL: for these nothing goes through Pillow
+    try:  # models that take videos too, such as Qwen-VL, whose video part is for torchvision alone
         processor = processors.from_pretrained(folder, **options)
+        processor.image_processor = pictures.from_pretrained(folder, **by_pillow, **options)
+        return processor
     except ImportError:
         raise GeoError(
             f"{folder} takes videos too, and its processor needs torchvision: install the one that fits your torch, or "
             "serve the model by vLLM and give its address"
         ) from None
-    else:
-        pictures: Any = transformers.AutoImageProcessor
-        processor.image_processor = pictures.from_pretrained(folder, backend="pil", **options)
-        return processor

@@ -1,4 +1,4 @@
-"""A multimodal model in this process, through vLLM."""
+"""This module runs a multimodal model in this process through vLLM."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rag_geotoken.errors import GeoError
-from rag_geotoken.mllm.chat import LISTED, SAMPLING, make_reply, messages
+from rag_geotoken.mllm.chat import LISTED, SAMPLING, messages, with_log_probs
 from rag_geotoken.mllm.request import Reply, Request
 from rag_geotoken.mllm.start import ENVIRONMENT, IMAGES, on_cpu
 from rag_geotoken.storage.model_folder import brief, find_model, model_identity
@@ -17,10 +17,10 @@ BATCH = 256
 
 
 class VllmClient:
-    """A model in a folder or of the hub, run by ``vllm.LLM``."""
+    """This client runs a model of a folder or of the hub by ``vllm.LLM``."""
 
     def __init__(self, name: str) -> None:
-        """Loads the model. Raises GeoError where vLLM is not installed, or does not take the model."""
+        """Load the model. Raises GeoError where vLLM is not installed, or does not take the model."""
         folder = find_model(name)
         settings: dict[str, Any] = {}
         if on_cpu():
@@ -38,17 +38,14 @@ class VllmClient:
         self.model = model_identity(folder)
 
     def ask(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
-        """Yields (position, reply), a batch at a time."""
+        """Yield (position, reply), a batch at a time."""
         for begin in range(0, len(requests), BATCH):
-            part = requests[begin : begin + BATCH]
-            yield from enumerate(self._replies(part), begin)
+            yield from enumerate(self._replies(requests[begin : begin + BATCH]), begin)
 
     def _replies(self, requests: Sequence[Request]) -> list[Reply]:
         begun = time.perf_counter()
         try:
-            outputs = self.llm.chat(
-                [messages(request) for request in requests], [_sampling(r) for r in requests], use_tqdm=False
-            )
+            outputs = self.llm.chat(list(map(messages, requests)), list(map(_sampling, requests)), use_tqdm=False)
         except Exception as error:  # one request too long or with a broken picture stops them all
             if len(requests) > 1:
                 return [reply for request in requests for reply in self._replies([request])]
@@ -61,10 +58,8 @@ def _sampling(request: Request) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
-    structure = None
-    if request.options:
-        structure = StructuredOutputsParams(choice=list(request.options))
-    elif request.schema is not None:
+    structure = StructuredOutputsParams(choice=list(request.options)) if request.options else None
+    if request.schema is not None:
         structure = StructuredOutputsParams(json=request.schema)
     return SamplingParams(
         n=request.n,
@@ -79,8 +74,11 @@ def _sampling(request: Request) -> Any:
 
 
 def _read(request: Request, output: Any, seconds: float) -> Reply:
-    texts = tuple(answer.text for answer in output.outputs)
     first = output.outputs[0].logprobs[0] if request.options else {}
-    listed = [(entry.decoded_token, entry.logprob) for entry in first.values()]
-    spent = len(output.prompt_token_ids), sum(len(answer.token_ids) for answer in output.outputs)
-    return make_reply(request, texts, listed, spent, seconds)
+    reply = Reply(
+        tuple(answer.text for answer in output.outputs),
+        prompt_tokens=len(output.prompt_token_ids),
+        output_tokens=sum(len(answer.token_ids) for answer in output.outputs),
+        seconds=seconds,
+    )
+    return with_log_probs(reply, request.options, [(entry.decoded_token, entry.logprob) for entry in first.values()])

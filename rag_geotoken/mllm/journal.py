@@ -1,4 +1,4 @@
-"""Every answer of a model on disk as it arrives: nothing is asked twice, whenever a run is killed."""
+"""This module keeps every answer of a model on disk as it arrives, so that a killed run asks nothing twice."""
 
 from __future__ import annotations
 
@@ -22,40 +22,32 @@ KEEP = """INSERT INTO replies VALUES (?, ?, ?, ?, ?) ON CONFLICT (image, prompt,
 
 
 def ask_journaled(client: Client, requests: Sequence[Request], journal: Path, again: bool = False) -> list[Reply]:
-    """Answers to all requests: those in the journal as they stand there, the rest asked and kept as they come.
+    """Return the replies to all requests: those in the journal as they are, the rest asked and kept as they come.
 
     Requests that are equal are asked once. Only ``seconds`` tells a resumed run's replies from an uninterrupted one's.
-
-    Args:
-        client: The model.
-        requests: In the order in which replies are given back.
-        journal: An SQLite database, made where missing.
-        again: Ask again what failed before. Otherwise a failure in the journal stands.
-
-    Raises:
-        GeoError: the journal cannot be read or written, or is none.
+    The journal is an SQLite database, made where missing. again: Ask again what failed before; otherwise a failure in
+    the journal stands. Raises GeoError where the journal cannot be read or written, or is none.
     """
     keys = [(request.image_hash(), request.prompt_hash(), client.model) for request in requests]
     with _opened(journal) as database:
-        found = {key: database.execute(FIND, key).fetchone() for key in keys}
-        replies = {key: _reply(*row) for key, row in found.items() if row}
+        rows = {key: database.execute(FIND, key).fetchone() for key in keys}
+        replies = {key: _reply(*row) for key, row in rows.items() if row}
         missing = {
             key: request
             for key, request in zip(keys, requests, strict=True)
             if key not in replies or (again and replies[key].error is not None)
         }
-        asked = list(missing)
+        missing_keys = list(missing)
         for position, reply in client.ask(list(missing.values())) if missing else ():
-            key = asked[position]
-            told = json.dumps(asdict(reply), allow_nan=False)
-            database.execute(KEEP, (*key, reply.error is not None, told))
+            key = missing_keys[position]
+            database.execute(KEEP, (*key, reply.error is not None, json.dumps(asdict(reply), allow_nan=False)))
             replies[key] = reply
     return [replies[key] for key in keys]
 
 
 @contextmanager
 def _opened(journal: Path) -> Iterator[sqlite3.Connection]:
-    """The journal's database, where every statement takes effect at once. Raises GeoError for what goes wrong in it."""
+    """Open the journal's database, where every statement takes effect at once; its errors become GeoError."""
     try:
         with closing(sqlite3.connect(journal, isolation_level=None)) as database:
             # Without waiting for the disk: a killed process loses nothing, a power cut the last few answers.
@@ -67,9 +59,9 @@ def _opened(journal: Path) -> Iterator[sqlite3.Connection]:
         raise GeoError(f"cannot use the journal {journal}: {error}") from None
 
 
-def _reply(told: str) -> Reply:
+def _reply(text: str) -> Reply:
     try:
-        fields = json.loads(told)
+        fields = json.loads(text)
         return Reply(**fields | {"texts": tuple(fields["texts"]), "log_probs": tuple(fields["log_probs"])})
     except (ValueError, TypeError, KeyError):
         raise GeoError("an answer in the journal of a multimodal model is broken: delete the journal") from None

@@ -1,4 +1,4 @@
-"""Pictures on their way to a model: small, upright, and nothing but pixels."""
+"""These functions encode pictures for a model: small, upright, and nothing but pixels."""
 
 from __future__ import annotations
 
@@ -17,21 +17,18 @@ QUALITIES = (90, 75, 60, 40)
 
 
 def encode_picture(picture: Image.Image, size: int) -> bytes:
-    """A picture's pixels as PNG where it is tiny, else as JPEG: at most `size` px and ``BYTES`` bytes, no metadata.
+    """Encode a picture as PNG where it is tiny, else as JPEG: at most ``size`` px and ``BYTES`` bytes, no metadata.
 
-    JPEG's quality is lowered, then the picture is halved, until it fits.
-
-    Args:
-        picture: In any mode. It is never enlarged; of one more than 16 times as long as wide the middle is taken.
-        size: The longest that its longer side may be, in pixels.
+    ``size`` limits the longer side. JPEG's quality is lowered, then the picture is halved, until it fits. A picture in
+    any mode is taken, and never enlarged; of one more than 16 times as long as wide the middle is taken.
     """
-    pixels = Image.fromarray(np.asarray(picture.convert("RGB")))  # what a file brings along besides stays behind
+    pixels = Image.fromarray(np.asarray(picture.convert("RGB")))  # drops all metadata
     picture = middle(pixels)  # many a model's own processor enlarges by the shorter side
-    longer = max(picture.size)
-    if longer > size:
-        width, height = (max(1, round(side * size / longer)) for side in picture.size)
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    longer = max(size, *picture.size)
+    width, height = (max(1, round(side * size / longer)) for side in picture.size)
     while True:
+        if (width, height) != picture.size:
+            picture = picture.resize((width, height), Image.Resampling.BICUBIC)
         if max(picture.size) <= TINY and len(encoded := _encode(picture, "PNG")) <= BYTES:
             return encoded
         for quality in QUALITIES:
@@ -40,36 +37,28 @@ def encode_picture(picture: Image.Image, size: int) -> bytes:
         if max(picture.size) == 1:
             return encoded  # nothing smaller exists
         width, height = (max(1, side // 2) for side in picture.size)
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def encode_pictures(references: Sequence[Picture], size: int) -> tuple[list[bytes | None], list[str | None]]:
-    """Pictures behind references, whole (not cut to a square), as ``encode_picture`` makes them.
+    """Encode the N pictures behind references, whole (not cut to a square), as ``encode_picture`` does.
 
-    Args:
-        references: N pictures, as ``load_pictures`` takes them.
-        size: The longest that a longer side may be, in pixels; what a source draws has its own.
-
-    Returns:
-        For each the bytes, or None; and None, or one line that says why it could not be loaded.
-
-    Raises:
-        GeoError: what a source draws from is not there. A bad picture file raises nothing.
+    references: As ``load_pictures`` takes them. size: The longest side in pixels; what a source draws has its own.
+    Returns for each picture its bytes, or None; and None, or one line that says why it could not be loaded. Raises
+    GeoError when what a source draws from is missing. A bad picture file raises nothing.
     """
     drawn = {i: encode_picture(Image.fromarray(pixels), size) for i, pixels in draw(references).items()}
-    made = list(read_pictures(references, lambda image: encode_picture(upright(image), size), drawn))
-    encoded = [picture if isinstance(picture, bytes) else None for picture in made]
-    return encoded, [error if isinstance(error, str) else None for error in made]
+    results = list(read_pictures(references, lambda image: encode_picture(upright(image), size), drawn))
+    encoded = [result if isinstance(result, bytes) else None for result in results]
+    return encoded, [result if isinstance(result, str) else None for result in results]
 
 
 def decode_picture(encoded: bytes) -> Image.Image:
-    """The picture in bytes that ``encode_picture`` made."""
-    picture = Image.open(BytesIO(encoded), formats=("JPEG", "PNG"))
-    return picture.convert("RGB")
+    """Decode the bytes that ``encode_picture`` made to an RGB picture."""
+    return Image.open(BytesIO(encoded), formats=("JPEG", "PNG")).convert("RGB")
 
 
 def media_type(encoded: bytes) -> str:
-    """``image/png`` or ``image/jpeg``."""
+    """Return ``image/png`` or ``image/jpeg``, whichever the bytes are."""
     return "image/png" if encoded.startswith(b"\x89PNG") else "image/jpeg"
 
 

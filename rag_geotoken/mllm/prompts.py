@@ -1,4 +1,4 @@
-"""The words said to a multimodal model: Jinja files in prompts/, strict about variables, with places for pictures."""
+"""These functions render prompts to multimodal models from the Jinja files in prompts/, with pictures in them."""
 
 from __future__ import annotations
 
@@ -6,24 +6,23 @@ import hashlib
 import re
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rag_geotoken.errors import GeoError
 from rag_geotoken.storage.files import shipped
-
-if TYPE_CHECKING:
-    from jinja2 import Environment
 
 MARK = "\x00"  # around a picture's name in a rendered prompt; no text that is put in can hold it
 
 
 def render(name: str, pictures: Mapping[str, bytes], **variables: Any) -> tuple[str | bytes, ...]:
-    """``prompts/NAME.j2`` with its variables -> the parts of one message in order: text, or a picture's bytes.
+    """Render ``prompts/NAME.j2`` to the parts of one message in order: text, or a picture's bytes.
 
-    A prompt places a picture by ``{{ picture("photo") }}``. Raises GeoError for a prompt that is not there, a variable
-    or picture that it names and is not given.
+    A prompt places a picture by ``{{ picture("photo") }}``. Raises GeoError for a prompt that is missing, and for a
+    variable or picture that it names and is not given.
     """
-    from jinja2 import TemplateError
 
     def picture(name: str) -> str:
         if name not in pictures:
@@ -39,25 +38,22 @@ def render(name: str, pictures: Mapping[str, bytes], **variables: Any) -> tuple[
 
 
 def prompts_sha256() -> str:
-    """SHA-256 of all prompt files: what was said."""
+    """Return the SHA-256 of all prompt files, as 64 hexadecimal digits."""
     texts = [path.name.encode() + b"\0" + path.read_bytes() for path in sorted(shipped("prompts").glob("*.j2"))]
     return hashlib.sha256(b"\0".join(texts)).hexdigest()
 
 
 @lru_cache(maxsize=1)
 def _environment() -> Environment:
-    from jinja2 import FileSystemLoader, StrictUndefined
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
     return ImmutableSandboxedEnvironment(
         loader=FileSystemLoader(shipped("prompts")), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
 
 
 def _clean(value: Any) -> Any:
-    """Texts without control characters and what special tokens are made of: nobody has vetted a place's name."""
+    """Remove control characters and what special tokens are made of: nobody has vetted a place's name."""
     if isinstance(value, str):
         return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029<>|]+", " ", value)[:200]
     if isinstance(value, Mapping):
-        return {key: _clean(each) for key, each in value.items()}
-    return [_clean(each) for each in value] if isinstance(value, list | tuple) else value
+        return {key: _clean(item) for key, item in value.items()}
+    return [_clean(item) for item in value] if isinstance(value, list | tuple) else value

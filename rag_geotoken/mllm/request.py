@@ -1,4 +1,4 @@
-"""What is asked of a multimodal model and what comes back, the same whichever way the model runs."""
+"""These classes are a request to a multimodal model and its reply, the same whichever way the model runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class Request:
-    """One message to a model, and how it may answer.
+    """This is one message to a model, and how it may answer.
 
     parts: In order: text, or the bytes of a JPEG or PNG as ``mllm.pictures`` makes them. Constant instructions first,
         then pictures, then what differs between requests about one photo, so that a prefix cache serves them all.
@@ -30,7 +30,7 @@ class Request:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuses what contradicts itself: ValueError, since no user writes requests."""
+        """Raise ValueError for what contradicts itself; no user writes requests."""
         if len(set(self.options)) != len(self.options) or any(len(option) != 1 for option in self.options):
             raise ValueError(f"options are different single letters, not {self.options}")
         if self.options and (self.schema is not None or self.max_tokens != 1):
@@ -40,24 +40,24 @@ class Request:
 
     @property
     def pictures(self) -> tuple[bytes, ...]:
-        """The pictures among the parts."""
+        """Return the pictures among the parts."""
         return tuple(part for part in self.parts if isinstance(part, bytes))
 
     def image_hash(self) -> str:
-        """SHA-256 over the SHA-256 of each picture in turn, as 64 hexadecimal digits."""
+        """Return the SHA-256 over the SHA-256 of each picture in turn, as 64 hexadecimal digits."""
         return hashlib.sha256(b"".join(hashlib.sha256(picture).digest() for picture in self.pictures)).hexdigest()
 
     def prompt_hash(self) -> str:
-        """SHA-256 of all but the pictures' bytes: where each stands, the texts, and how to answer."""
+        """Return the SHA-256 of all but the pictures' bytes: where each stands, the texts, and how to answer."""
         texts = [part if isinstance(part, str) else None for part in self.parts]
-        told = {**vars(self), "parts": texts, "temperature": float(self.temperature)}
+        fields = {**vars(self), "parts": texts, "temperature": float(self.temperature)}
         # Properties of a schema keep their order: the answer is generated in it.
-        return hashlib.sha256(json.dumps(told, allow_nan=False).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(fields, allow_nan=False).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back for one request.
+    """This is what came back for one request.
 
     texts: The n answers; none where there is an error.
     log_probs: Natural logarithms of the probability of each option, over the options alone; () without options.
@@ -75,16 +75,16 @@ class Reply:
 
 
 class Client(Protocol):
-    """A model that answers. ``model`` is its identity in a journal."""
+    """This is what every model that answers provides. ``model`` is its identity in a journal."""
 
     model: str
 
     def ask(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
-        """Yields (position, reply) as replies come, in any order, one for every request: a failure is a reply too."""
+        """Yield (position, reply) as replies come, in any order, one for every request: a failure is a reply too."""
 
 
 def normalized_log_probs(log_probs: Sequence[float]) -> tuple[float, ...]:
-    """Log-probabilities over some tokens -> over these tokens alone, rounded to 1e-6."""
+    """Normalize log-probabilities of some tokens to these tokens alone, rounded to 1e-6."""
     top = max(log_probs)
     total = top + math.log(sum(math.exp(value - top) for value in log_probs))
     return tuple(round(value - total, 6) + 0.0 for value in log_probs)

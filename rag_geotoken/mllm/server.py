@@ -1,4 +1,4 @@
-"""A multimodal model behind an OpenAI-compatible server, such as vLLM's."""
+"""This module asks a multimodal model behind an OpenAI-compatible server, such as vLLM's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import openai
 from anyio.from_thread import start_blocking_portal
 
 from rag_geotoken.errors import GeoError
-from rag_geotoken.mllm.chat import LISTED, SAMPLING, make_reply, messages
+from rag_geotoken.mllm.chat import LISTED, SAMPLING, messages, with_log_probs
 from rag_geotoken.mllm.request import Reply, Request
 from rag_geotoken.photos.pictures import UNPRINTABLE
 from rag_geotoken.storage.model_folder import brief
@@ -28,7 +28,7 @@ CHECK_S = 10.0
 
 
 class ServerClient:
-    """Requests to a server, so many at a time; what is worth a second try gets one, after a while.
+    """This client sends requests to a server, several at a time, and repeats those that failed for a passing reason.
 
     That is a lost connection, a time-out and the statuses 408, 409, 429 and 5xx. Once no connection can be made any
     more, the rest is not tried: each gets an error, and the journal knows what to ask when the server is back.
@@ -43,18 +43,11 @@ class ServerClient:
         request_s: float = REQUEST_S,
         total_s: float = math.inf,
     ) -> None:
-        """Asks the server which models it has.
+        """Ask the server at a URL such as http://127.0.0.1:8000/v1 which models it has.
 
-        Args:
-            url: Such as http://127.0.0.1:8000/v1.
-            model: The name under which it is served; None where there is only one.
-            concurrent: Requests at a time, ``CONCURRENT`` unless given.
-            retries: Further tries of a request.
-            request_s: Seconds that one try may take.
-            total_s: Seconds that all of one ``ask`` may take.
-
-        Raises:
-            GeoError: the server does not answer, or has no such model.
+        model: The name under which it is served; None where there is only one. concurrent: Requests at a time,
+        ``CONCURRENT`` unless given. retries: Further tries of a request. request_s, total_s: Seconds that one try, and
+        all of one ``ask``, may take. Raises GeoError when the server does not answer, or has no such model.
         """
         self.url = url.rstrip("/") if urlsplit(url).path.strip("/") else url.rstrip("/") + "/v1"
         self.concurrent, self.retries = concurrent or CONCURRENT, retries
@@ -62,13 +55,13 @@ class ServerClient:
         self.model = self._served(model)
 
     def ask(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
-        """Yields (position, reply) as they come. Who stops early ends what is under way."""
-        arrived: SimpleQueue[tuple[int, Reply] | None] = SimpleQueue()
-        todo, gone, deadline = iter(enumerate(requests)), asyncio.Event(), time.monotonic() + self.total_s
+        """Yield (position, reply) as they come. A caller that stops early ends the requests under way."""
+        replies: SimpleQueue[tuple[int, Reply] | None] = SimpleQueue()
+        waiting, gone, deadline = iter(enumerate(requests)), asyncio.Event(), time.monotonic() + self.total_s
 
         async def work(client: openai.AsyncOpenAI) -> None:
-            for position, request in todo:
-                arrived.put((position, await self._reply(client, request, deadline, gone)))
+            for position, request in waiting:
+                replies.put((position, await self._reply(client, request, deadline, gone)))
 
         async def work_all() -> None:
             settings = self._settings(openai.DefaultAsyncHttpxClient, self.request_s, self.retries)
@@ -78,29 +71,29 @@ class ServerClient:
 
         with start_blocking_portal() as portal:  # in a thread, so that it works within a notebook's own loop too
             working = portal.start_task_soon(work_all)
-            working.add_done_callback(lambda _: arrived.put(None))
-            yield from iter(arrived.get, None)
+            working.add_done_callback(lambda _: replies.put(None))
+            yield from iter(replies.get, None)
             working.result()  # raises what went wrong
 
     async def _reply(self, client: openai.AsyncOpenAI, request: Request, deadline: float, gone: asyncio.Event) -> Reply:
-        begun = time.perf_counter()
+        begun, gone_error = time.perf_counter(), f"the server at {self.url} was gone"
         if gone.is_set():
-            return Reply(error=f"the server at {self.url} was gone")
+            return Reply(error=gone_error)
         try:
             async with asyncio.timeout_at(deadline):
-                answer = await client.chat.completions.create(**self._body(request))
-            return _read(request, answer, time.perf_counter() - begun)
+                completion = await client.chat.completions.create(**self._body(request))
+            return _read(request, completion, time.perf_counter() - begun)
         except TimeoutError:
             error = f"no time was left of the {self.total_s:g} s for all requests"
         except openai.APITimeoutError:
             error = f"the server did not answer within {self.request_s:g} s"
         except openai.APIConnectionError:
             gone.set()
-            error = f"the server at {self.url} was gone"
+            error = gone_error
         except openai.APIStatusError as status:
             error = f"the server answered {status.status_code}: {_one_line(status)}"
-        except (openai.OpenAIError, ValueError, TypeError, AttributeError, IndexError) as wrong:
-            error = f"the server's answer cannot be read: {_one_line(wrong)}"
+        except (openai.OpenAIError, ValueError, TypeError, AttributeError, IndexError) as invalid:
+            error = f"the server's answer cannot be read: {_one_line(invalid)}"
         return Reply(seconds=time.perf_counter() - begun, error=error)
 
     def _body(self, request: Request) -> dict[str, Any]:
@@ -118,15 +111,15 @@ class ServerClient:
             body |= {"logprobs": True, "top_logprobs": LISTED}
             body["extra_body"]["structured_outputs"] = {"choice": list(request.options)}
         if request.schema is not None:
-            told = {"name": "answer", "schema": request.schema, "strict": True}
-            body["response_format"] = {"type": "json_schema", "json_schema": told}
+            schema = {"name": "answer", "schema": request.schema, "strict": True}
+            body["response_format"] = {"type": "json_schema", "json_schema": schema}
         return body
 
     def _settings(self, http_client: type[Any], timeout: float, retries: int) -> dict[str, Any]:
-        """Pictures go where they are sent: no server passes them on to another, and none of our own needs a proxy."""
-        here = urlsplit(self.url).hostname in ("127.0.0.1", "localhost", "::1")
+        """Return an openai client's settings: pictures are redirected nowhere, and no local server needs a proxy."""
+        is_local = urlsplit(self.url).hostname in ("127.0.0.1", "localhost", "::1")
         return {
-            "http_client": http_client(follow_redirects=False, trust_env=not here),
+            "http_client": http_client(follow_redirects=False, trust_env=not is_local),
             "base_url": self.url,
             "api_key": os.environ.get(KEY) or "none",
             "timeout": timeout,
@@ -134,7 +127,7 @@ class ServerClient:
         }
 
     def _served(self, model: str | None) -> str:
-        """The model's name, once the server said that it has it."""
+        """Return the model's name if the server has it, or the only one it has."""
         try:
             with openai.OpenAI(**self._settings(openai.DefaultHttpxClient, CHECK_S, 1)) as client:
                 names = [served.id for served in client.models.list()]
@@ -146,24 +139,25 @@ class ServerClient:
             raise GeoError(f"no server answers at {self.url}: start it first, or correct the address") from None
         except Exception as error:  # anything may answer at an address
             raise GeoError(f"what answers at {self.url} is no OpenAI-compatible server: {_one_line(error)}") from None
-        if model is None and len(names) == 1:
-            return str(names[0])
-        there = UNPRINTABLE.sub(" ", ", ".join(names[:8])) or "none"
-        if model is None:
-            raise GeoError(f"name the model with --mllm-model: the server at {self.url} has {there}")
-        if model not in names:
-            raise GeoError(f"the server at {self.url} has no model {model}: it has {there}")
-        return model
+        listed = UNPRINTABLE.sub(" ", ", ".join(names[:8])) or "none"
+        if model is None and len(names) != 1:
+            raise GeoError(f"name the model with --mllm-model: the server at {self.url} has {listed}")
+        if model is not None and model not in names:
+            raise GeoError(f"the server at {self.url} has no model {model}: it has {listed}")
+        return model or str(names[0])
 
 
-def _read(request: Request, answer: Any, seconds: float) -> Reply:
-    texts = tuple(choice.message.content or "" for choice in answer.choices)
+def _read(request: Request, completion: Any, seconds: float) -> Reply:
+    texts = tuple(choice.message.content or "" for choice in completion.choices)
     if len(texts) != request.n:
         return Reply(seconds=seconds, error=f"the server gave {len(texts)} answers, not {request.n}")
-    told = answer.choices[0].logprobs
-    listed = [(top.token, top.logprob) for top in told.content[0].top_logprobs] if told and told.content else []
-    spent = (answer.usage.prompt_tokens, answer.usage.completion_tokens) if answer.usage else (0, 0)
-    return make_reply(request, texts, listed, spent, seconds)
+    listed, usage = completion.choices[0].logprobs, completion.usage
+    top = (
+        [(entry.token, entry.logprob) for entry in listed.content[0].top_logprobs] if listed and listed.content else []
+    )
+    prompt_tokens, output_tokens = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
+    reply = Reply(texts, prompt_tokens=prompt_tokens, output_tokens=output_tokens, seconds=seconds)
+    return with_log_probs(reply, request.options, top)
 
 
 def _one_line(error: Exception) -> str:

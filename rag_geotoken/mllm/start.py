@@ -1,4 +1,4 @@
-"""A vLLM server of our own for a model's folder, up as long as it is needed."""
+"""This module starts and stops a vLLM server for the folder of a model."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pathlib import Path
 from rag_geotoken.errors import GeoError
 from rag_geotoken.photos.pictures import UNPRINTABLE
 
-# Nothing is fetched or reported; a gigabyte for the cache of keys and values on a CPU, where compiling costs more than
-# it saves a small model.
+# Nothing is fetched or reported; a gigabyte for the cache of keys and values on a CPU, where compiling costs more time
+# than it saves a small model.
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "TORCHDYNAMO_DISABLE": "1",
@@ -31,41 +31,38 @@ STOP_S = 20.0
 
 
 class VllmServer:
-    """A server that serves a model's folder on this machine alone, under the folder's name, while a block runs.
+    """This context manager serves a model's folder on this machine alone, under the folder's name.
 
-    ``url`` is for a client.
+    folder: The model. python: That of the environment that vLLM is installed in (``make .venv-vllm``). log: The file
+    that takes the server's output. ``url`` is for a client. Raises GeoError where the interpreter is missing.
     """
 
     def __init__(self, folder: Path, python: Path | str, log: Path) -> None:
-        """Raises GeoError where the interpreter is missing.
-
-        Args:
-            folder: The model.
-            python: Of the environment that vLLM is installed in (``make .venv-vllm``).
-            log: The file that takes all the server says.
-        """
         python, self.log = Path(python).absolute(), log.absolute()
         if not python.is_file():
             raise GeoError(f"there is no {python}: make .venv-vllm sets up an environment with vLLM")
-        self.port = _free_port()
+        with socket.socket() as probe:  # finds a free port
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
         self.url = f"http://127.0.0.1:{self.port}/v1"
+        model = folder.resolve()
         # The package for CPUs has no `vllm serve`: that looks for a distribution of the other's name.
-        self.command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder.resolve())]
-        self.command += ["--served-model-name", folder.resolve().name]
+        self.command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+        self.command += ["--served-model-name", model.name]
         self.command += ["--host", "127.0.0.1", "--port", str(self.port), "--seed", "0"]
         self.command += ["--limit-mm-per-prompt", json.dumps({"image": IMAGES})]
         if on_cpu():
             self.command += ["--dtype", "float32", "--enforce-eager", "--max-num-seqs", "16"]
 
     def __enter__(self) -> VllmServer:
-        """Raises GeoError where the server ended, or was not ready within five minutes."""
+        """Start the server. Raises GeoError where it ended, or was not ready within five minutes."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.log.write_bytes(b"")
         self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Ends the server and all that it started."""
+        """Stop the server and all that it started."""
         if self.process.poll() is None:
             self.process.terminate()
             with suppress(subprocess.TimeoutExpired):
@@ -73,10 +70,10 @@ class VllmServer:
         self.kill()
 
     def start(self) -> None:
-        """Starts it, again where it was killed, and waits until it is ready. Raises GeoError when it never is."""
-        environment = {**os.environ, **(ENVIRONMENT if on_cpu() else {})}
-        for variable in ("PYTHONPATH", "PYTHONHOME"):  # they are for our own environment
-            environment.pop(variable, None)
+        """Start the server, again where it was killed, and wait until it is ready. Raises GeoError when it never is."""
+        own = ("PYTHONPATH", "PYTHONHOME")  # they are for our own environment
+        environment = {name: value for name, value in os.environ.items() if name not in own}
+        environment |= ENVIRONMENT if on_cpu() else {}
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
                 self.command,
@@ -85,29 +82,26 @@ class VllmServer:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 cwd=self.log.parent,
-                start_new_session=True,  # so that it and its children can be ended as one
+                start_new_session=True,  # so that it and its children can be killed as one
             )
         try:
-            self._wait()
+            begun = time.monotonic()
+            while self.process.poll() is not None or not self._healthy():
+                if self.process.poll() is not None:
+                    error = _last_error(self.log)
+                    raise GeoError(f"the vLLM server ended before it was ready ({error}): see {self.log}")
+                if time.monotonic() - begun >= READY_S:
+                    raise GeoError(f"the vLLM server was not ready within {READY_S:g} s: see {self.log}")
+                time.sleep(0.5)
         except BaseException:
             self.kill()
             raise
 
     def kill(self) -> None:
-        """Ends it and all that it started at once, as a machine that runs out of memory would."""
+        """Kill the server and all that it started, as a machine that runs out of memory would."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-
-    def _wait(self) -> None:
-        begun = time.monotonic()
-        while time.monotonic() - begun < READY_S:
-            if self.process.poll() is not None:
-                raise GeoError(f"the vLLM server ended before it was ready ({_last_error(self.log)}): see {self.log}")
-            if self._healthy():
-                return
-            time.sleep(0.5)
-        raise GeoError(f"the vLLM server was not ready within {READY_S:g} s: see {self.log}")
 
     def _healthy(self) -> bool:
         with closing(HTTPConnection("127.0.0.1", self.port, timeout=5)) as connection:
@@ -119,17 +113,12 @@ class VllmServer:
 
 
 def on_cpu() -> bool:
-    """Whether this machine has no GPU of NVIDIA's, as far as its tools tell."""
+    """Tell whether this machine has no NVIDIA GPU, as far as its tools know."""
     return shutil.which("nvidia-smi") is None
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _last_error(log: Path) -> str:
+    """Return the last line of a log that names an error, or its last line at all."""
     lines = log.read_text(errors="replace").splitlines()
-    told = [line for line in lines if "Error" in line]
-    return UNPRINTABLE.sub(" ", told[-1] if told else lines[-1] if lines else "it said nothing").strip()[:200]
+    errors = [line for line in lines if "Error" in line]
+    return UNPRINTABLE.sub(" ", (errors or lines or ["it said nothing"])[-1]).strip()[:200]

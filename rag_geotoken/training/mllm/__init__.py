@@ -1,1 +1,1 @@
-"""Training of the embedded multimodal verifier, and what the verdicts of any model are worth."""
+"""This package trains the embedded multimodal verifier and tunes how much any model's verdicts count."""

@@ -1,4 +1,4 @@
-"""What the embedded verifier is trained on: prompts about photos whose places are known, with the right answers."""
+"""These classes make the embedded verifier's training prompts, from photos whose places are known."""
 
 from __future__ import annotations
 
@@ -37,94 +37,104 @@ PHOTO = b"photo"
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is said, with a run of image tokens for each picture, its pictures' references, and the right answer.
+    """This is a prompt, with a run of image tokens for each picture, its pictures' references, and the right answer.
 
-    away: how far from the truth each of the candidates is, in km, in the order of their lines.
+    distances_km: from the truth to each of the candidates, in the order of their lines.
     """
 
     text: str
     pictures: tuple[str, ...]
     answer: str
-    away: tuple[float, ...]
+    distances_km: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Examples:
-    """N photos with what the pipeline knows of each.
+    """These are N photos with what the pipeline knows of each.
 
-    images: N references; truth (N, 2) degrees; chosen, found: M candidates a photo and their evidence; places: N x M
-    texts; near (N, M): the most alike neighbor's picture near each candidate, or None. seen: the same photos, compared
-    with their neighbors' pictures.
+    images: N references; truth (N, 2) degrees; candidates, evidence: M candidates a photo and their evidence; places:
+    N x M texts; nearby (N, M): the most alike neighbor's picture near each candidate, or None. matched: the same
+    photos, compared with their neighbors' pictures.
     """
 
     images: list[str]
     truth: NDArray[np.float64]
-    chosen: Shortlist
-    found: Evidence
+    candidates: Shortlist
+    evidence: Evidence
     places: list[list[str | None]]
-    near: list[list[str | None]]
-    seen: Examples | None = None
+    nearby: list[list[str | None]]
+    matched: Examples | None = None
 
     def prompt(self, i: int, rng: np.random.Generator) -> Prompt:
-        """One of the many ways to ask about photo ``i``, drawn from ``rng``."""
-        if self.seen and rng.random() < SEEN:
-            return self.seen.prompt(i, rng)
+        """Draw one of the many ways to ask about photo ``i`` from ``rng``."""
+        if self.matched and rng.random() < SEEN:
+            return self.matched.prompt(i, rng)
         if rng.random() < ZERO_SHOT:
-            return self._say("diversify", i, [], [])
+            return self._render("diversify", i, shown=[], order=[])
         free, unproven, absent, unplaced, pictures = rng.random(5) < (FREE, UNPROVEN, ABSENT, UNPLACED, PICTURES)
-        known = candidates(self.chosen, i, None if unplaced else self.places[i], None if unproven else self.found)
+        places, evidence = None if unplaced else self.places[i], None if unproven else self.evidence
+        shown = candidates(self.candidates, i, places, evidence)
         if pictures:
-            for place, near in zip(known, self.near[i], strict=False):
-                if near is not None:
-                    place["picture"] = near
-        order = np.arange(len(known))
+            for place, picture in zip(shown, self.nearby[i], strict=False):
+                if picture is not None:
+                    place["picture"] = picture
+        order = np.arange(len(shown))
         if absent:
-            order = order[self._away(i)[order] > RIGHT_KM]
-        listed_at_most = rng.integers(2, MOST + 1) if rng.random() < FEWER else COUNT
-        return self._say("free" if free else "pool", i, known, rng.permutation(order[:listed_at_most]).tolist())
+            order = order[self._distances_km(i)[order] > RIGHT_KM]
+        count = rng.integers(2, MOST + 1) if rng.random() < FEWER else COUNT
+        order = rng.permutation(order[:count])
+        return self._render("free" if free else "pool", i, shown=shown, order=order.tolist())
 
-    def plain(self, i: int, rng: np.random.Generator) -> Prompt:
-        """The usual question about photo ``i``, its candidates in an order drawn from ``rng``."""
-        known = candidates(self.chosen, i, self.places[i], self.found)[:COUNT]
-        return self._say("pool", i, known, rng.permutation(len(known)).tolist())
+    def usual_prompt(self, i: int, rng: np.random.Generator) -> Prompt:
+        """Return the usual question about photo ``i``, its candidates in an order drawn from ``rng``."""
+        shown = candidates(self.candidates, i, self.places[i], self.evidence)[:COUNT]
+        return self._render("pool", i, shown=shown, order=rng.permutation(len(shown)).tolist())
 
-    def _away(self, i: int) -> NDArray[np.float64]:
-        return haversine_km(*self.truth[i], *self.chosen.lat_lon[i].T)
+    def _distances_km(self, i: int) -> NDArray[np.float64]:
+        return haversine_km(*self.truth[i], *self.candidates.lat_lon[i].T)
 
-    def _say(self, name: str, i: int, known: list[dict[str, Any]], order: list[int]) -> Prompt:
-        """The question of a prompt file with the candidates at ``order``, and the right answer."""
-        listed = [known[at] | {"letter": letter} for at, letter in zip(order, LETTERS, strict=False)]
-        away = self._away(i)[order].tolist()
-        right = min(away, default=np.inf) <= RIGHT_KM
+    def _render(self, name: str, i: int, *, shown: list[dict[str, Any]], order: list[int]) -> Prompt:
+        """Render a prompt file with the candidates at ``order``, and add the right answer."""
+        listed = [shown[at] | {"letter": letter} for at, letter in zip(order, LETTERS, strict=False)]
+        distances_km = self._distances_km(i)[order].tolist()
+        is_right = min(distances_km, default=np.inf) <= RIGHT_KM
         if name == "pool":
-            answer = LETTERS[int(np.argmin(away))] if right else LETTERS[-1]
+            answer = LETTERS[int(np.argmin(distances_km))] if is_right else LETTERS[-1]
         else:
             lat, lon = (round(float(value), 1) for value in self.truth[i])
-            answer = json.dumps({"latitude": lat, "longitude": lon, "confidence": 95 if right else 20}) + END
+            answer = json.dumps({"latitude": lat, "longitude": lon, "confidence": 95 if is_right else 20}) + END
         pictures = {"photo": PHOTO} | {str(p["picture"]): str(p["picture"]).encode() for p in listed if "picture" in p}
         parts = render(name, pictures, candidates=listed, similar=[])
-        said = "".join(part if isinstance(part, str) else IMAGE * (PIXELS // PATCH) ** 2 for part in parts)
-        shown = [self.images[i] if part == PHOTO else part.decode() for part in parts if isinstance(part, bytes)]
-        return Prompt(BEGIN + said, tuple(shown), answer, tuple(away))
+        text = "".join(part if isinstance(part, str) else IMAGE * (PIXELS // PATCH) ** 2 for part in parts)
+        references = [self.images[i] if part == PHOTO else part.decode() for part in parts if isinstance(part, bytes)]
+        return Prompt(BEGIN + text, tuple(references), answer=answer, distances_km=tuple(distances_km))
 
 
 def read_examples(tables: Tables, index: GeoIndex, tuning: Tuning) -> Examples:
-    """Tables up to the alignment's verdicts -> examples. ``tuning``: that of the pool.
+    """Read examples from a run's tables up to the alignment's verdicts; ``tuning`` is that of the pool.
 
     Raises GeoError when a place is not known.
     """
-    truth, whole, neighbors = tables.photos.lat_lon, tables.pool, tables.neighbors
+    truth, neighbors = tables.photos.lat_lon, tables.neighbors
     if not np.isfinite(truth).all():
         raise GeoError("training a verifier needs photos whose places are known")
-    aligned = tables.verdicts["alignment"].over(whole.mask)
+    alignment = tables.verdicts["alignment"].over(tables.pool.mask)
 
-    def known(pool: Pool, matches: Places | None, seen: Examples | None) -> Examples:
+    def make(pool: Pool, matches: Places | None, matched: Examples | None) -> Examples:
         chosen = shortlist(pool, MOST)
-        found = evidence(chosen, pool, neighbors, aligned=aligned, tuning=tuning, matches=matches)
         rows = nearby_rows(chosen, neighbors)
-        shown = iter(index.rows["image"].take(rows[rows >= 0]).to_pylist())
-        near = [[next(shown) if there else None for there in row] for row in (rows >= 0).tolist()]
+        pictures = np.full(rows.shape, None, object)
+        pictures[rows >= 0] = index.rows["image"].take(rows[rows >= 0]).to_pylist()
+        known = evidence(chosen, pool, neighbors, alignment, tuning, matches)
         images = [str(image) for image in tables.photos.images]
-        return Examples(images, truth, chosen, found, place_texts(chosen), near, seen)
+        return Examples(
+            images,
+            truth,
+            candidates=chosen,
+            evidence=known,
+            places=place_texts(chosen),
+            nearby=pictures.tolist(),
+            matched=matched,
+        )
 
-    return known(without(whole, VISUAL), None, known(whole, tables.matches, None))
+    return make(without(tables.pool, VISUAL), None, make(tables.pool, tables.matches, None))

@@ -1,4 +1,4 @@
-"""The embedded verifier: a LLaVA small enough to travel with the package, made, saved and read as any other is."""
+"""These functions make and save the embedded verifier, a LLaVA small enough to ship with the package."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from rag_geotoken.storage.files import write_text, write_whole
 from rag_geotoken.training.mllm.words import IMAGE, PATCH, PIXELS
 
 POSITIONS = 1024
-# transformers' names in memory -> those of LLaVA checkpoints on the hub, which both transformers and vLLM read.
+# From transformers' names in memory to those of LLaVA checkpoints on the hub, which both transformers and vLLM read.
 NAMES = {
     "model.language_model.": "language_model.model.",
     "model.vision_tower.": "vision_tower.vision_model.",
     "model.multi_modal_projector.": "multi_modal_projector.",
 }
-STEPS = tuple(range(5, 180, 10))
+STEPS = torch.arange(5, 180, 10)
 
 
 def make_model(tokenizer: Any) -> LlavaForConditionalGeneration:
-    """Random weights from torch's seed: a CLIP tower of 64 x 64 pixels, 16 tokens a picture, and a Llama with it.
+    """Make a model with random weights from torch's seed: a CLIP tower of 64 x 64 pixels and a Llama.
 
-    Numbers begin with embeddings that say how large they are.
+    A picture is 16 tokens. Numbers begin with embeddings that encode how large they are.
     """
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    special_ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     vision = CLIPVisionConfig(
         hidden_size=192,
         intermediate_size=576,
@@ -53,7 +53,7 @@ def make_model(tokenizer: Any) -> LlavaForConditionalGeneration:
         max_position_embeddings=POSITIONS,
         initializer_range=0.05,
         tie_word_embeddings=True,
-        **special,
+        **special_ids,
     )
     model = LlavaForConditionalGeneration(
         LlavaConfig(
@@ -64,7 +64,7 @@ def make_model(tokenizer: Any) -> LlavaForConditionalGeneration:
             vision_feature_layer=-1,
             vision_feature_select_strategy="default",
             tie_word_embeddings=True,
-            **special,
+            **special_ids,
         )
     )
     _write_magnitudes(model, tokenizer)
@@ -73,14 +73,14 @@ def make_model(tokenizer: Any) -> LlavaForConditionalGeneration:
 
 
 def _write_magnitudes(model: LlavaForConditionalGeneration, tokenizer: Any) -> None:
-    """Embeddings of numbers, alone and with what they are evidence of: soft steps, one for each ten passed.
+    """Embed the numbers, alone and with what they are evidence of, as soft steps, one for each ten passed.
 
-    The nearer two numbers, the more alike they begin, and every step is a direction in which more is more. With tokens
-    as unlike one another as words are, a small model would have to learn each number by itself.
+    The nearer two numbers, the more alike their first embeddings, and every step is a direction that grows with the
+    number. With tokens as unlike as those of words, a small model would have to learn each number by itself.
     """
     weight: Any = model.get_input_embeddings().weight
     directions = torch.randn(len(STEPS), weight.shape[1]) * 0.05 / math.sqrt(len(STEPS) / 2)
-    of_words: dict[str, Any] = {}
+    word_directions: dict[str, Any] = {}
     with torch.no_grad():
         for token, row in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
             match = re.fullmatch(r"(.*?)([0-9]*)(\.[0-9])?", token)
@@ -89,36 +89,35 @@ def _write_magnitudes(model: LlavaForConditionalGeneration, tokenizer: Any) -> N
             value = float(f"{match[2] or 0}{match[3] or ''}")
             if match[3]:  # tenths as finely as whole numbers: evidence with them goes to ten, they alone to one
                 value *= 10 if match[1] else 100
-            weight[row] = weight[row] * 0.5 + torch.tanh((value - torch.tensor(STEPS)) / 6) @ directions
+            weight[row] = weight[row] * 0.5 + torch.tanh((value - STEPS) / 6) @ directions
             if match[1]:
-                weight[row] += of_words.setdefault(match[1], torch.randn(weight.shape[1]) * 0.05)
+                weight[row] += word_directions.setdefault(match[1], torch.randn(weight.shape[1]) * 0.05)
 
 
 def save_weights(model: LlavaForConditionalGeneration, path: Path) -> None:
-    """The parameters in half precision, under the names that checkpoints on the hub have."""
+    """Save the parameters in half precision, under the names that checkpoints on the hub have."""
     tensors = {}
     for name, value in model.state_dict().items():
-        if name == "lm_head.weight":  # the embeddings once more
+        if name == "lm_head.weight":  # shared with the embeddings
             continue
-        before = next(prefix for prefix in NAMES if name.startswith(prefix))
-        tensors[NAMES[before] + name.removeprefix(before)] = value.detach().cpu().half().contiguous()
-    packed = save(tensors, {"format": "pt"})
-    write_whole(path, lambda beside: beside.write_bytes(packed))
+        prefix = next(prefix for prefix in NAMES if name.startswith(prefix))
+        tensors[NAMES[prefix] + name.removeprefix(prefix)] = value.detach().cpu().half().contiguous()
+    write_whole(path, lambda temporary: temporary.write_bytes(save(tensors, {"format": "pt"})))
 
 
 def save_folder(model: LlavaForConditionalGeneration, processor: Any, folder: Path) -> None:
-    """Everything but the weights: configuration, tokenizer, processor and chat template."""
+    """Save all but the weights: configuration, tokenizer, processor and chat template."""
     config: dict[str, Any] = model.config.to_dict() | {"architectures": ["LlavaForConditionalGeneration"]}
-    special = {name: config["text_config"][name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    special_ids = {name: config["text_config"][name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     # Stored as half, computed in float32: then transformers and a server of any kind start from the same numbers.
     config["dtype"] = config["text_config"]["dtype"] = config["vision_config"]["dtype"] = "float32"
-    for name, content in (("config", config), ("generation_config", special | {"do_sample": False})):
+    for name, content in (("config", config), ("generation_config", special_ids | {"do_sample": False})):
         write_text(folder / f"{name}.json", json.dumps(content, indent=2, sort_keys=True) + "\n")
-    with TemporaryDirectory(dir=folder) as beside:
-        processor.save_pretrained(beside)
-        words = Path(beside) / "tokenizer_config.json"
+    with TemporaryDirectory(dir=folder) as temporary:
+        processor.save_pretrained(temporary)
+        path = Path(temporary) / "tokenizer_config.json"
         # transformers 5 names a class that 4 does not have; both know this one.
-        told = json.loads(words.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-        write_text(words, json.dumps(told, indent=2, sort_keys=True) + "\n")
-        for file in Path(beside).iterdir():
+        settings = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        write_text(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        for file in Path(temporary).iterdir():
             os.replace(file, folder / file.name)

@@ -1,4 +1,4 @@
-"""What a multimodal model's verdicts are worth: their scale, the router and the calibrations, on validation photos."""
+"""These functions tune how much a multimodal model's verdicts count, on validation photos."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from rag_geotoken.storage.files import write_json
 from rag_geotoken.training.loop import Log
 from rag_geotoken.training.setup import Setup
 from rag_geotoken.training.tuning import hits, inside
-from rag_geotoken.types import MllmVerdict, Pool, Predictions, Tables
+from rag_geotoken.types import MllmVerdict, Pool, Predictions
 from rag_geotoken.verifiers.mllm import gain_of
 from rag_geotoken.verifiers.router import features, fit_router
 
 SCALES = [0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0]
-MODES = [Options(verify=(*others, "mllm")) for others in ((), ("alignment",), ("visual",), ("alignment", "visual"))]
+MODES = [Options(verify=(*beside, "mllm")) for beside in ((), ("alignment",), ("visual",), ("alignment", "visual"))]
 FREE = Options(verify=("mllm",), mllm_mode="free")
 SHARED = Options(verify=("alignment", "visual"))  # what all of them are decided from
 
 
 def train(setup: Setup, *, where: str | None = None, model: str | None = None, concurrent: int | None = None) -> None:
-    """Put what a multimodal model's verdicts are worth, beside the models in a recipe's folder, into tuning.json.
+    """Tune how much a multimodal model's verdicts count, and write it into tuning.json in a recipe's folder.
 
-    where, model, concurrent: as :func:`.open_client` takes them; None is the verifier trained beside them. The photos'
-    tables and the model's answers are kept in ``OUT-mllm``.
+    where, model, concurrent: as :func:`.open_client` takes them; None is the verifier trained beside the models. The
+    photos' tables and the model's answers are kept in ``OUT-mllm``.
     """
     session = MllmSession.open(where or str(setup.beside("verifier")), model, concurrent)
     models = setup.models(load_tuning(setup.out), mllm=session)
@@ -46,7 +46,7 @@ def train(setup: Setup, *, where: str | None = None, model: str | None = None, c
 
 
 def tune_mllm(folder: Path, source: str, models: Models, log: Log) -> Tuning:
-    """A source of validation photos -> the models' tuning with mllm_scale, router and calibrations chosen on them.
+    """Return the models' tuning with mllm_scale, router and calibrations chosen on a source of validation photos.
 
     The scale is the one that does best on average over the model alone, beside the alignment, beside the pictures, and
     beside both. The router learns from the model's free answers against the pool's unverified decision. Every answer is
@@ -54,21 +54,19 @@ def tune_mllm(folder: Path, source: str, models: Models, log: Log) -> Tuning:
     """
     write_photos(folder, source)
     run = RunFolder(folder, models)
-    tuning, pools, given = models.tuning, list[Pool](), list[dict[str, NDArray[np.float32]]]()
+    tuning, pools, scores = models.tuning, list[Pool](), list[dict[str, NDArray[np.float32]]]()
     for options in (*MODES, FREE):
-        stage = f"verdicts-mllm-{options.mllm_mode}"
-        tables = run.tables(options, run.walk(options, SHARED, until=stage))
-        whole, pool = tables.pool, chosen_pool(options, tables.pool)
+        tables = run.tables(options, run.walk(options, SHARED, until=f"verdicts-mllm-{options.mllm_mode}"))
+        pools.append(chosen_pool(options, tables.pool))
         verdict = cast(MllmVerdict, tables.verdicts["mllm"])
-        scores = {name: tables.verdicts[name].over(whole.mask) for name in options.verify if name != "mllm"}
-        pools.append(pool)
-        given.append(scores | {"mllm": verdict.over(pool.mask)})
+        masks = {name: tables.pool.mask for name in options.verify} | {"mllm": pools[-1].mask}
+        scores.append({name: tables.verdicts[name].over(mask) for name, mask in masks.items()})
         answered = int(verdict.answered.sum())
         log(f"{'+'.join(options.verify)} {options.mllm_mode}: {answered} of {len(verdict.status)} answered")
     truth = tables.photos.lat_lon
 
     def decide(mode: int, scale: float) -> Predictions:
-        return strategies.decide(pools[mode], Given(given[mode], replace(tuning, mllm_scale=scale, calibration={})))
+        return strategies.decide(pools[mode], Given(scores[mode], replace(tuning, mllm_scale=scale, calibration={})))
 
     values = [float(np.mean([inside(decide(i, scale), truth) for i in range(len(MODES))])) for scale in SCALES]
     best = SCALES[int(np.argmax(values))]
@@ -80,19 +78,13 @@ def tune_mllm(folder: Path, source: str, models: Models, log: Log) -> Tuning:
         name = verified_by(options.verify)
         calibration[name] = fit_calibration(decided.confidence, right)
         log(f"{name}: " + " ".join(f"{100 * share:.2f}" for share in right.mean(axis=0)) + " % within 1 ... 2500 km")
-    router = _router(models, tables, pools[-1], verdict, truth)
+    # The router chooses between the unverified decision and the model's own place, where it named one.
+    own = verdict.lat_lon[:, 0]
+    decided = strategies.decide(pools[-1], Given({}, tuning))
+    gain = gain_of(models, tables.embeddings, own, decided)
+    columns = features(pools[-1], decided, own, verdict.confidence[:, 0], gain)
+    named = np.isfinite(own).all(axis=1)
+    decided_km, own_km = (haversine_km(*truth.T, *places.T)[named] for places in (decided.lat_lon, own))
+    router = fit_router(columns[named], decided_km, own_km)
     log("router " + " ".join(f"{weight:.3f}" for weight in router))
     return replace(tuning, mllm_scale=best, calibration=calibration, router=router)
-
-
-def _router(
-    models: Models, tables: Tables, pool: Pool, verdict: MllmVerdict, truth: NDArray[np.float64]
-) -> tuple[float, ...]:
-    """Weights of the choice between the unverified answer and the model's own place, where it named one."""
-    own = verdict.lat_lon[:, 0]
-    decided = strategies.decide(pool, Given({}, models.tuning))
-    gain = gain_of(models, tables.embeddings, own, decided)
-    columns = features(pool, decided, own, verdict.confidence[:, 0], gain)
-    there = np.isfinite(own).all(axis=1)
-    ours, theirs = (haversine_km(*truth.T, *places.T)[there] for places in (decided.lat_lon, own))
-    return fit_router(columns[there], ours, theirs)

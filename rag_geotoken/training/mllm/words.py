@@ -1,4 +1,4 @@
-"""The words of the embedded verifier: a byte-level BPE tokenizer made on the spot, and a LLaVA processor around it."""
+"""These functions make the embedded verifier's byte-level BPE tokenizer and the LLaVA processor around it."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ PIECES = (
 # Evidence in words is one piece with its number, such as "; place 64" or "; generated -1.2".
 EVIDENCE = r"[,;] \p{Ll}+ -?\d{1,3}(?:\.\d)?(?!\d)"
 HUNDRED = range(101)
-# One user message: texts and pictures in the order they were given. Nothing but the words of the message is said, so
-# that the tokens of instructions and picture are the same in front of every list of candidates.
+# One user message: texts and pictures in the order they were given. Nothing is added to the message, so that the tokens
+# of instructions and picture are the same in front of every list of candidates.
 TEMPLATE = (
     "{{ '<s>' }}{% for message in messages %}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -38,13 +38,13 @@ TEMPLATE = (
 
 
 def make_tokenizer(corpus: Iterable[str], size: int) -> Any:
-    """Texts -> a tokenizer of about ``size`` tokens, or as many as there are words for; the same for the same texts.
+    """Train a tokenizer of about ``size`` tokens, or fewer if the texts give fewer; it depends on the texts alone.
 
     One token each: the letter of an option, a whole number to 180, a decimal, and the kinds of evidence that the texts
     have, with a number to 100. Characters, numbers and special tokens, 450, it has in any case.
     """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = _pieces(PIECES)  # numbers by themselves, until all words are there
+    tokenizer.pre_tokenizer = _pieces(PIECES)  # numbers by themselves, until all words are in
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         special_tokens=[PAD, BEGIN, END, IMAGE],
@@ -52,8 +52,8 @@ def make_tokenizer(corpus: Iterable[str], size: int) -> Any:
         show_progress=False,
     )
     texts = list(corpus)
-    said = {found for text in texts for found in re.findall(r"([,;] [a-z]+ -?)\d+(\.\d)?(?!\d)", text)}
-    evidence = sorted({(words, bool(tenth)) for words, tenth in said})
+    matches = [match for text in texts for match in re.findall(r"([,;] [a-z]+ -?)\d+(\.\d)?(?!\d)", text)]
+    evidence = sorted({(words, bool(tenth)) for words, tenth in matches})
     trainer.vocab_size = max(size - len(NUMBERS) - len(HUNDRED) * len(evidence), 0)
     tokenizer.train_from_iterator((re.sub(r"\d+", "0", text) for text in texts), trainer)
     tokenizer.pre_tokenizer = _pieces(f"{EVIDENCE}|{PIECES}")
@@ -76,7 +76,7 @@ def _pieces(pattern: str) -> Any:
 
 
 def _with_numbers(tokenizer: str, evidence: list[tuple[str, bool]]) -> str:
-    """A tokenizer's JSON with the merges that make every number one token, and every evidence with its number."""
+    """Add the merges to a tokenizer's JSON that make every number one token, and every evidence with its number."""
     state = json.loads(tokenizer)
     vocab, merges = state["model"]["vocab"], state["model"]["merges"]
 
@@ -99,7 +99,7 @@ def _with_numbers(tokenizer: str, evidence: list[tuple[str, bool]]) -> str:
 
 
 def make_processor(tokenizer: Any) -> Any:
-    """A tokenizer -> the processor of texts and pictures, as it is saved beside the weights."""
+    """Make the processor of texts and pictures, as it is saved beside the weights."""
     pictures = CLIPImageProcessorPil(
         size={"shortest_edge": PIXELS},
         crop_size={"height": PIXELS, "width": PIXELS},

@@ -68,10 +68,10 @@ def test_the_answer_is_the_nearest_candidate_or_none(examples: Examples) -> None
         if prompt.answer not in LETTERS:
             continue
         km = {letter: haversine_km(*examples.truth[i], *place) for letter, place in lines(prompt).items()}
-        assert list(km) == list(LETTERS[: len(km)]) and len(km) == len(prompt.away)
-        assert np.allclose(list(km.values()), prompt.away, atol=10)  # said to a tenth of a degree
-        nearest = min(prompt.away, default=np.inf)
-        expected = LETTERS[prompt.away.index(nearest)] if nearest <= 200 else "Z"
+        assert list(km) == list(LETTERS[: len(km)]) and len(km) == len(prompt.distances_km)
+        assert np.allclose(list(km.values()), prompt.distances_km, atol=10)  # said to a tenth of a degree
+        nearest = min(prompt.distances_km, default=np.inf)
+        expected = LETTERS[prompt.distances_km.index(nearest)] if nearest <= 200 else "Z"
         assert prompt.answer == expected
         answers.append(expected)
     assert {"A", "B", "Z"} <= set(answers)  # in an order that says nothing
