@@ -83,7 +83,7 @@ class Plain:
 
     def memory(self, *inputs: Tensor) -> Tensor:
         """As :meth:`TokenModel.memory`, but (S, B, d_model)."""
-        memory: Tensor = self.encoder(self.model.memory_of(*inputs).transpose(0, 1).contiguous())
+        memory: Tensor = self.encoder(self.model.memory(*inputs).transpose(0, 1).contiguous())
         return memory
 
     def logits(self, memory: Tensor, tokens: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     model, inputs = build(args)
     plain = Plain(model)
     if args.compile:
-        model.memory_of = torch.compile(model.memory_of)  # type: ignore[method-assign]
+        model.memory = torch.compile(model.memory)  # type: ignore[method-assign]
     length, drawn = len(model.vocab_sizes), SAMPLES if args.full else min(SAMPLES, 3 * args.repeats)
     numbers = torch.from_numpy(decoding._uniform(range(args.batch), drawn, length, args.seed)).to(args.device)
     seconds, speeds, singles = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list), list[Tensor]()
@@ -182,7 +182,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         return result
 
     def ours() -> tuple[Tensor, Decoded, Decoded]:
-        memory = run("encoder", lambda: model.memory_of(*inputs))
+        memory = run("encoder", lambda: model.memory(*inputs))
         run("memory keys", lambda: [block.memory_keys(memory) for block in model.blocks])
         run("greedy", lambda: decoding.greedy(model, memory))
         run("frontier", lambda: frontier(model, memory, OPENINGS))

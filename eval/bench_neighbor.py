@@ -40,7 +40,7 @@ def work_of(task: str, index: Path) -> Callable[[], object]:
 
         arguments = argparse.Namespace(seed=0, batch=32, dtype="float32", device="cpu", compile=False)
         model, inputs = bench_decoding.build(arguments)
-        return lambda: decoding.beam(model, model.memory_of(*inputs), 4)
+        return lambda: decoding.beam(model, model.memory(*inputs), 4)
     import numpy as np
 
     from rag_geotoken import Geolocator, Options

@@ -158,7 +158,7 @@ class Models:
         query, gallery = torch.from_numpy(embeddings.vectors), torch.from_numpy(self.index.vectors(rows))
         places = self.index.lat_lon[rows]
         cells = self.tokenizer.encode(*places.reshape(-1, 2).T).reshape(*rows.shape, -1)
-        return self.tokens.memory_of(query, gallery, torch.from_numpy(cells), torch.from_numpy(places))
+        return self.tokens.memory(query, gallery, torch.from_numpy(cells), torch.from_numpy(places))
 
     @torch.inference_mode()
     def states(self, embeddings: Embeddings, neighbors: Neighbors, pool: Pool) -> Tensor:

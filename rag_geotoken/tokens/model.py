@@ -95,7 +95,7 @@ class TokenModel(Pretrained):
         """Return the decoder's layers."""
         return list(cast(list[Block], self.decoder["layers"]))
 
-    def memory_of(
+    def memory(
         self, photo: Tensor, neighbors: Tensor, neighbor_tokens: Tensor, neighbor_places: Tensor | None = None
     ) -> Tensor:
         """Encode a photo and its neighbors as the memory (B, 4 + K * (3 + T), d_model) that the decoder attends to.

@@ -151,7 +151,7 @@ class Losses(nn.Module):
         """Return the token model's memory of the photos at ``drawn`` (B,)."""
         rows = photos.neighbors[drawn]
         query, neighbors = photos.vectors[drawn].float(), self.gallery[rows].float()
-        return self.tokens.memory_of(query, neighbors, self.cells[rows], self.places[rows])
+        return self.tokens.memory(query, neighbors, self.cells[rows], self.places[rows])
 
     def forward(self, photos: Photos, drawn: Tensor) -> Tensor:
         """Return the losses (T,) of the photos at ``drawn`` (B,)."""

@@ -51,7 +51,7 @@ def memory(model: TokenModel, reference: State) -> Tensor:
     query = torch.stack([reference[f"query_{part}"] for part in ("image", "gps", "text")], dim=1)
     around = torch.stack([reference[f"gallery_{part}"][near] for part in ("image", "gps", "text")], dim=2)
     with torch.no_grad():
-        return model.memory_of(query, around, reference["gallery_tokens"][near])
+        return model.memory(query, around, reference["gallery_tokens"][near])
 
 
 def close(given: Tensor, wanted: Tensor) -> None:

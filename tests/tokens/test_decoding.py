@@ -25,7 +25,7 @@ BATCH = 4
 @pytest.fixture(scope="module")
 def memory(token_model: TokenModel) -> Tensor:
     with torch.no_grad():
-        return token_model.memory_of(*inputs(BATCH))
+        return token_model.memory(*inputs(BATCH))
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def small() -> TokenModel:
 def small_memory(small: TokenModel) -> Tensor:
     photo, neighbors, tokens = inputs(BATCH)
     with torch.no_grad():
-        return small.memory_of(photo, neighbors, tokens[..., :2])
+        return small.memory(photo, neighbors, tokens[..., :2])
 
 
 def all_ways(model: TokenModel, memory: Tensor) -> list[Decoded]:
@@ -233,7 +233,7 @@ def test_a_random_number_depends_on_its_own_place_alone() -> None:
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_the_batch_size_changes_nothing(token_model: TokenModel, size: int) -> None:
     with torch.no_grad():
-        memory = token_model.memory_of(*inputs(8, seed=3))
+        memory = token_model.memory(*inputs(8, seed=3))
     cut = {"temperature": 1.2, "top_p": 0.9, "epsilon": 0.01}
     whole = [*all_ways(token_model, memory), sample(token_model, memory, 20, seed=7, **cut)]
     for start in range(0, 8, size):

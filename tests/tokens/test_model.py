@@ -47,7 +47,7 @@ def apart(given: list[Tensor], wanted: list[Tensor]) -> bool:
 @torch.no_grad()
 def test_shapes(token_model: TokenModel) -> None:
     photo, neighbors, tokens = inputs(5)
-    memory = token_model.memory_of(photo, neighbors, tokens)
+    memory = token_model.memory(photo, neighbors, tokens)
     assert memory.shape == (5, 4 + 3 * (3 + 3), TOKENS.d_model)
     logits = token_model.logits(memory, targets(5))
     assert [tuple(logit.shape) for logit in logits] == [(5, 6), (5, 16), (5, 16)]
@@ -59,7 +59,7 @@ def test_the_papers_configuration() -> None:
     with torch.device("meta"):
         model = TokenModel(GEOTOKEN).eval()
         photo, neighbors = torch.empty(2, 3, 768), torch.empty(2, 15, 3, 768)
-        memory = model.memory_of(photo, neighbors, torch.empty(2, 15, 11, dtype=torch.int64))
+        memory = model.memory(photo, neighbors, torch.empty(2, 15, 11, dtype=torch.int64))
         logits = model.logits(memory, torch.empty(2, 11, dtype=torch.int64))
     assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 1) == 54.8
     assert memory.shape == (2, 214, 512)
@@ -73,16 +73,16 @@ def test_fewer_neighbors_than_usual_will_do(positions: Positions) -> None:
     model = tiny_tokens(replace(TOKENS, neighbor_positions=positions))
     photo, neighbors, tokens, places = placed(2)
     for k in range(3):
-        memory = model.memory_of(photo, neighbors[:, :k], tokens[:, :k], places[:, :k])
+        memory = model.memory(photo, neighbors[:, :k], tokens[:, :k], places[:, :k])
         assert memory.shape == (2, 4 + 6 * k, TOKENS.d_model)
         assert torch.isfinite(model.logits(memory, targets(2))[-1]).all()
 
 
 def test_too_many_neighbors_or_no_places_are_refused(token_model: TokenModel, one_line: OneLine) -> None:
     with one_line("3 neighbors at most, not 4"):
-        token_model.memory_of(*inputs(2, neighbors=4))
+        token_model.memory(*inputs(2, neighbors=4))
     with one_line("need neighbor_places"):
-        tiny_tokens(replace(TOKENS, neighbor_positions="spherical")).memory_of(*inputs(2))
+        tiny_tokens(replace(TOKENS, neighbor_positions="spherical")).memory(*inputs(2))
 
 
 def test_sizes_that_do_not_fit_are_refused(one_line: OneLine) -> None:
@@ -101,7 +101,7 @@ def test_every_input_counts(token_model: TokenModel, part: int) -> None:
     changed = [tensor.clone() for tensor in given]
     at = (..., column, slice(None)) if which < 2 else ...
     changed[which][at] = replaced[which][at]
-    first, second = (token_model.logits(token_model.memory_of(*tensors), targets(4)) for tensors in (given, changed))
+    first, second = (token_model.logits(token_model.memory(*tensors), targets(4)) for tensors in (given, changed))
     assert apart(first, second)
 
 
@@ -115,9 +115,7 @@ def test_a_longer_embedding_is_no_louder() -> None:
             assert isinstance(layer, torch.nn.Linear)
             layer.bias.zero_()
     photo, neighbors, tokens = inputs(2)
-    torch.testing.assert_close(
-        model.memory_of(5 * photo, 3 * neighbors, tokens), model.memory_of(photo, neighbors, tokens)
-    )
+    torch.testing.assert_close(model.memory(5 * photo, 3 * neighbors, tokens), model.memory(photo, neighbors, tokens))
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
@@ -125,11 +123,9 @@ def test_a_longer_embedding_is_no_louder() -> None:
 def test_the_order_of_the_neighbors(positions: Positions) -> None:
     model, target = tiny_tokens(replace(TOKENS, neighbor_positions=positions)), targets(4)
     photo, neighbors, tokens, places = placed(4)
-    logits = model.logits(model.memory_of(photo, neighbors, tokens, places), target)
+    logits = model.logits(model.memory(photo, neighbors, tokens, places), target)
     for order in ([2, 1, 0], [1, 2, 0], [0, 2, 1]):
-        reordered = model.logits(
-            model.memory_of(photo, neighbors[:, order], tokens[:, order], places[:, order]), target
-        )
+        reordered = model.logits(model.memory(photo, neighbors[:, order], tokens[:, order], places[:, order]), target)
         if positions == "sequence":
             assert apart(reordered, logits)
         else:
@@ -141,9 +137,9 @@ def test_the_order_of_the_neighbors(positions: Positions) -> None:
 def test_the_places_of_the_neighbors(positions: Positions) -> None:
     model, target = tiny_tokens(replace(TOKENS, neighbor_positions=positions)), targets(4)
     photo, neighbors, tokens, places = placed(4)
-    logits = model.logits(model.memory_of(photo, neighbors, tokens, places), target)
-    exchanged = model.memory_of(photo, neighbors, tokens, places.flip(1))
-    moved = model.memory_of(photo, neighbors, tokens, places * torch.tensor([0.5, 1.0]))
+    logits = model.logits(model.memory(photo, neighbors, tokens, places), target)
+    exchanged = model.memory(photo, neighbors, tokens, places.flip(1))
+    moved = model.memory(photo, neighbors, tokens, places * torch.tensor([0.5, 1.0]))
     for memory in (exchanged, moved):
         if positions == "spherical":
             assert apart(model.logits(memory, target), logits)
@@ -151,24 +147,24 @@ def test_the_places_of_the_neighbors(positions: Positions) -> None:
             alike(model.logits(memory, target), logits, atol=0)
     west, east = places.clone(), places.clone()
     west[..., 1], east[..., 1] = -180, 180
-    memories = [model.memory_of(photo, neighbors, tokens, around) for around in (west, east)]
+    memories = [model.memory(photo, neighbors, tokens, around) for around in (west, east)]
     torch.testing.assert_close(*memories, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
 def test_photos_do_not_see_each_other(token_model: TokenModel) -> None:
     together = inputs(6)
-    memory = token_model.memory_of(*together)
+    memory = token_model.memory(*together)
     for i in range(6):
         photo, neighbors, tokens = (part[i : i + 1] for part in together)
-        alone = token_model.memory_of(photo, neighbors, tokens)
+        alone = token_model.memory(photo, neighbors, tokens)
         torch.testing.assert_close(alone[0], memory[i], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("position", range(3))
 @torch.no_grad()
 def test_a_position_sees_the_tokens_before_it_only(token_model: TokenModel, position: int) -> None:
-    memory, tokens = token_model.memory_of(*inputs(4)), targets(4)
+    memory, tokens = token_model.memory(*inputs(4)), targets(4)
     changed = tokens.clone()
     changed[:, position] = (changed[:, position] + 1) % 6
     before, after = token_model.logits(memory, tokens), token_model.logits(memory, changed)
@@ -181,7 +177,7 @@ def test_a_position_sees_the_tokens_before_it_only(token_model: TokenModel, posi
 
 @torch.no_grad()
 def test_states_of_a_prefix_are_those_of_the_whole(token_model: TokenModel) -> None:
-    memory, tokens = token_model.memory_of(*inputs(4)), targets(4)
+    memory, tokens = token_model.memory(*inputs(4)), targets(4)
     states = token_model.states(memory, tokens)
     assert states.shape == (4, 4, TOKENS.d_model)
     for length in range(3):
@@ -191,7 +187,7 @@ def test_states_of_a_prefix_are_those_of_the_whole(token_model: TokenModel) -> N
 
 def test_every_position_has_embeddings_of_its_own(token_model: TokenModel) -> None:
     photo, neighbors, tokens = inputs(1)
-    memory, target = token_model.memory_of(photo, neighbors, tokens), targets(1)
+    memory, target = token_model.memory(photo, neighbors, tokens), targets(1)
     read, written, start = torch.autograd.grad(
         sum(logit.square().sum() for logit in token_model.logits(memory, target)),  # type: ignore[arg-type]
         [token_model.retrieval_embedding.weight, token_model.embedding.weight, token_model.start_token_embedding],
@@ -210,19 +206,19 @@ def test_positions_are_sinusoids_and_count() -> None:
         [math.sin(p / 10_000 ** (i / d)), math.cos(p / 10_000 ** (i / d))] for p in range(22) for i in range(0, d, 2)
     ]
     torch.testing.assert_close(model.positions, torch.tensor(wanted).view(22, d), rtol=0, atol=1e-5)
-    memory, target = model.memory_of(*inputs(2)), targets(2)
+    memory, target = model.memory(*inputs(2)), targets(2)
     logits = model.logits(memory, target)
     model.positions.zero_()
-    assert apart([model.memory_of(*inputs(2))], [memory])
+    assert apart([model.memory(*inputs(2))], [memory])
     assert apart(model.logits(memory, target), logits)
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_training_and_answering_compute_the_same(positions: Positions) -> None:
     model, target = tiny_tokens(replace(TOKENS, neighbor_positions=positions)), targets(3)
-    trained = model.logits(model.memory_of(*placed(3)), target)
+    trained = model.logits(model.memory(*placed(3)), target)
     with torch.no_grad():
-        alike(model.logits(model.memory_of(*placed(3)), target), trained)
+        alike(model.logits(model.memory(*placed(3)), target), trained)
     sum((logit.square().sum() for logit in trained), torch.zeros(())).backward()  # type: ignore[no-untyped-call]
     assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in model.parameters())
 
@@ -230,22 +226,22 @@ def test_training_and_answering_compute_the_same(positions: Positions) -> None:
 @torch.no_grad()
 def test_dropout_in_training_only() -> None:
     model, given, target = tiny_tokens(replace(TOKENS, dropout=0.3)), inputs(2), targets(2)
-    memory = model.memory_of(*given)
+    memory = model.memory(*given)
     logits = model.logits(memory, target)
-    assert torch.equal(model.memory_of(*given), memory)
+    assert torch.equal(model.memory(*given), memory)
     alike(model.logits(memory, target), logits, atol=0)
-    alike([memory], [tiny_tokens().memory_of(*given)], atol=0)
+    alike([memory], [tiny_tokens().memory(*given)], atol=0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model.train()
-        first, second = model.memory_of(*given), model.memory_of(*given)
+        first, second = model.memory(*given), model.memory(*given)
         assert apart([first], [second])
         assert apart(model.logits(memory, target), model.logits(memory, target))
         assert apart(model.logits(memory, target), logits)
     model.eval()
     alike(model.logits(memory, target), logits, atol=0)
     calm = tiny_tokens().train()
-    assert torch.equal(calm.memory_of(*given), calm.memory_of(*given))
+    assert torch.equal(calm.memory(*given), calm.memory(*given))
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -261,7 +257,7 @@ def test_saving_and_loading_keeps_the_logits(tmp_path: Path, half: bool) -> None
     assert {weight.dtype for weight in loaded.parameters()} == {torch.float32}
     photo, neighbors, tokens = inputs(3, neighbors=2)
     tokens, target = tokens.clamp(max=3), targets(3).clamp(max=3)
-    first, second = (m.logits(m.memory_of(photo, neighbors, tokens), target) for m in (made, loaded))
+    first, second = (m.logits(m.memory(photo, neighbors, tokens), target) for m in (made, loaded))
     alike([logit.softmax(-1) for logit in second], [logit.softmax(-1) for logit in first], atol=1e-2 if half else 0)
 
 

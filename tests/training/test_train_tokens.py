@@ -107,7 +107,7 @@ def test_the_loss_is_teacher_forced_cross_entropy_with_weights_from_2_to_1(
                 near = torch.from_numpy(index.vectors(rows)).half().float()[None]
                 places = index.lat_lon[rows]
                 cells = torch.from_numpy(S2Tokenizer(TOKENS.level, TOKENS.group).encode(*places.T))[None]
-                memory = model.memory_of(photos.vectors[i : i + 1].float(), near, cells)
+                memory = model.memory(photos.vectors[i : i + 1].float(), near, cells)
                 state = model.states(memory, photos.tokens[i : i + 1, :t])[:, -1]
                 logits = model.output_layers[t](state)[0].double()
                 nats.append(math.log(logits.exp().sum()) - logits[photos.tokens[i, t]].item())
