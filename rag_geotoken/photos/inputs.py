@@ -1,4 +1,4 @@
-"""What a user names to be located: pictures, folders, lists in CSV files and sources -> one photos table."""
+"""These functions turn what a user names (pictures, folders, CSV files, sources) into one photos table."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def read_photos(photos: list[str], limit: int | None = None) -> pa.Table:
-    """Pictures, folders, CSVs with a column ``image`` and sources -> one photos table, each photo once.
+    """Read pictures, folders, CSV files with a column ``image`` and sources as one photos table, each photo once.
 
-    Coordinates of a source are kept as the truth to compare with; those in EXIF are not read. At most ``limit`` photos
-    in all, the first. Raises GeoError for an empty folder, a missing file or a CSV without the column.
+    Coordinates of a source are kept as the ground truth; those in EXIF are not read. ``limit`` takes the first photos
+    of all inputs together. Raises GeoError for an empty folder, a missing file or a CSV without the column.
     """
     import pyarrow as pa
 
