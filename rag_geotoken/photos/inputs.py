@@ -5,15 +5,13 @@ from __future__ import annotations
 import csv
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import pyarrow as pa
 
 from rag_geotoken.errors import GeoError
 from rag_geotoken.photos.pictures import list_pictures
 from rag_geotoken.photos.sources import limited, read_source, source_module
 from rag_geotoken.photos.table import SCHEMA, read_left_out
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 
 def read_photos(photos: list[str], limit: int | None = None) -> pa.Table:
@@ -22,8 +20,6 @@ def read_photos(photos: list[str], limit: int | None = None) -> pa.Table:
     Coordinates of a source are kept as the ground truth; those in EXIF are not read. ``limit`` takes the first photos
     of all inputs together. Raises GeoError for an empty folder, a missing file or a CSV without the column.
     """
-    import pyarrow as pa
-
     tables, paths = [], list[str]()
     for photo in photos:
         if source_module(photo):

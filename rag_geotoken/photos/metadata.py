@@ -11,6 +11,7 @@ from typing import Any, TextIO
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pyarrow import csv as arrow_csv
 
 from rag_geotoken.errors import GeoError
 from rag_geotoken.photos.table import LeftOut
@@ -47,8 +48,6 @@ def read_csv(path: Path, left_out: LeftOut, needed: Sequence[str], optional: Seq
     An optional column that the file lacks is null throughout. Raises GeoError for a file that is missing, is not UTF-8
     or lacks a needed column.
     """
-    from pyarrow import csv as arrow_csv
-
     with open_csv(path, str(path)) as file:
         check_header(str(path), next(csv.reader(file), []), needed, known=needed)
     columns = [*needed, *optional]

@@ -11,12 +11,10 @@ from __future__ import annotations
 
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING
+
+import pyarrow as pa
 
 from rag_geotoken.errors import GeoError
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 # The module of a scheme has its name.
 SCHEMES = ("blue-marble", "folder", "hub", "im2gps3k", "mp16-pro", "yfcc4k")

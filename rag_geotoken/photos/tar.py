@@ -18,21 +18,23 @@ from contextlib import ExitStack
 from io import FileIO
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from rag_geotoken.errors import GeoError
 from rag_geotoken.storage.files import cache_folder
 from rag_geotoken.storage.parquet import read_table, write_table
 from rag_geotoken.storage.progress import progress_bar
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 SCHEME = "tar:"
 REFERENCE = re.compile(SCHEME + r"(.+)#([0-9]{1,16})\+([0-9]{1,12})", re.DOTALL)
 BLOCK = tarfile.BLOCKSIZE
 HEADER_CAP = 1 << 20  # bytes; names and attributes of one member are far below
 BATCH = 65_536  # members
+SCHEMA = pa.schema({"name": pa.string(), "file": pa.int16(), "offset": pa.int64(), "size": pa.int64()})
 
 
 def tar_files(folder: Path, name: str) -> list[Path]:
@@ -72,9 +74,6 @@ def tar_index(files: list[Path]) -> pa.Table:
 
 def references(files: list[Path], index: pa.Table) -> pa.Array:
     """Make picture references ``tar:PATH#OFFSET+SIZE`` of rows of the index."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     paths = pa.array([f"{SCHEME}{file}#" for file in files])
     offset, size = (pc.cast(index[name], pa.string()) for name in ("offset", "size"))
     return pc.binary_join_element_wise(pc.take(paths, index["file"]), offset, "+", size, "")
@@ -118,29 +117,19 @@ def _read(path: Path, state: list[list[Any]]) -> pa.Table | None:
     """Read the index kept at a path; None where it is broken or of another state of the tar."""
     try:
         table = read_table(path)
-        fits = json.loads(table.schema.metadata[b"tar"])["files"] == state and table.schema.equals(_schema())
+        fits = json.loads(table.schema.metadata[b"tar"])["files"] == state and table.schema.equals(SCHEMA)
     except (GeoError, KeyError, TypeError, ValueError):
         return None
     return table if fits else None
 
 
-def _schema() -> pa.Schema:
-    import pyarrow as pa
-
-    return pa.schema([("name", pa.string()), ("file", pa.int16()), ("offset", pa.int64()), ("size", pa.int64())])
-
-
 def _scan(files: list[Path], state: list[list[Any]]) -> pa.Table:
     """Read the headers one after another; the data between them is not read."""
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    batches, done = [_schema().empty_table()], 0
+    batches, done = [SCHEMA.empty_table()], 0
     with _JoinedFiles(files) as joined, progress_bar(joined.size >> 20, f"index of {files[0].name}, MB") as advance:
         members = _members(joined)
         while batch := list(islice(members, BATCH)):
-            batches.append(pa.Table.from_pylist(batch, _schema()))
+            batches.append(pa.Table.from_pylist(batch, SCHEMA))
             advance((joined.position >> 20) - done)
             done = joined.position >> 20
     table = pa.concat_tables(batches).combine_chunks()
