@@ -42,12 +42,8 @@ def check_header(name: str, header: list[str], needed: Sequence[str], known: Seq
         raise GeoError(f"{name} names a column twice: {', '.join(header)}")
 
 
-def read_csv(path: Path, left_out: LeftOut, needed: Sequence[str], optional: Sequence[str] = ()) -> pa.Table:
-    """Read some columns of a CSV file as text, null where empty or "nan"; broken lines are left out.
-
-    An optional column that the file lacks is null throughout. Raises GeoError for a file that is missing, is not UTF-8
-    or lacks a needed column.
-    """
+def _read_csv(path: Path, left_out: LeftOut, needed: Sequence[str], optional: Sequence[str]) -> pa.Table:
+    """Read some columns as stripped text, null where missing; broken lines are left out."""
     with open_csv(path, str(path)) as file:
         check_header(str(path), next(csv.reader(file), []), needed, known=needed)
     columns = [*needed, *optional]
@@ -71,17 +67,13 @@ def read_csv(path: Path, left_out: LeftOut, needed: Sequence[str], optional: Seq
         )
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise GeoError(f"{path} is not a CSV file in UTF-8: {str(error).splitlines()[0]}") from None
-    return pa.table({name: clean(table[name]) for name in columns})
+    texts = {name: pc.utf8_trim_whitespace(table[name]) for name in columns}
+    missing = pa.array(MISSING)
+    return pa.table({name: pc.if_else(pc.is_in(text, missing), None, text) for name, text in texts.items()})
 
 
-def clean(text: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Strip the space around text (N,); null where it is empty or a word for missing text."""
-    text = pc.utf8_trim_whitespace(text)
-    return pc.if_else(pc.is_in(text, value_set=pa.array(MISSING)), None, text)
-
-
-def degrees(text: pa.ChunkedArray, limit: float) -> pa.ChunkedArray:
-    """Convert text (N,) to degrees (N,) float64; null where it is not a number or outside -limit..limit."""
+def _degrees(text: pa.ChunkedArray, limit: float) -> pa.ChunkedArray:
+    """Convert text to degrees (float64); null where it is not a number or outside -limit..limit."""
     number = pc.cast(pc.if_else(pc.match_substring_regex(text, NUMBER), text, None), pa.float64())
     return pc.if_else(pc.less_equal(pc.abs(number), limit), number, None)
 
@@ -90,12 +82,13 @@ def photo_rows(path: Path, left_out: LeftOut, needed: Sequence[str] = (), option
     """Read the usable rows of a CSV file: id, lat and lon in degrees, and the other columns as text.
 
     The id is IMG_ID with ``_`` for ``/``, as the pictures are named. Counted in ``left_out``: broken lines, rows
-    without id, without a value in a needed column, without coordinates on Earth, and repeated ids. Raises GeoError as
-    `read_csv`.
+    without id, without a value in a needed column, without coordinates on Earth, and repeated ids. An optional column
+    that the file lacks is null throughout. Raises GeoError for a file that is missing, is not UTF-8 or lacks a needed
+    column.
     """
-    table = read_csv(path, left_out, needed=("IMG_ID", "LAT", "LON", *needed), optional=optional)
+    table = _read_csv(path, left_out, needed=("IMG_ID", "LAT", "LON", *needed), optional=optional)
     columns = {"id": pc.replace_substring(table["IMG_ID"], "/", "_")}
-    columns |= {"lat": degrees(table["LAT"], 90.0), "lon": degrees(table["LON"], 180.0)}
+    columns |= {"lat": _degrees(table["LAT"], 90.0), "lon": _degrees(table["LON"], 180.0)}
     table = pa.table(columns | {name: table[name] for name in (*needed, *optional)})
     table = left_out.drop(table, pc.is_null(table["id"]), "without an id")
     for name in needed:

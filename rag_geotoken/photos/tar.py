@@ -61,7 +61,7 @@ def tar_index(files: list[Path]) -> pa.Table:
     key = hashlib.sha256(str(beside.resolve()).encode(errors="surrogateescape")).hexdigest()[:16]
     cached = cache_folder() / "tar" / f"{key}.parquet"
     for path in (beside, cached):
-        if (table := _read(path, state)) is not None:
+        if (table := _read_index(path, state)) is not None:
             return table
     table = _scan(files, state)
     try:
@@ -80,7 +80,7 @@ def references(files: list[Path], index: pa.Table) -> pa.Array:
 
 
 def read_member(reference: str, cap: int) -> bytes:
-    """Read the bytes of the member that a reference names, at most ``cap`` of them.
+    """Read the bytes of the member that a reference names; more than ``cap`` are an error.
 
     A reference is not trusted: at its offset there must be a tar header of a plain file of that size, all in the file.
     Raises GeoError with the reason, without the reference; OSError for a file that is missing or may not be read.
@@ -113,7 +113,7 @@ def _is_plain(member: tarfile.TarInfo) -> bool:
     return member.type in (tarfile.REGTYPE, tarfile.AREGTYPE)
 
 
-def _read(path: Path, state: list[list[Any]]) -> pa.Table | None:
+def _read_index(path: Path, state: list[list[Any]]) -> pa.Table | None:
     """Read the index kept at a path; None where it is broken or of another state of the tar."""
     try:
         table = read_table(path)
@@ -152,7 +152,7 @@ def _members(joined: _JoinedFiles) -> Iterator[dict[str, Any]]:
                     break
                 end = tar.offset
                 if _is_plain(member):
-                    file, offset = joined.place(member.offset_data - BLOCK, BLOCK + member.size)
+                    file, offset = joined.locate(member.offset_data - BLOCK, BLOCK + member.size)
                     name = member.name.rpartition("/")[2].encode("utf-8", "replace").decode()
                     yield {"name": name, "file": file, "offset": offset + BLOCK, "size": member.size}
     except tarfile.TarError as error:
@@ -178,7 +178,7 @@ class _JoinedFiles(ExitStack):
         self._ends = list(accumulate(os.fstat(file.fileno()).st_size for file in self._files))
         self.size = self._ends[-1]
 
-    def place(self, start: int, size: int) -> tuple[int, int]:
+    def locate(self, start: int, size: int) -> tuple[int, int]:
         """Return the file that holds bytes start..start+size, -1 if they lie across two, and where in it they begin."""
         file = bisect_right(self._ends, start)
         begin = self._ends[file - 1] if file else 0
@@ -195,7 +195,7 @@ class _JoinedFiles(ExitStack):
             raise tarfile.ReadError("a header claims to be larger than any is")
         data = b""
         while size > len(data) and 0 <= self.position < self.size:
-            file, begin = self.place(self.position, 1)
+            file, begin = self.locate(self.position, 1)
             self._files[file].seek(begin)
             part = self._files[file].read(size - len(data))
             if not part:

@@ -110,9 +110,8 @@ def test_a_row_counts_for_one_reason_and_ten_are_named(folder: Path) -> None:
     whole = WHOLE | {"IMG_ID": flickr_id(3), "LAT": 1, "LON": 1}
     write_csv(folder / "MP16_Pro_places365.csv", [*rows, whole])
     table = read_source(f"mp16-pro:{folder}")
-    found = read_left_out(table).reasons
     assert len(table) == 1
-    assert found == {
+    assert read_left_out(table).reasons == {
         "without a country": {"photos": 20, "first": [f"x_{i}.jpg" for i in range(0, 20, 2)]},
         "without usable coordinates": {"photos": 20, "first": [f"x_{i}.jpg" for i in range(1, 20, 2)]},
     }
@@ -157,11 +156,11 @@ def test_a_tar_cut_off_in_the_middle_gives_what_is_whole(folder: Path, capsys: p
     table = read_table(folder / "run" / "photos.parquet")
     assert table["id"].to_pylist() == ids[:10]
     assert load_pictures(table["image"].to_pylist(), 8)[1] == [None] * 10
-    found = json.loads((folder / "run" / "left_out.json").read_text())
+    left_out = json.loads((folder / "run" / "left_out.json").read_text())
     remark = f"the tar is cut off or broken at byte {member.offset:,}, 10 members are whole"
-    assert found["remarks"] == [remark] and found["photos"] == 10
+    assert left_out["remarks"] == [remark] and left_out["photos"] == 10
     lost = [name for i in range(COUNT) if (name := flickr_id(i).replace("/", "_")) not in ids[:10]]
-    assert found["reasons"] == {"without a picture in the tar": {"photos": 14, "first": lost[:10]}}
+    assert left_out["reasons"] == {"without a picture in the tar": {"photos": 14, "first": lost[:10]}}
     line = f"mp16-pro:{folder}: left out: 14 without a picture in the tar; {remark}"
     assert line in capsys.readouterr().err.splitlines()
 
