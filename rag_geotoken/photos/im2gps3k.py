@@ -1,4 +1,4 @@
-"""The source `im2gps3k:DIR` is a test set of the papers, described in :mod:`.benchmarks`."""
+"""This source, ``im2gps3k:DIR``, is one of the two test sets in :mod:`.benchmarks`."""
 
 from functools import partial
 

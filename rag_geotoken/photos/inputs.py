@@ -1,29 +1,25 @@
-"""What a user names to be located becomes one photos table: pictures, folders, CSV files and sources."""
+"""These functions turn what a user names (pictures, folders, CSV files, sources) into one photos table."""
 
 from __future__ import annotations
 
 import csv
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import pyarrow as pa
 
 from rag_geotoken.errors import GeoError
 from rag_geotoken.photos.pictures import list_pictures
 from rag_geotoken.photos.sources import limited, read_source, source_module
 from rag_geotoken.photos.table import SCHEMA, read_left_out
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 
 def read_photos(photos: list[str], limit: int | None = None) -> pa.Table:
-    """Read pictures, folders, CSVs with a column ``image`` and sources as one photos table, each photo once.
+    """Read pictures, folders, CSV files with a column ``image`` and sources as one photos table, each photo once.
 
-    Coordinates of a source are kept as the truth to compare with; those in EXIF are not read. At most ``limit`` photos
-    in all, the first. Raises GeoError for an empty folder, a missing file or a CSV without the column.
+    Coordinates of a source are kept as the ground truth; those in EXIF are not read. ``limit`` takes the first photos
+    of all inputs together. Raises GeoError for an empty folder, a missing file or a CSV without the column.
     """
-    import pyarrow as pa
-
     tables, paths = [], list[str]()
     for photo in photos:
         if source_module(photo):

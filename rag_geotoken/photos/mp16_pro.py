@@ -1,4 +1,4 @@
-"""The source `mp16-pro:DIR` is the gallery MP16-Pro as it lies on disk: photos in their tar, a CSV.
+"""This source, ``mp16-pro:DIR``, reads the gallery MP16-Pro as downloaded: photos in a tar, metadata in a CSV.
 
 Format and rules: Jia et al., G3 (NeurIPS 2024), and the data set Jia-py/MP16-Pro on the hub.
 """
@@ -24,18 +24,18 @@ SMALLEST = 5 * 1024  # bytes; a picture of this size or below says only that the
 
 
 def read(rest: str) -> pa.Table:
-    """Read the photos table of ``DIR[,limit=N][,seed=S]``, in the order of the tar.
+    """Read the photos table of ``DIR[,limit=N][,seed=S]``: id, image, lat, lon, place, author, in the tar's order.
 
-    ``DIR`` holds ``mp-16-images.tar``, or its pieces ``mp-16-images00``, ``01``, ... as they are downloaded, and itself
-    or in ``metadata/`` one of the two CSVs; the fuller one counts if both are there. ``place`` is G3's text of city,
+    ``DIR`` holds ``mp-16-images.tar``, or its pieces ``mp-16-images00``, ``01``, ... as they are downloaded, and one of
+    the two CSVs, which may also lie in ``metadata/``; of both, the fuller one is read. ``place`` is G3's text of city,
     state and country. Photos without country, usable coordinates or a picture above 5 KB are left out, and counted in
-    the table's schema. Raises GeoError when a file is missing or no photo is left.
+    the table's metadata. Raises GeoError when a file is missing or no photo is left.
     """
     settings = parse(rest)
     folder = Path(settings.where)
     if not folder.is_dir():
         raise GeoError(f"there is no folder {folder}")
-    paths = [place / name for name in CSV_NAMES for place in (folder, folder / "metadata")]
+    paths = [directory / name for name in CSV_NAMES for directory in (folder, folder / "metadata")]
     metadata = next((path for path in paths if path.is_file()), None)
     if metadata is None:
         raise GeoError(f"{folder} holds neither {' nor '.join(CSV_NAMES)}: download one of them into it")
@@ -48,24 +48,23 @@ def read(rest: str) -> pa.Table:
     rows = _with_pictures(rows, tar_index(files), left_out)
     if not len(rows):
         raise GeoError(f"{files[0].name} in {folder} holds no photo of {metadata.name}: are they of one data set?")
-    # A disk reads the tar from front to back this way, and a subset of the first is one of neighbors in it.
+    # In the order of the tar a disk reads from front to back, and the first N photos lie side by side.
     order = np.lexsort((rows["offset"].to_numpy(), rows["file"].to_numpy()))
     rows = rows.take(order[settings.choose(len(rows))])
-    place = pc.binary_join_element_wise(*(rows[name] for name in PARTS), ", ", null_handling="skip")
-    columns = {name: rows[name] for name in ("id", "lat", "lon")}
-    columns |= {"image": references(files, rows), "author": rows["AUTHOR"]}
-    columns["place"] = pc.binary_join_element_wise("A street view photo taken in ", place, "")
-    return photos_table(columns, left_out)
+    names = pc.binary_join_element_wise(*(rows[part] for part in PARTS), ", ", null_handling="skip")
+    place = pc.binary_join_element_wise("A street view photo taken in ", names, "")
+    columns = {"image": references(files, rows), "author": rows["AUTHOR"], "place": place}
+    return photos_table(columns | {name: rows[name] for name in ("id", "lat", "lon")}, left_out)
 
 
 def _with_pictures(rows: pa.Table, index: pa.Table, left_out: LeftOut) -> pa.Table:
-    """The rows whose picture is whole in the tar, with its file, offset and size."""
+    """Keep the rows whose picture is whole in the tar; add its file, offset and size."""
     cut_off = json.loads(index.schema.metadata[b"tar"])["cut_off"]
     if cut_off is not None:
         left_out.remarks.append(f"the tar is cut off or broken at byte {cut_off:,}, {len(index):,} members are whole")
-    at = pc.index_in(rows["id"], value_set=index["name"].combine_chunks())
-    rows = left_out.drop(rows, pc.is_null(at), "without a picture in the tar")
-    members = index.take(at.drop_null())
+    positions = pc.index_in(rows["id"], value_set=index["name"])
+    rows = left_out.drop(rows, pc.is_null(positions), "without a picture in the tar")
+    members = index.take(positions.drop_null())
     for name in ("file", "offset", "size"):
         rows = rows.append_column(name, members[name])
     rows = left_out.drop(rows, pc.less_equal(rows["size"], SMALLEST), "of 5 KB or less")

@@ -1,66 +1,68 @@
-"""Sources of photos are written SCHEME:REST; each is a file with ``read(rest)``, which returns a photos table.
+"""These functions find the module of a photo source, which is written ``SCHEME:REST``, and read its photos.
 
-A source whose pictures are no files has ``draw(references, size)`` besides, which makes pixels of its references, and
-``PIXELS``, the side of the squares that hold all they show. One that keeps some of its photos for evaluation has
-``check_use(rest, use)``.
+Each scheme has a module with ``read(rest)``, which returns the photos table. A module may also have
+
+* ``draw(references, size)``, which renders picture references that are not files, and ``PIXELS``, the side of the
+  squares that hold all their detail;
+* ``check_use(rest, use)``, where some of its photos are kept for evaluation.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING
+
+import pyarrow as pa
 
 from rag_geotoken.errors import GeoError
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-# What may stand before the colon; the file of a scheme bears its name.
+# The module of a scheme has its name.
 SCHEMES = ("blue-marble", "folder", "hub", "im2gps3k", "mp16-pro", "yfcc4k")
 
 
 def source_module(text: str) -> ModuleType | None:
-    """Return the module behind ``SCHEME:REST``, of a source or of a picture's reference, or None."""
+    """Return the module of a source or picture reference ``SCHEME:REST``; None for any other text."""
     scheme, colon, _ = text.partition(":")
     return import_module(f"rag_geotoken.photos.{scheme.replace('-', '_')}") if colon and scheme in SCHEMES else None
 
 
 def limited(source: str, limit: int | None) -> str:
-    """Return a source with at most so many photos, whatever limit it gives itself; as it is without a limit."""
+    """Return the source with this limit on its photos in place of its own; unchanged for None."""
     return source if limit is None else f"{source},limit={limit}"
 
 
 def read_source(source: str) -> pa.Table:
-    """Read the photos of a source: id, image (reference), lat, lon, place, author.
+    """Read the photos table of a source: id, image (reference), lat, lon, place, author.
 
-    Behind a source stands ``,limit=N`` for the first N photos and ``,limit=N,seed=S`` for N random ones. What was left
-    out is in the schema's metadata: `photos.read_left_out`. Raises GeoError for another scheme or what the source says.
+    ``,limit=N`` at the end of a source takes the first N photos, ``,limit=N,seed=S`` N random ones. The schema's
+    metadata hold what was left out, see `table.read_left_out`. Raises GeoError for an unknown scheme and for errors of
+    the source.
     """
-    return _module(source).read(source.partition(":")[2])
+    module, rest = _split(source)
+    return module.read(rest)
 
 
 def check_use(source: str, use: str) -> None:
-    """Raise GeoError where a source keeps those photos for something else than this use, such as ``train tokens``."""
-    module = _module(source)
+    """Raise GeoError where a source keeps its photos from this use, such as ``train tokens``."""
+    module, rest = _split(source)
     if hasattr(module, "check_use"):
-        module.check_use(source.partition(":")[2], use)
+        module.check_use(rest, use)
 
 
 def view_source(source: str) -> tuple[ModuleType, str]:
-    """Return the module of a source that draws views afresh, and their split, or raise GeoError.
+    """Return the module and the split of a source that can draw new views. Raises GeoError for any other source.
 
-    It has ``draw_views(split, n, seed)``, which are places first, ``cut(views)``, their pixels, and ``is_unseen(lat,
-    lon)``, where no training may look.
+    The module has ``draw_views(split, n, seed)``, whose first two columns are lat and lon; ``cut(views)``, their
+    pixels; and ``is_unseen(lat, lon)``, the places that no training may use.
     """
-    module, rest = _module(source), source.partition(":")[2]
+    module, rest = _split(source)
     if not hasattr(module, "draw_views"):
         raise GeoError(f"{source} draws no views afresh, which this training needs")
     return module, module.parse(rest)[0]
 
 
-def _module(source: str) -> ModuleType:
+def _split(source: str) -> tuple[ModuleType, str]:
     module = source_module(source)
     if module is None:
         raise GeoError(f"no source {source!r}: write {', '.join(f'{name}:...' for name in SCHEMES)}")
-    return module
+    return module, source.partition(":")[2]

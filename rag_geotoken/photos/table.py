@@ -1,4 +1,4 @@
-"""All sources share this: the photos table, the settings behind a name, subsets, and what was left out."""
+"""These classes and functions are shared by all sources: the photos table, settings, subsets, rows left out."""
 
 from __future__ import annotations
 
@@ -14,22 +14,14 @@ from numpy.typing import NDArray
 
 from rag_geotoken.errors import GeoError
 
-SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("image", pa.string()),
-        ("lat", pa.float64()),
-        ("lon", pa.float64()),
-        ("place", pa.string()),
-        ("author", pa.string()),
-    ]
-)
-SHOWN = 10  # ids named for each reason
+TEXT, DEGREES = pa.string(), pa.float64()
+SCHEMA = pa.schema({"id": TEXT, "image": TEXT, "lat": DEGREES, "lon": DEGREES, "place": TEXT, "author": TEXT})
+SHOWN = 10  # ids kept for each reason
 
 
 @dataclass(frozen=True)
 class Settings:
-    """This is what stands behind SCHEME: a folder or name, how many photos, and which."""
+    """This class holds the settings of a source: its folder or name, how many photos, and which."""
 
     where: str
     limit: int | None = None
@@ -39,7 +31,7 @@ class Settings:
     config: str | None = None
 
     def choose(self, count: int) -> NDArray[np.int64]:
-        """Choose rows of ``count``, ascending: all, the first ``limit``, or a random subset by ``seed``."""
+        """Choose rows out of ``count``, ascending: all, the first ``limit``, or a random subset by ``seed``."""
         if self.limit is None or self.limit >= count:
             return np.arange(count)
         if self.seed is None:
@@ -48,9 +40,9 @@ class Settings:
 
 
 def parse(rest: str, known: Sequence[str] = ("limit", "seed")) -> Settings:
-    """Parse ``"DIR,limit=1000,seed=1"`` into settings, or raise GeoError for a number that is none.
+    """Parse text such as ``DIR,limit=1000,seed=1``. Raises GeoError for a malformed number.
 
-    Read from the end, so a folder's name may hold commas; of a setting given twice the last one counts.
+    It is read from the end, so that a folder's name may hold commas; of a setting given twice the last one counts.
     """
     given: dict[str, Any] = {}
     while match := re.fullmatch(rf"(.*),({'|'.join(known)})=([^,]*)", rest, re.DOTALL):
@@ -68,19 +60,19 @@ def parse(rest: str, known: Sequence[str] = ("limit", "seed")) -> Settings:
 
 @dataclass
 class LeftOut:
-    """This counts rows of a source that became no photo, by reason, the first of each named, and keeps remarks."""
+    """This class counts the rows of a source that were left out, by reason, and holds remarks on the whole source."""
 
     reasons: dict[str, dict[str, Any]] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
 
     def add(self, reason: str, count: int, ids: Sequence[str | None] = ()) -> None:
-        """Count photos that were left out for a reason."""
+        """Count photos that were left out for a reason; the first ten ids are kept."""
         entry = self.reasons.setdefault(reason, {"photos": 0, "first": []})
         entry["photos"] += count
         entry["first"] += list(ids)[: SHOWN - len(entry["first"])]
 
     def drop(self, table: pa.Table, bad: NDArray[np.bool_] | pa.ChunkedArray, reason: str) -> pa.Table:
-        """Return the table (with a column ``id``) without its bad rows (N,), which are counted."""
+        """Return the table (with a column ``id``) without the rows where the mask ``bad`` (N,) is true; count them."""
         bad = np.asarray(bad, bool)
         if not bad.any():
             return table
@@ -88,19 +80,19 @@ class LeftOut:
         return table.filter(pa.array(~bad))
 
     def line(self) -> str:
-        """Return one line, such as "left out: 12 without a country, 3 of 5 KB or less; the tar is cut off"."""
+        """Return a line such as "left out: 12 without a country, 3 of 5 KB or less; the tar is cut off", or ""."""
         counts = ", ".join(f"{entry['photos']:,} {reason}" for reason, entry in self.reasons.items())
         return "; ".join([f"left out: {counts}"] * bool(counts) + self.remarks)
 
 
 def photos_table(columns: dict[str, Any], left_out: LeftOut) -> pa.Table:
-    """Make a photos table of columns, null where one is not given; its schema carries what was left out."""
+    """Make the photos table of these columns, null where one is missing, with the rows left out in its metadata."""
     count = len(columns["id"])
-    arrays = [columns.get(f.name, pa.nulls(count, f.type)) for f in SCHEMA]
+    arrays = [columns.get(column.name, pa.nulls(count, column.type)) for column in SCHEMA]
     return pa.table(arrays, schema=SCHEMA.with_metadata({"left_out": json.dumps(vars(left_out), ensure_ascii=False)}))
 
 
 def read_left_out(table: pa.Table) -> LeftOut:
-    """Return what a source left out on the way to its photos table; nothing where the table does not say."""
+    """Read the counts of rows left out from the metadata of a photos table; none where it has none."""
     text = (table.schema.metadata or {}).get(b"left_out")
     return LeftOut(**json.loads(text)) if text else LeftOut()

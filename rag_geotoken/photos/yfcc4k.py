@@ -1,4 +1,4 @@
-"""The source `yfcc4k:DIR` is a test set of the papers, described in :mod:`.benchmarks`."""
+"""This source, ``yfcc4k:DIR``, is one of the two test sets in :mod:`.benchmarks`."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Im2GPS3k and YFCC4k on disk: where pictures lie, whose they are, and that a missing one keeps its row."""
+"""Tests of Im2GPS3k and YFCC4k on disk: folders of pictures, authors, and a missing picture, which keeps its row."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ IM2GPS3K = (
 IDS = [f"10412{i}_7410c654ba_19_193556{i}@N00.jpg" for i in range(6)]
 
 
-def test_set(folder: Path, inside: str = "im2gps3ktest", missing: int | None = None) -> Path:
+def im2gps3k(folder: Path, inside: str = "im2gps3ktest", missing: int | None = None) -> Path:
     """Six photos at latitude i, longitude -i, by three authors."""
     (folder / inside).mkdir(parents=True, exist_ok=True)
     rows = [{"IMG_ID": IDS[i], "AUTHOR": f"{i // 2}@N00", "LAT": i, "LON": -i, "S3_Label": 2} for i in range(6)]
@@ -35,12 +35,9 @@ def test_set(folder: Path, inside: str = "im2gps3ktest", missing: int | None = N
     return folder
 
 
-test_set.__test__ = False  # type: ignore[attr-defined]
-
-
 @pytest.mark.parametrize("inside", ["im2gps3ktest", "images", "."])
 def test_pictures_lie_where_the_archive_or_g3_or_the_user_puts_them(tmp_path: Path, inside: str) -> None:
-    table = read_source(f"im2gps3k:{test_set(tmp_path, inside)}")
+    table = read_source(f"im2gps3k:{im2gps3k(tmp_path, inside)}")
     assert table.schema.equals(SCHEMA) and read_left_out(table).line() == ""
     assert table["id"].to_pylist() == IDS
     assert table["lat"].to_pylist() == [0, 1, 2, 3, 4, 5] and table["lon"].to_pylist() == [0, -1, -2, -3, -4, -5]
@@ -63,7 +60,7 @@ def test_yfcc4k_names_its_authors_in_either_way(tmp_path: Path, column: str) -> 
 def test_a_missing_picture_keeps_its_row_to_the_end(
     tmp_path: Path, geolocator: Geolocator, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = f"im2gps3k:{test_set(tmp_path, missing=4)}"
+    source = f"im2gps3k:{im2gps3k(tmp_path, missing=4)}"
     out, options = tmp_path / "out.parquet", Options(neighbors=3, propose=(), verify=())
     done, failed = locate_photos(read_photos([source]), geolocator, options, out, tmp_path / "run")
     assert done == 5 and len(failed) == 1 and "there is no such file" in failed[0] and IDS[4] in failed[0]
@@ -75,26 +72,26 @@ def test_a_missing_picture_keeps_its_row_to_the_end(
 
 
 def test_subsets_and_limits_of_several_sources(tmp_path: Path) -> None:
-    folder = test_set(tmp_path)
+    folder = im2gps3k(tmp_path)
     whole = read_source(f"im2gps3k:{folder}").to_pylist()
     assert read_source(f"im2gps3k:{folder},limit=4").to_pylist() == whole[:4]
     some = read_source(f"im2gps3k:{folder},limit=4,seed=2").to_pylist()
     assert len(some) == 4 and some == [row for row in whole if row in some]
     pictures = str(folder / "im2gps3ktest")
-    assert read_photos([f"im2gps3k:{folder}", pictures])["id"].to_pylist()[:6] == IDS
-    assert read_photos([f"im2gps3k:{folder}", pictures], 8)["id"].to_pylist() == [*IDS, *sorted(
-        str(folder / "im2gps3ktest" / name) for name in IDS)[:2]]  # fmt: skip
+    paths = sorted(f"{pictures}/{name}" for name in IDS)
+    assert read_photos([f"im2gps3k:{folder}", pictures])["id"].to_pylist() == IDS + paths
+    assert read_photos([f"im2gps3k:{folder}", pictures], 8)["id"].to_pylist() == IDS + paths[:2]
     assert read_photos([f"im2gps3k:{folder}"], 2)["id"].to_pylist() == IDS[:2]
 
 
 def test_rows_that_cannot_be_scored_are_left_out_and_counted(tmp_path: Path) -> None:
-    folder = test_set(tmp_path)
+    folder = im2gps3k(tmp_path)
     with (folder / "im2gps3k_places365.csv").open("a") as file:
         file.write(f"x.jpg,a,,5,,,,,,\n{IDS[0]},a,1,1,,,,,,\nonly,three,cells\n")
     table = read_source(f"im2gps3k:{folder}")
     assert table["id"].to_pylist() == IDS
-    line = "left out: 1 in broken lines, 1 without usable coordinates, 1 listed before"
-    assert read_left_out(table).line() == line
+    line = read_left_out(table).line()
+    assert line == "left out: 1 in broken lines, 1 without usable coordinates, 1 listed before"
 
 
 def test_an_id_leads_nowhere_else(tmp_path: Path) -> None:

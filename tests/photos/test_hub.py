@@ -1,4 +1,4 @@
-"""Data sets through `datasets`, here local ones in all their forms: the same bytes again, subsets, clear refusals."""
+"""Tests of data sets read through `datasets`, local ones in all forms: the same bytes, subsets, clear errors."""
 
 from __future__ import annotations
 
@@ -51,13 +51,12 @@ def data_of(table: pa.Table) -> list[bytes]:
 
 
 def in_form(form: str, folder: Path) -> Path:
-    """The same photos as a user may have them."""
+    """Write the same photos in one of the forms in which users have them."""
     if form == "parquet file":
         return write(folder / "a.parquet", rows())
     if form == "folder of parquet files":
-        table = pa.table(rows())
-        pq.write_table(table.slice(0, 5), folder / "train-0.parquet")
-        pq.write_table(table.slice(5), folder / "train-1.parquet")
+        for i, part in enumerate((slice(5), slice(5, COUNT))):
+            write(folder / f"train-{i}.parquet", {name: column[part] for name, column in rows().items()})
         return folder
     if form == "folder of pictures":
         for i in range(COUNT):
@@ -65,11 +64,10 @@ def in_form(form: str, folder: Path) -> Path:
         with (folder / "metadata.csv").open("w", newline="") as file:
             csv.writer(file).writerows([("file_name", "lat", "lon"), *((f"{i:02d}.jpg", i, -i) for i in range(COUNT))])
         return folder
-    features = datasets.Features(
-        {"image": datasets.Image(), "lat": datasets.Value("float32"), "lon": datasets.Value("float32")}
-    )
-    made = datasets.Dataset.from_dict(rows(), features=features)
-    (datasets.DatasetDict({"test": made}) if form == "saved splits" else made).save_to_disk(folder)
+    degrees = datasets.Value("float32")
+    features = datasets.Features({"image": datasets.Image(), "lat": degrees, "lon": degrees})
+    dataset = datasets.Dataset.from_dict(rows(), features=features)
+    (datasets.DatasetDict({"test": dataset}) if form == "saved splits" else dataset).save_to_disk(folder)
     return folder
 
 
@@ -104,9 +102,9 @@ def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
     table["lat"] = [0.0, 91.0, float("nan"), None, 4.0, 5.0, 6.0, 7.0]
     table["image"][4] = {"bytes": None, "path": None}
     table["image"][5] = {"bytes": b"", "path": None}
-    found = read_source(f"hub:{write(tmp_path / 'a.parquet', table)}")
-    assert found["id"].to_pylist() == ["a", "h"]
-    assert read_left_out(found).reasons == {
+    photos = read_source(f"hub:{write(tmp_path / 'a.parquet', table)}")
+    assert photos["id"].to_pylist() == ["a", "h"]
+    assert read_left_out(photos).reasons == {
         "without usable coordinates": {"photos": 3, "first": ["b", "c", "d"]},
         "without a picture": {"photos": 2, "first": ["e", "f"]},
         "listed before": {"photos": 1, "first": ["a"]},
@@ -128,7 +126,7 @@ def test_the_copy_is_made_once_and_again_when_the_data_change(tmp_path: Path, ca
     write(path, rows(4))
     second = read_source(f"hub:{path}")
     assert len(second) == 4 and len(list(cache.iterdir())) == 2
-    # A copy without its tar, or without its table, is none.
+    # A copy without its tar or its table is made again.
     for name in ("photos.tar", "photos.parquet"):
         for kept in cache.glob(f"*/{name}"):
             kept.unlink()
@@ -183,8 +181,9 @@ def test_a_path_in_the_data_leads_nowhere_else(tmp_path: Path) -> None:
     table = rows(len(paths))
     table["image"] = [{"bytes": None, "path": path} for path in paths]
     write(folder / "a.parquet", table)
-    found = read_source(f"hub:{folder},split=train")
-    assert data_of(found) == [jpeg(2)] and read_left_out(found).reasons["without a picture"]["photos"] == len(paths) - 1
+    photos = read_source(f"hub:{folder},split=train")
+    assert data_of(photos) == [jpeg(2)]
+    assert read_left_out(photos).reasons["without a picture"]["photos"] == len(paths) - 1
 
 
 def test_a_path_of_the_hub_is_read_from_the_hub(tmp_path: Path) -> None:
@@ -196,9 +195,8 @@ def test_a_path_of_the_hub_is_read_from_the_hub(tmp_path: Path) -> None:
     try:
         with fsspec.open("hf://datasets/a/b/1.jpg", "wb") as file:
             file.write(jpeg(1))
-        assert hub._bytes({"bytes": None, "path": "hf://datasets/a/b/1.jpg"}, Path("a/b")) == jpeg(1)
-        assert hub._bytes({"bytes": None, "path": "hf://datasets/a/b/2.jpg"}, Path("a/b")) is None
-        assert hub._bytes({"bytes": None, "path": "hf://datasets/a/b/1.jpg"}, tmp_path) is None
+        for number, folder, data in ((1, Path("a/b"), jpeg(1)), (2, Path("a/b"), None), (1, tmp_path, None)):
+            assert hub._bytes({"bytes": None, "path": f"hf://datasets/a/b/{number}.jpg"}, folder) == data
     finally:
         fsspec.register_implementation("hf", known, clobber=True)
 
@@ -242,6 +240,6 @@ def test_an_index_of_it(tmp_path: Path, weights: Path, alignment: GeoAlignment, 
     source = f"hub:{write(tmp_path / 'a.parquet', table)}"
     manifest = make_index(tmp_path / "index", source, alignment)
     assert (manifest["rows"], manifest["left_out"]) == (COUNT - 2, 1)
-    found = json.loads((tmp_path / "index" / "stages" / "left_out.json").read_text())
-    assert found["reasons"]["without usable coordinates"] == {"photos": 1, "first": ["00000004"]}
+    left_out = json.loads((tmp_path / "index" / "stages" / "left_out.json").read_text())
+    assert left_out["reasons"]["without usable coordinates"] == {"photos": 1, "first": ["00000004"]}
     assert f"{source}: left out: 1 without usable coordinates" in capsys.readouterr().err

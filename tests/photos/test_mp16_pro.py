@@ -1,4 +1,4 @@
-"""MP16-Pro on disk: text, what is left out and why, subsets, the tar in pieces or cut off, and the way to an index."""
+"""Tests of MP16-Pro on disk: text, rows left out and why, subsets, the tar in pieces or cut off, and an index of it."""
 
 from __future__ import annotations
 
@@ -33,17 +33,11 @@ def folder(tmp_path: Path) -> Path:
 
 def one(tmp_path: Path, **cells: object) -> dict[str, Any] | None:
     """The photo of a CSV of one row; None where it is left out (a second photo is always there)."""
-    other = WHOLE | {"IMG_ID": "other.jpg", "LAT": 0, "LON": 0}
-    write_csv(
-        tmp_path / "MP16_Pro_filtered.csv", [WHOLE | {"IMG_ID": "a/b/c.jpg", "LAT": 1.5, "LON": 2.5} | cells, other]
-    )
+    rows = [{"IMG_ID": "a/b/c.jpg", "LAT": 1.5, "LON": 2.5} | cells, {"IMG_ID": "other.jpg", "LAT": 0, "LON": 0}]
+    write_csv(tmp_path / "MP16_Pro_filtered.csv", [WHOLE | row for row in rows])
     write_tar(tmp_path / "mp-16-images.tar", {"x/y/a_b_c.jpg": jpeg(1), "x/y/other.jpg": jpeg(2)})
-    rows = read_source(f"mp16-pro:{tmp_path}").to_pylist()
-    return next((row for row in rows if row["id"] == "a_b_c.jpg"), None)
-
-
-def left_out(source: str) -> LeftOut:
-    return read_left_out(read_source(source))
+    photos = read_source(f"mp16-pro:{tmp_path}").to_pylist()
+    return next((photo for photo in photos if photo["id"] == "a_b_c.jpg"), None)
 
 
 def test_the_whole_set_in_the_order_of_the_tar(folder: Path) -> None:
@@ -105,11 +99,10 @@ def test_coordinates_that_are_read(tmp_path: Path, cells: dict[str, str]) -> Non
 )
 def test_what_is_left_out_is_counted_and_named(tmp_path: Path, cells: dict[str, str], reason: str) -> None:
     photo = one(tmp_path, **cells)
-    found = left_out(f"mp16-pro:{tmp_path}")
-    assert photo is None and not found.remarks
+    left_out = read_left_out(read_source(f"mp16-pro:{tmp_path}"))
     name = cells.get("IMG_ID", "a_b_c.jpg").replace("/", "_") or None
-    assert found.reasons == {reason: {"photos": 1, "first": [name]}}
-    assert found.line() == f"left out: 1 {reason}"
+    assert photo is None and left_out == LeftOut({reason: {"photos": 1, "first": [name]}})
+    assert left_out.line() == f"left out: 1 {reason}"
 
 
 def test_a_row_counts_for_one_reason_and_ten_are_named(folder: Path) -> None:
@@ -117,12 +110,11 @@ def test_a_row_counts_for_one_reason_and_ten_are_named(folder: Path) -> None:
     whole = WHOLE | {"IMG_ID": flickr_id(3), "LAT": 1, "LON": 1}
     write_csv(folder / "MP16_Pro_places365.csv", [*rows, whole])
     table = read_source(f"mp16-pro:{folder}")
-    found = read_left_out(table).reasons
     assert len(table) == 1
-    assert {reason: entry["photos"] for reason, entry in found.items()} == {
-        "without a country": 20, "without usable coordinates": 20,
-    }  # fmt: skip
-    assert found["without a country"]["first"] == [f"x_{i}.jpg" for i in range(0, 20, 2)]
+    assert read_left_out(table).reasons == {
+        "without a country": {"photos": 20, "first": [f"x_{i}.jpg" for i in range(0, 20, 2)]},
+        "without usable coordinates": {"photos": 20, "first": [f"x_{i}.jpg" for i in range(1, 20, 2)]},
+    }
 
 
 def test_of_two_rows_of_one_id_the_first_usable_counts(tmp_path: Path) -> None:
@@ -164,11 +156,11 @@ def test_a_tar_cut_off_in_the_middle_gives_what_is_whole(folder: Path, capsys: p
     table = read_table(folder / "run" / "photos.parquet")
     assert table["id"].to_pylist() == ids[:10]
     assert load_pictures(table["image"].to_pylist(), 8)[1] == [None] * 10
-    found = json.loads((folder / "run" / "left_out.json").read_text())
+    left_out = json.loads((folder / "run" / "left_out.json").read_text())
     remark = f"the tar is cut off or broken at byte {member.offset:,}, 10 members are whole"
-    assert found["remarks"] == [remark] and found["photos"] == 10
+    assert left_out["remarks"] == [remark] and left_out["photos"] == 10
     lost = [name for i in range(COUNT) if (name := flickr_id(i).replace("/", "_")) not in ids[:10]]
-    assert found["reasons"] == {"without a picture in the tar": {"photos": 14, "first": lost[:10]}}
+    assert left_out["reasons"] == {"without a picture in the tar": {"photos": 14, "first": lost[:10]}}
     line = f"mp16-pro:{folder}: left out: 14 without a picture in the tar; {remark}"
     assert line in capsys.readouterr().err.splitlines()
 

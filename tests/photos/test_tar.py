@@ -1,4 +1,4 @@
-"""Pictures in a tar: the index of its members and when it is made again, references and what they may not reach."""
+"""Tests of pictures in a tar: the index of its members and when it is built again, and references that are refused."""
 
 from __future__ import annotations
 
@@ -32,6 +32,16 @@ def photos(tmp_path: Path) -> Path:
     return path
 
 
+def plain_members(path: Path) -> list[tarfile.TarInfo]:
+    with tarfile.open(path) as file:
+        return [member for member in file if member.isreg()]
+
+
+def end_of(member: tarfile.TarInfo) -> int:
+    """Where the padding behind its data ends."""
+    return member.offset_data + -(-member.size // 512) * 512
+
+
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_the_index_is_what_tarfile_says(tmp_path: Path, format: int) -> None:
     path = tmp_path / "p.tar"
@@ -39,12 +49,10 @@ def test_the_index_is_what_tarfile_says(tmp_path: Path, format: int) -> None:
     names += [] if format == tarfile.USTAR_FORMAT else [f"./images/{LONG}", "./images/übär.jpg"]
     write_tar(path, {name: jpeg(i) for i, name in enumerate(names)}, format)
     index = tar_index([path])
-    with tarfile.open(path) as file:
-        told = [(m.name.rpartition("/")[2], 0, m.offset_data, m.size) for m in file if m.isreg()]
-    assert [tuple(row.values()) for row in index.to_pylist()] == told and len(told) == len(names)
-    assert [read_member(ref, BYTE_CAP) for ref in references([path], index).to_pylist()] == [
-        jpeg(i) for i in range(len(names))
-    ]
+    members = [(m.name.rpartition("/")[2], 0, m.offset_data, m.size) for m in plain_members(path)]
+    assert [tuple(row.values()) for row in index.to_pylist()] == members
+    data = [read_member(reference, BYTE_CAP) for reference in references([path], index).to_pylist()]
+    assert data == [jpeg(i) for i in range(len(names))]
 
 
 def test_links_devices_and_sparse_files_are_no_photos(tmp_path: Path) -> None:
@@ -106,21 +114,16 @@ def test_a_read_only_folder(photos: Path, cache: Path) -> None:
 
 @pytest.mark.parametrize("cut", ["in a header", "in the data", "at the end of a member", "in the end"])
 def test_a_tar_cut_off(photos: Path, cut: str) -> None:
-    with tarfile.open(photos) as file:
-        members = [m for m in file if m.isreg()]
-    end = members[2].offset
-    at = {"in a header": end + 100, "in the data": end + 1000, "at the end of a member": end, "in the end": None}[cut]
-    whole = photos.read_bytes()
-    last = members[2].offset_data + -(-members[2].size // 512) * 512
-    photos.write_bytes(whole[: last if at is None else at])
+    member = plain_members(photos)[2]
+    end = end_of(member) if cut == "in the end" else member.offset  # of the last whole member
+    photos.write_bytes(photos.read_bytes()[: end + {"in a header": 100, "in the data": 1000}.get(cut, 0)])
     index = tar_index([photos])
-    assert index["name"].to_pylist() == (["a.jpg", "b.jpg", "c.jpg"] if at is None else ["a.jpg", "b.jpg"])
-    assert f'"cut_off": {last if at is None else end}' in index.schema.metadata[b"tar"].decode()
+    assert index["name"].to_pylist() == ["a.jpg", "b.jpg", "c.jpg"][: 3 if cut == "in the end" else 2]
+    assert f'"cut_off": {end}' in index.schema.metadata[b"tar"].decode()
 
 
 def test_a_broken_header_in_the_middle_ends_the_index(photos: Path) -> None:
-    with tarfile.open(photos) as file:
-        member = [m for m in file if m.isreg()][1]
+    member = plain_members(photos)[1]
     data = bytearray(photos.read_bytes())
     data[member.offset + 5] ^= 0xFF
     photos.write_bytes(data)
@@ -135,10 +138,7 @@ def test_sizes_that_lead_backwards_or_beyond_end_the_index(tmp_path: Path, size:
     write_tar(path, {"./images/a.jpg": jpeg(1)})
     evil = tarfile.TarInfo("./images/b.jpg")
     evil.size = size
-    whole = path.read_bytes()
-    with tarfile.open(path) as file:
-        member = next(m for m in file if m.isreg())
-    end = member.offset_data + -(-member.size // 512) * 512
+    whole, end = path.read_bytes(), end_of(plain_members(path)[0])
     path.write_bytes(whole[:end] + evil.tobuf(tarfile.GNU_FORMAT) + whole[end:])
     assert tar_index([path])["name"].to_pylist() == ["a.jpg"]
 
@@ -148,14 +148,11 @@ def test_a_name_that_claims_to_be_huge_is_not_read(tmp_path: Path) -> None:
     write_tar(path, {"./images/a.jpg": jpeg(1)})
     name = tarfile.TarInfo("././@LongLink")
     name.type, name.size = tarfile.GNUTYPE_LONGNAME, 1 << 33
+    end = end_of(plain_members(path)[0])
     with path.open("rb+") as file:
-        file.seek(-1024 * 10, os.SEEK_END)
-        data = path.read_bytes()
-        with tarfile.open(path) as opened:
-            member = next(m for m in opened if m.isreg())
-        file.seek(member.offset_data + -(-member.size // 512) * 512)
+        file.seek(end)
         file.write(name.tobuf(tarfile.GNU_FORMAT))
-        file.truncate((1 << 33) + len(data))  # sparse
+        file.truncate((1 << 33) + end + 10_240)  # sparse
     assert tar_index([path])["name"].to_pylist() == ["a.jpg"]
 
 
@@ -177,21 +174,19 @@ def test_any_cut_into_pieces_gives_the_same_members(photos: Path, tmp_path: Path
             file.write_bytes(part)
         index = tar_index(files)
         assert index["name"].to_pylist() == ["a.jpg", "b.jpg", "c.jpg"]
-        across = [row["name"] for row in index.to_pylist() if row["file"] < 0]
-        cuts = {
-            row["name"]
+        across = [row["file"] < 0 for row in index.to_pylist()]
+        assert across == [
+            any(row["offset"] - 512 < cut < row["offset"] + row["size"] for cut in (at, at + 7))
             for row in whole.to_pylist()
-            if any(row["offset"] - 512 < cut < row["offset"] + row["size"] for cut in (at, at + 7))
-        }
-        assert set(across) == cuts
-        kept = index.filter([name not in across for name in index["name"].to_pylist()])
+        ]
+        kept = index.filter([not is_across for is_across in across])
         numbers = {"a.jpg": 1, "b.jpg": 2, "c.jpg": 3}
         for name, reference in zip(kept["name"].to_pylist(), references(files, kept).to_pylist(), strict=True):
             assert read_member(reference, BYTE_CAP) == jpeg(numbers[name])
 
 
 def bad(reference: str) -> str:
-    """The reason, told in one line; the pixels stay zero."""
+    """The reason, in one line; the pixels stay zero."""
     pixels, errors = load_pictures([reference], 8)
     assert not pixels.any() and errors[0] is not None and len(errors[0].splitlines()) == 1
     return errors[0]
@@ -206,8 +201,8 @@ def test_references_that_reach_for_something_else_are_refused(photos: Path, tmp_
     end = photos.stat().st_size
     for far in (f"{end}+{size}", f"{end - 100}+{size}", f"{offset}+{end}", f"0+{size}", f"511+{size}", "9" * 16 + "+1"):
         assert "lies outside the tar" in bad(f"{head}#{far}")
-    for other in (f"{offset + 512}+{size}", f"{offset}+{size - 1}", f"{offset}+{size + 1}", f"{offset - 1}+{size}"):
-        assert "the tar has changed" in bad(f"{head}#{other}")
+    for near in (f"{offset + 512}+{size}", f"{offset}+{size - 1}", f"{offset}+{size + 1}", f"{offset - 1}+{size}"):
+        assert "the tar has changed" in bad(f"{head}#{near}")
     for text in ("tar:", f"{head}", f"{head}#", f"{head}#{offset}", f"{head}#-1+5", f"{head}#{offset}+{size}x",
                  f"{head}#{'9' * 40}+1", f"tar:#{place}"):  # fmt: skip
         assert "not a reference to a picture in a tar" in bad(text)
@@ -240,7 +235,7 @@ def test_a_moved_tar_is_missing_and_a_changed_one_is_noticed(photos: Path) -> No
     assert all("there is no such file" in bad(reference) for reference in old)
 
 
-def test_unreadable_tar(tmp_path: Path, one_line: OneLine) -> None:
+def test_an_unreadable_tar(tmp_path: Path, one_line: OneLine) -> None:
     (tmp_path / "p.tar").write_bytes(b"")
     with one_line("is not a tar file"):
         tar_index([tmp_path / "p.tar"])
