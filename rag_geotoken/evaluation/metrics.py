@@ -89,8 +89,12 @@ def summary(km: ArrayLike, interval: Floats) -> dict[str, Any]:
         interval: (R, 2), such as `bootstrap(all_variants, seed).accuracy[v]`.
     """
     distances = _distances(km, 1)
-    ci95 = {str(r): [round(float(b), 4) for b in pair] for r, pair in zip(RADII_KM, interval, strict=True)}
-    return {"n": len(distances), **_accuracy_and_median(distances), "ci95": ci95}
+    return {"n": len(distances), **_accuracy_and_median(distances), "ci95": interval_by_radius(interval)}
+
+
+def interval_by_radius(interval: Floats) -> dict[str, list[float]]:
+    """Return an interval (R, 2) as low and high by radius, ready for JSON."""
+    return {str(r): [round(float(b), 4) for b in pair] for r, pair in zip(RADII_KM, interval, strict=True)}
 
 
 def _accuracy_and_median(distances: Floats) -> dict[str, Any]:
