@@ -1,4 +1,4 @@
-"""Predictions to a file: Parquet, CSV, JSON lines, GeoJSON or KML, by the file's ending."""
+"""These functions write predictions as Parquet, CSV, JSON lines, GeoJSON or KML, by the file's ending."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  #
 
 
 def check_output(path: Path) -> None:
-    """Raises GeoError, before any work, when predictions cannot be written to this file: its ending or its folder."""
+    """Raise GeoError when predictions cannot be written to this file, for its ending or its folder."""
     if path.suffix.lower() not in (".parquet", *_FORMATS):
         raise GeoError(f"cannot write {path.name}: choose an ending among .parquet, {', '.join(_FORMATS)}")
     check_writable(path.parent)
 
 
 def write_predictions(path: Path, predictions: pa.Table) -> None:
-    """Write a predictions table whole. A photo without an answer keeps its line, with its error and no place."""
+    """Write a table of predictions; a photo without an answer keeps its line, with its error and no place."""
     if path.suffix.lower() == ".parquet":
         write_table(path, predictions)
     else:
