@@ -40,6 +40,7 @@ def neighbors_of(
     index: Path,
     photo: Path,
     k: int,
+    *,
     weights: Path,
     within: tuple[float, float, float] | None = None,
     not_author: str | None = None,

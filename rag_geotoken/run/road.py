@@ -13,19 +13,9 @@ from functools import partial
 from typing import Any
 
 from rag_geotoken.models import Models
-from rag_geotoken.options import Options
+from rag_geotoken.options import PROPOSERS, Options
 from rag_geotoken.run import stages as do
-from rag_geotoken.types import (
-    Answers,
-    Candidates,
-    Embeddings,
-    MllmVerdict,
-    Neighbors,
-    Places,
-    Pool,
-    Posterior,
-    Tables,
-)  # fmt: skip
+from rag_geotoken.types import Answers, Candidates, Embeddings, MllmVerdict, Neighbors, Places, Pool, Posterior, Tables
 from rag_geotoken.verifiers import load_verifier
 
 NEAR = ("embeddings", "neighbors")
@@ -33,15 +23,8 @@ DECODING = ("propose", "beam_width", "samples", "temperature", "top_p", "epsilon
 ASKING = ("sources", "mllm_mode", "evidence", "near_pictures", "picture_size")
 DECIDING = ("sources", "verify", "select", "mllm_mode", "area", "max_area_km2", "least_confidence")
 # The table that the places of a source come from.
-SOURCE_TABLES = {
-    "neighbor": "neighbors",
-    "greedy": "candidates",
-    "beam": "candidates",
-    "sample": "candidates",
-    "frontier": "posterior",
-    "gps": "places",
-    "visual": "matches",
-}
+SOURCE_TABLES = {"neighbor": "neighbors", "frontier": "posterior", "gps": "places", "visual": "matches"}
+SOURCE_TABLES |= dict.fromkeys(PROPOSERS, "candidates")
 SHARES = ("neighbor_share", "neighbor_scale", "gps_share", "visual_share", "match_scale", "mllm_share")
 
 

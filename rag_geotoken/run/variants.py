@@ -42,7 +42,7 @@ class Block(BaseModel, extra="allow", strict=True):
 
 
 class Recipe(BaseModel, extra="forbid", strict=True):
-    """This class is an ablation's recipe: splits of photos by name, common options, variants, and the report's words."""
+    """This class is an ablation's recipe: photos by split, common options, variants, and the report's words."""
 
     photos: dict[Name, str] = Field(min_length=1)
     blocks: list[Block] = Field(min_length=1, alias="variants")
