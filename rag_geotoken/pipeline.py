@@ -57,4 +57,4 @@ class Geolocator(Models):
             if given is not None and len(given) != len(images):
                 raise GeoError(f"{len(given)} names for {len(images)} pictures: give one for each")
         photos = Photos.of(images, names if ids is None else ids, authors or ())
-        return in_memory(self, options or Options(), photos, batch).rows()
+        return in_memory(self, options or Options(), photos, block=batch).rows()

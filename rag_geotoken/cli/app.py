@@ -98,11 +98,11 @@ def locate(
 
     With --preset geoclip: --weights DIR (of rag-geotoken convert geoclip), --backbone, --top-k, --out and --run.
     """
-    folder, run = _weights_folder(context, preset, index, weights), run or out.with_suffix(".run")
+    folder, run = _weights_folder(context, preset, index=index, weights=weights), run or out.with_suffix(".run")
     if index is None:
         from rag_geotoken.peers.locate import locate_by_gallery
 
-        _print_located(out, *locate_by_gallery(photos, out, folder, backbone, top_k, run, limit))
+        _print_located(out, *locate_by_gallery(photos, out, folder, backbone, k=top_k, run=run, limit=limit))
         return
     from rag_geotoken.mllm.session import MllmSession
     from rag_geotoken.models import Models
@@ -127,10 +127,10 @@ def _weights_folder(context: typer.Context, preset: str | None, index: Path | No
     """Return the weights of ``locate`` with --index or --preset; options that do not go with it are wrong usage."""
     if (preset is None) == (index is None) or preset not in (None, "geoclip"):
         raise typer.BadParameter("give either --index DIR or --preset geoclip")
-    preset_alone, both = {"preset", "top_k"}, {"photos", "out", "run", "weights", "backbone", "limit"}
-    for name in context.params.keys() - both:
+    of_preset, of_both = {"preset", "top_k"}, {"photos", "out", "run", "weights", "backbone", "limit"}
+    for name in context.params.keys() - of_both:
         source = context.get_parameter_source(name)
-        if source and source.name == "COMMANDLINE" and (name in preset_alone) != (preset is not None):
+        if source and source.name == "COMMANDLINE" and (name in of_preset) != (preset is not None):
             given = "--preset" if preset else "--index"
             raise typer.BadParameter(f"--{name.replace('_', '-')} does not go with {given}")
     if preset is None:

@@ -75,9 +75,17 @@ def index_search(
     from rag_geotoken.run.locate import neighbors_of
     from rag_geotoken.storage.weights import EARTH
 
-    filters = {"within": Options(within=parse_option("within", within)).within, "not_author": not_author}
-    models = {"weights": weights or EARTH, "backbone": backbone}
-    rows = neighbors_of(folder, photo, k, dissimilar=dissimilar, **filters, **models)
+    region, weights = Options(within=parse_option("within", within)).within, weights or EARTH
+    rows = neighbors_of(
+        folder,
+        photo,
+        k,
+        weights=weights,
+        backbone=backbone,
+        within=region,
+        not_author=not_author,
+        dissimilar=dissimilar,
+    )
     if as_json:
         typer.echo(json.dumps(rows, ensure_ascii=False, indent=2))
         return

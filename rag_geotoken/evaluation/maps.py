@@ -45,7 +45,7 @@ def error_map(lat: ArrayLike, lon: ArrayLike, km: ArrayLike) -> dict[str, Any]:
 
     lat, lon, km (N,): true places in degrees, and errors, NaN without an answer. Raises GeoError for other shapes.
     """
-    lats, lons, kms = (np.asarray(a, np.float64) for a in (lat, lon, km))
+    lats, lons, kms = (np.asarray(values, np.float64) for values in (lat, lon, km))
     if not lats.shape == lons.shape == kms.shape or lats.ndim != 1:
         raise GeoError(f"the error map wants lat, lon, km of one length, not {lats.shape}, {lons.shape}, {kms.shape}")
     error_class = np.searchsorted(EDGES, kms)

@@ -74,7 +74,8 @@ def ablate(
         if plan.gallery is None:
             raise GeoError("the recipe names no gallery: give --index DIR")
         make_index(out / "index", plan.gallery, GeoAlignment.from_pretrained(weights or EARTH, backbone))
-    models = Models.from_pretrained(index or out / "index", weights or EARTH, backbone, matcher, session)
+    folder = index or out / "index"
+    models = Models.from_pretrained(folder, weights or EARTH, backbone, matcher=matcher, mllm=session)
     runs = Runs()
     for split, source in plan.photos.items():
         write_photos(out / split, source)

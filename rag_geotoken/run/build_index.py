@@ -43,7 +43,8 @@ def make_index(
 def _stage(folder: Path, name: str, recipe: dict[str, Any], work: Callable[[Photos], pa.Table]) -> Path:
     """Make the table of a stage that reads nothing but photos, a block of which ``work`` gets."""
     photos = Photos.from_table(read_table(folder / "photos.parquet"))
-    return run_stage(folder, name, recipe, ["photos"], photos.ids, lambda at: work(photos[at]), many=True)
+    ids = photos.ids
+    return run_stage(folder, name, recipe, inputs=["photos"], ids=ids, work=lambda at: work(photos[at]), many=True)
 
 
 def _embeddings(folder: Path, alignment: GeoAlignment) -> Path:

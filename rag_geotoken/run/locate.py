@@ -56,14 +56,15 @@ def neighbors_of(
     embeddings = embedded(models, Options(), Photos.of([str(photo)], [str(photo)])).embeddings
     if embeddings.errors[0]:
         raise GeoError(embeddings.errors[0])
-    gallery, own = models.index, embeddings.digests
+    gallery, weights_of_parts = models.index, models.tuning.search_weights
+    excluded: dict[str, Any] = {"digests": embeddings.digests}
     keep = gallery.mask(within, not_author)
     if keep is not None:
-        keep[copies(gallery.rows, own)] = False
-        k, own = min(k, int(keep.sum())), []
+        keep[copies(gallery.rows, embeddings.digests)] = False
+        k, excluded = min(k, int(keep.sum())), {"keep": keep}
         if k == 0:
             raise GeoError("the filter lets no photo of the index through: allow a wider region or another author")
-    neighbors = gallery.search(embeddings.vectors, k, models.tuning.search_weights, own, keep, dissimilar=dissimilar)
+    neighbors = gallery.search(embeddings.vectors, k, weights_of_parts, dissimilar=dissimilar, **excluded)
     rows = gallery.rows.take(neighbors.rows[0]).select(["id", "lat", "lon", "place"]).to_pylist()
     scored = zip(neighbors.scores[0].tolist(), rows, strict=True)
     return [{"rank": rank, "score": score, **row} for rank, (score, row) in enumerate(scored, 1)]

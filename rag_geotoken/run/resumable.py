@@ -42,7 +42,8 @@ def run_stage(
     if block is None:
         block = LARGE_BLOCK if many and len(ids) > MANY else BLOCK
     with progress_bar(len(ids), f"{folder.name}: {name}") as advance:
-        return stage(folder, name, recipe, files, ids, work, block=block, progress=advance, alone=alone)
+        keywords: dict[str, Any] = {"block": block, "progress": advance, "alone": alone}
+        return stage(folder, name, recipe, inputs=files, keys=ids, work=work, **keywords)
 
 
 def stage(
@@ -89,7 +90,7 @@ def stage(
         blocks = [slice(start, min(start + block, total)) for start in range(0, total, block)]
         parts = {folder_of_parts / f"{identity[:16]}-{i:05d}.parquet": at for i, at in enumerate(blocks)}
         seconds = _write_parts(parts, work, progress, alone)
-        manifest = {"stage": name, "identity": identity, "recipe": recipe}
+        manifest: dict[str, Any] = {"stage": name, "identity": identity, "recipe": recipe}
         manifest |= {"seed": recipe["seed"]} if "seed" in recipe else {}
         # File names only: a run folder can be moved, and says nothing of the machine it was made on.
         manifest["inputs"] = [{"file": file.name, "sha256": sha} for file, sha in zip(inputs, shas, strict=True)]

@@ -66,9 +66,9 @@ def search(models: Models, options: Options, tables: Tables) -> Neighbors:
     return models.index.search(
         embeddings.vectors,
         k,
-        models.tuning.search_weights,
-        embeddings.digests,
-        models.region(options.within, at_least=k + COPIES),
+        weights=models.tuning.search_weights,
+        digests=embeddings.digests,
+        keep=models.region(options.within, at_least=k + COPIES),
         exact=options.exact,
         authors=tables.photos.authors if options.other_authors else None,
     )

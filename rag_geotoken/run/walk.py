@@ -87,7 +87,8 @@ def write_photos(folder: Path, source: str) -> Path:
         write_json(folder / "left_out.json", {"photos": len(table), **vars(left_out)})
         return table
 
-    return stage(folder, "photos", {"source": source, "content": table_sha256(table)}, [], ["all"], work)
+    recipe = {"source": source, "content": table_sha256(table)}
+    return stage(folder, "photos", recipe, inputs=[], keys=["all"], work=work)
 
 
 class RunFolder:
@@ -193,8 +194,8 @@ class RunFolder:
         def work(at: slice) -> Any:
             return self._block(step, options, reads, at)
 
-        many, alone = step.name == "embeddings", "mllm" in step.models
-        run_stage(self.folder, file, recipe, list(reads.values()), ids, work, many=many, alone=alone)
+        many, alone, inputs = step.name == "embeddings", "mllm" in step.models, list(reads.values())
+        run_stage(self.folder, file, recipe, inputs=inputs, ids=ids, work=work, many=many, alone=alone)
         self.seconds[file] = read_json(manifest).get("seconds", 0.0)
         if manifest.stat().st_mtime_ns == before:
             self.reused.append(file)
