@@ -75,16 +75,9 @@ def index_search(
     from rag_geotoken.run.locate import neighbors_of
     from rag_geotoken.storage.weights import EARTH
 
-    region, weights = Options(within=parse_option("within", within)).within, weights or EARTH
+    only, weights = Options(within=parse_option("within", within)).within, weights or EARTH
     rows = neighbors_of(
-        folder,
-        photo,
-        k,
-        weights=weights,
-        backbone=backbone,
-        within=region,
-        not_author=not_author,
-        dissimilar=dissimilar,
+        folder, photo, k, weights=weights, backbone=backbone, within=only, not_author=not_author, dissimilar=dissimilar
     )
     if as_json:
         typer.echo(json.dumps(rows, ensure_ascii=False, indent=2))
