@@ -98,17 +98,23 @@ def locate(
 
     With --preset geoclip: --weights DIR (of rag-geotoken convert geoclip), --backbone, --top-k, --out and --run.
     """
-    folder, run = _weights_folder(context, preset, index=index, weights=weights), run or out.with_suffix(".run")
+    if (preset is None) == (index is None) or preset not in (None, "geoclip"):
+        raise typer.BadParameter("give either --index DIR or --preset geoclip")
+    _check_given(context, preset)
+    run = run or out.with_suffix(".run")
     if index is None:
         from rag_geotoken.peers.locate import locate_by_gallery
 
-        _print_located(out, *locate_by_gallery(photos, out, folder, backbone, k=top_k, run=run, limit=limit))
+        if weights is None:
+            raise typer.BadParameter("--preset geoclip needs --weights DIR, made by rag-geotoken convert geoclip")
+        _print_located(out, *locate_by_gallery(photos, out, weights, backbone, k=top_k, run=run, limit=limit))
         return
     from rag_geotoken.mllm.session import MllmSession
     from rag_geotoken.models import Models
     from rag_geotoken.photos.inputs import read_photos
     from rag_geotoken.run.export import check_output
     from rag_geotoken.run.locate import locate_photos
+    from rag_geotoken.storage.weights import EARTH
 
     if matcher is not None and not options.visual:
         raise typer.BadParameter("--matcher compares pictures: add --verify visual")
@@ -119,27 +125,18 @@ def locate(
     check_output(out)
     session = None if mllm is None else MllmSession.open(mllm, mllm_model, mllm_concurrent, resume=resume)
     table = read_photos(photos, limit)
-    models = Models.from_pretrained(index, folder, backbone, matcher=matcher, mllm=session)
+    models = Models.from_pretrained(index, weights or EARTH, backbone, matcher=matcher, mllm=session)
     _print_located(out, *locate_photos(table, models, options, out=out, run=run))
 
 
-def _weights_folder(context: typer.Context, preset: str | None, index: Path | None, weights: Path | None) -> Path:
-    """Return the weights of ``locate`` with --index or --preset; options that do not go with it are wrong usage."""
-    if (preset is None) == (index is None) or preset not in (None, "geoclip"):
-        raise typer.BadParameter("give either --index DIR or --preset geoclip")
+def _check_given(context: typer.Context, preset: str | None) -> None:
+    """Refuse options that go only with --preset where there is none, and the other way round."""
     of_preset, of_both = {"preset", "top_k"}, {"photos", "out", "run", "weights", "backbone", "limit"}
     for name in context.params.keys() - of_both:
         source = context.get_parameter_source(name)
         if source and source.name == "COMMANDLINE" and (name in of_preset) != (preset is not None):
             given = "--preset" if preset else "--index"
             raise typer.BadParameter(f"--{name.replace('_', '-')} does not go with {given}")
-    if preset is None:
-        from rag_geotoken.storage.weights import EARTH
-
-        return weights or EARTH
-    if weights is None:
-        raise typer.BadParameter("--preset geoclip needs --weights DIR, made by rag-geotoken convert geoclip")
-    return weights
 
 
 def _print_located(out: Path, done: int, failed: list[str]) -> None:
