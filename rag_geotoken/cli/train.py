@@ -70,8 +70,8 @@ def train_mllm(
     _train("mllm", recipe, out, index=index, where=mllm, model=mllm_model, concurrent=mllm_concurrent)
 
 
-def _train(what: str, recipe: Path | None, out: Path, **more: Any) -> None:
+def _train(name: str, recipe: Path | None, out: Path, **more: Any) -> None:
     from rag_geotoken.storage.recipes import training_recipe
     from rag_geotoken.training.run import train
 
-    train(what, training_recipe(recipe, "g3" if what == "heads" else "earth"), out, **more)
+    train(name, training_recipe(recipe, "g3" if name == "heads" else "earth"), out, **more)

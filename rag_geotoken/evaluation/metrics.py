@@ -93,7 +93,7 @@ def _accuracy_and_median(distances: Floats) -> dict[str, Any]:
 
 
 def calibration(confidence: ArrayLike, km: ArrayLike) -> dict[str, dict[str, Any]]:
-    """Return the reliability of the stated confidences: does a place given 80 % lie within the radius 80 times in 100?
+    """Return how reliable the stated confidences are: of places given 80 %, 80 in 100 should lie within the radius.
 
     Expected calibration error after Naeini et al. (AAAI 2015): the mean over photos of |confidence - share right| of
     the photo's bin, bins of equal width. Photos that state no confidence (NaN) are left out, and n says how many stay.

@@ -98,8 +98,8 @@ class _Table:
     lines: list[int]
     unit: str
 
-    def wrong(self, row: int, what: str) -> GeoError:
-        return GeoError(f"{self.path}, {self.unit} {self.lines[row]}: {what}")
+    def error(self, row: int, reason: str) -> GeoError:
+        return GeoError(f"{self.path}, {self.unit} {self.lines[row]}: {reason}")
 
 
 def _read(path: Path) -> _Table:
@@ -175,12 +175,12 @@ def _degrees(table: _Table, name: str, limit: int) -> Floats:
             values[row] = cell
         except (TypeError, ValueError):
             if cell is not None and str(cell).strip().lower() not in NO_NUMBER:
-                raise table.wrong(row, f"{name} {str(cell)[:40]!r} is not a number") from None
+                raise table.error(row, f"{name} {str(cell)[:40]!r} is not a number") from None
             values[row] = np.nan
     outside = np.flatnonzero(np.abs(values) > limit)
     if outside.size:
         first = int(outside[0])
-        raise table.wrong(first, f"{name} {values[first]:g} is outside -{limit}..{limit} degrees")
+        raise table.error(first, f"{name} {values[first]:g} is outside -{limit}..{limit} degrees")
     return values
 
 
@@ -188,7 +188,7 @@ def _truth(table: _Table, choices: tuple[tuple[str, str], ...]) -> tuple[Floats,
     lat, lon = _coordinates(table, choices)
     missing = np.flatnonzero(np.isnan(lat))
     if missing.size:
-        raise table.wrong(int(missing[0]), "no true latitude and longitude: fill them in or drop the row")
+        raise table.error(int(missing[0]), "no true latitude and longitude: fill them in or drop the row")
     return lat, lon
 
 
@@ -209,8 +209,8 @@ def _by_id(table: _Table) -> dict[str, int]:
     for row, cell in enumerate(table.columns["id"]):
         key = "" if cell is None else str(cell).strip()
         if not key:
-            raise table.wrong(row, "no id: fill it in or drop the row")
+            raise table.error(row, "no id: fill it in or drop the row")
         if key in rows:
-            raise table.wrong(row, f"the id {key[:60]!r} is there twice: drop one")
+            raise table.error(row, f"the id {key[:60]!r} is there twice: drop one")
         rows[key] = row
     return rows

@@ -86,10 +86,10 @@ def example_of(tables: Tables, answers: Answers, index: GeoIndex, at: int) -> di
     neighbors = {"crop": index.pictures(near.rows[at, :NEIGHBORS], CROP), "lat": lat.tolist(), "lon": lon.tolist()}
     neighbors["score"] = near.scores[at, :NEIGHBORS].tolist()
     neighbors["km"] = haversine_km(truth[0], truth[1], lat, lon).tolist()
-    kept = pool.mask[at]
-    candidates = {"lat": pool.lat_lon[at, kept, 0].tolist(), "lon": pool.lat_lon[at, kept, 1].tolist()}
-    candidates["source"] = np.array(SOURCES)[pool.source[at, kept]].tolist()
-    candidates["weight"] = np.exp(pool.log_weight[at, kept]).tolist()
+    mask = pool.mask[at]
+    candidates = {"lat": pool.lat_lon[at, mask, 0].tolist(), "lon": pool.lat_lon[at, mask, 1].tolist()}
+    candidates["source"] = np.array(SOURCES)[pool.source[at, mask]].tolist()
+    candidates["weight"] = np.exp(pool.log_weight[at, mask]).tolist()
     example = {
         "id": tables.photos.ids[at],
         "crop": load_pictures([tables.photos.images[at]], CROP)[0][0],

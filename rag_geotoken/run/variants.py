@@ -28,7 +28,7 @@ class Variant:
 
     @property
     def unverified(self) -> Options:
-        """The options without verification, against which the gain is measured."""
+        """Return the options without verification, against which the gain is measured."""
         sources = tuple(name for name in self.options.sources if name not in ("visual", "mllm"))
         defaults = {name: getattr(Options, name) for name in (*ASKING[1:], "select")}
         return replace(self.options, sources=sources, verify=(), **defaults)
@@ -56,7 +56,7 @@ class Recipe(BaseModel, extra="forbid", strict=True):
 
     @cached_property
     def variants(self) -> list[Variant]:
-        """All combinations of each block's values."""
+        """Return all combinations of each block's values."""
         return [variant for block in self.blocks for variant in _crossed(block, self.options)]
 
 

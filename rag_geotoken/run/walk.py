@@ -100,7 +100,7 @@ class RunFolder:
     """
 
     def __init__(self, folder: Path, models: Models) -> None:
-        """A multimodal model's answers are kept in the folder."""
+        """Open the folder, in which a multimodal model's answers are kept."""
         self.folder = folder
         self.models = models.replace(mllm=models.mllm.kept_in(folder)) if models.mllm else models
         self.reused: list[str] = []
@@ -110,18 +110,18 @@ class RunFolder:
 
     @cached_property
     def photos(self) -> Photos:
-        """All photos, readable or not."""
+        """Return all photos, readable or not."""
         return Photos.from_table(read_table(self.folder / "photos.parquet"))
 
     @cached_property
     def errors(self) -> list[str | None]:
-        """Why each photo cannot be read; known once the embeddings are made."""
+        """Return why each photo cannot be read; known once the embeddings are made."""
         errors: list[str | None] = read_table(self.folder / "embeddings.parquet", ["error"])["error"].to_pylist()
         return errors
 
     @cached_property
     def readable(self) -> NDArray[np.int64]:
-        """Positions of the readable photos among all. Raises GeoError when there is none."""
+        """Return the positions of the readable photos among all. Raises GeoError when there is none."""
         readable = np.flatnonzero([error is None for error in self.errors])
         if not len(readable):
             raise GeoError(f"none of the {len(self.errors)} pictures can be read; the first: {self.errors[0]}")
@@ -210,6 +210,7 @@ class RunFolder:
             tables = self.tables(options, reads, at)
             return step.work(self.models, options, tables).to_table(tables.photos.ids)
         part = slice(*np.searchsorted(self.readable, [at.start, at.stop]).tolist())
-        some = part.stop > part.start
-        decided = step.work(self.models, options, self.tables(options, reads, part)) if some else None
+        decided = None
+        if part.stop > part.start:
+            decided = step.work(self.models, options, self.tables(options, reads, part))
         return complete(self.photos[at], self.errors[at], decided).to_table()
