@@ -1,4 +1,4 @@
-"""Retrieval-augmented image geolocalization: where on Earth was a photo taken?"""
+"""This package says where on Earth a photo was taken, by retrieval-augmented geolocalization."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ __all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str) -> object:
-    # Found when asked for, so that `rag-geotoken --help` does not wait for torch.
+    # Imported on first use, so that `rag-geotoken --help` does not wait for torch.
     if name not in _PUBLIC:
         raise AttributeError(f"module 'rag_geotoken' has no attribute {name!r}")
     return getattr(import_module(f"rag_geotoken.{_PUBLIC[name]}"), name)

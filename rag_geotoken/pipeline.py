@@ -1,4 +1,4 @@
-"""This is the road in memory: pictures in, predictions out."""
+"""This class says where pictures were taken, without files: pictures in, predictions out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Given = Picture | Path
 
 
 class Geolocator(Models):
-    """A geolocator says where pictures were taken: models and index are loaded once, then call it with pictures.
+    """This class holds models and index, loaded once; call it with pictures to learn where they were taken.
 
     Example:
         >>> geolocator = Geolocator.from_pretrained("runs/demo/index")  # doctest: +SKIP
@@ -34,9 +34,9 @@ class Geolocator(Models):
         authors: Sequence[str | None] | None = None,
         batch: int = 256,
     ) -> list[Prediction]:
-        """Pictures -> predictions in order; one that cannot be read has an error and no coordinates.
+        """Return predictions of pictures in order; one that cannot be read has an error and no coordinates.
 
-        The same picture with the same options has the same answer, whatever its name, its place and the batch.
+        The same picture with the same options has the same answer, whatever its name, its position and the batch.
 
         Args:
             pictures: One or many: paths, the bytes of files, pictures of Pillow, or pixels (H, W, 3) uint8.
@@ -48,16 +48,13 @@ class Geolocator(Models):
         Raises:
             GeoError: The models lack what the options ask for, or names and pictures differ in number.
         """
-        many = [pictures] if _is_one(pictures) else list(pictures)  # type: ignore[arg-type]
+        is_one = isinstance(pictures, str | bytes | Path | Image.Image)
+        is_one |= isinstance(pictures, np.ndarray) and pictures.ndim == 3
+        many = [pictures] if is_one else list(pictures)  # type: ignore[arg-type]
         images: list[Picture] = [str(picture) if isinstance(picture, Path) else picture for picture in many]  # type: ignore[misc]
         names = [image if isinstance(image, str) else str(i) for i, image in enumerate(images)]
-        for what in (ids, authors):
-            if what is not None and len(what) != len(images):
-                raise GeoError(f"{len(what)} names for {len(images)} pictures: give one for each")
+        for given in (ids, authors):
+            if given is not None and len(given) != len(images):
+                raise GeoError(f"{len(given)} names for {len(images)} pictures: give one for each")
         photos = Photos.of(images, names if ids is None else ids, authors or ())
-        return in_memory(self, options or Options(), photos, batch).rows()
-
-
-def _is_one(pictures: Given | Sequence[Given]) -> bool:
-    pixels = isinstance(pictures, np.ndarray) and pictures.ndim == 3
-    return pixels or isinstance(pictures, str | bytes | Path | Image.Image)
+        return in_memory(self, options or Options(), photos, block=batch).rows()

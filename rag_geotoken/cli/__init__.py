@@ -1,1 +1,1 @@
-"""These are the commands that people type."""
+"""This package is the command line."""

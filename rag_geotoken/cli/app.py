@@ -1,11 +1,11 @@
-"""The command line is thin: everything heavy is imported by the command that uses it."""
+"""These functions are the commands of ``rag-geotoken``; each imports what it needs, so that help comes at once."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -98,17 +98,23 @@ def locate(
 
     With --preset geoclip: --weights DIR (of rag-geotoken convert geoclip), --backbone, --top-k, --out and --run.
     """
-    folder, run = _weights_folder(context, preset, index, weights), run or out.with_suffix(".run")
+    if (preset is None) == (index is None) or preset not in (None, "geoclip"):
+        raise typer.BadParameter("give either --index DIR or --preset geoclip")
+    _check_given(context, preset)
+    run = run or out.with_suffix(".run")
     if index is None:
         from rag_geotoken.peers.locate import locate_by_gallery
 
-        _say_located(out, *locate_by_gallery(photos, out, folder, backbone, top_k, run, limit))
+        if weights is None:
+            raise typer.BadParameter("--preset geoclip needs --weights DIR, made by rag-geotoken convert geoclip")
+        _print_located(out, *locate_by_gallery(photos, out, weights, backbone, k=top_k, run=run, limit=limit))
         return
     from rag_geotoken.mllm.session import MllmSession
     from rag_geotoken.models import Models
     from rag_geotoken.photos.inputs import read_photos
     from rag_geotoken.run.export import check_output
     from rag_geotoken.run.locate import locate_photos
+    from rag_geotoken.storage.weights import EARTH
 
     if matcher is not None and not options.visual:
         raise typer.BadParameter("--matcher compares pictures: add --verify visual")
@@ -117,33 +123,23 @@ def locate(
     if mllm is not None and not options.asks_mllm:
         raise GeoError("--mllm is given and verifies nothing: add --verify mllm, or --mllm-mode diversify")
     check_output(out)
-    session = None if mllm is None else MllmSession.open(mllm, mllm_model, mllm_concurrent, resume)
+    session = None if mllm is None else MllmSession.open(mllm, mllm_model, mllm_concurrent, resume=resume)
     table = read_photos(photos, limit)
-    models = Models.from_pretrained(index, folder, backbone, matcher, session)
-    _say_located(out, *locate_photos(table, models, options, out, run))
+    models = Models.from_pretrained(index, weights or EARTH, backbone, matcher=matcher, mllm=session)
+    _print_located(out, *locate_photos(table, models, options, out=out, run=run))
 
 
-def _weights_folder(context: typer.Context, preset: str | None, index: Path | None, weights: Path | None) -> Path:
-    """The weights of ``locate`` with --index or with --preset. An option that the other one needs is wrong usage."""
-    if (preset is None) == (index is None) or preset not in (None, "geoclip"):
-        raise typer.BadParameter("give either --index DIR or --preset geoclip")
-    preset_alone, both = {"preset", "top_k"}, {"photos", "out", "run", "weights", "backbone", "limit"}
-    for name in context.params.keys() - both:
+def _check_given(context: typer.Context, preset: str | None) -> None:
+    """Refuse options that go only with --preset where there is none, and the other way round."""
+    of_preset, of_both = {"preset", "top_k"}, {"photos", "out", "run", "weights", "backbone", "limit"}
+    for name in context.params.keys() - of_both:
         source = context.get_parameter_source(name)
-        if source and source.name == "COMMANDLINE" and (name in preset_alone) != (preset is not None):
-            raise typer.BadParameter(
-                f"--{name.replace('_', '-')} does not go with {'--preset' if preset else '--index'}"
-            )
-    if preset is None:
-        from rag_geotoken.storage.weights import EARTH
-
-        return weights or EARTH
-    if weights is None:
-        raise typer.BadParameter("--preset geoclip needs --weights DIR, made by rag-geotoken convert geoclip")
-    return weights
+        if source and source.name == "COMMANDLINE" and (name in of_preset) != (preset is not None):
+            given = "--preset" if preset else "--index"
+            raise typer.BadParameter(f"--{name.replace('_', '-')} does not go with {given}")
 
 
-def _say_located(out: Path, done: int, failed: list[str]) -> None:
+def _print_located(out: Path, done: int, failed: list[str]) -> None:
     typer.echo(f"{done} photos located in {out}" + (f", {len(failed)} without an answer" if failed else ""))
     for line in failed[:10]:
         typer.echo(f"  {line}", err=True)
@@ -157,15 +153,15 @@ def where(
     k: Annotated[int, typer.Option(min=1, max=1000, help="Places to show a text.")] = 10,
     as_json: Json = False,
 ) -> None:
-    """List the places most like a text, among GeoCLIP's gallery, with their probabilities."""
+    """Show the places most like a text, among GeoCLIP's gallery, with their probabilities."""
     from rag_geotoken.peers.locate import places_of
 
-    found = places_of(texts, weights, backbone, k)
+    by_text = places_of(texts, weights, backbone, k=k)
     if as_json:
-        answers = [{"text": text, "places": places} for text, places in found.items()]
+        answers = [{"text": text, "places": places} for text, places in by_text.items()]
         typer.echo(json.dumps(answers, ensure_ascii=False, indent=2))
         return
-    for text, places in found.items():
+    for text, places in by_text.items():
         typer.echo(text)
         for place in places:
             typer.echo(f"  {place['probability']:.5f}  {place['lat']:9.4f} {place['lon']:10.4f}")
@@ -201,19 +197,10 @@ def ablate(
     from rag_geotoken.storage.files import shipped
     from rag_geotoken.storage.recipes import read_recipe
 
-    what = read_recipe(recipe or shipped("eval/verification.toml"))
-    opened = partial(MllmSession.open, mllm, mllm_model, mllm_concurrent, resume) if mllm else None
-    metrics = ablate(
-        what,
-        out,
-        typer.echo,
-        photos=photos,
-        index=index,
-        weights=weights,
-        backbone=backbone,
-        matcher=matcher,
-        mllm=opened,
-    )
+    contents = read_recipe(recipe or shipped("eval/verification.toml"))
+    open_mllm = partial(MllmSession.open, mllm, mllm_model, mllm_concurrent, resume=resume) if mllm else None
+    models: dict[str, Any] = {"index": index, "weights": weights, "backbone": backbone, "matcher": matcher}
+    metrics = ablate(contents, out, typer.echo, photos=photos, mllm=open_mllm, **models)
     typer.echo(table_text(metrics))
 
 
@@ -229,7 +216,7 @@ def evaluate(
     geodesic: Annotated[bool, typer.Option(help="Distances on the WGS84 ellipsoid instead of the sphere.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
 ) -> None:
-    """Print shares of ALL photos within 1, 25, 200, 750 and 2500 km, median, GeoScore, 95 % intervals.
+    """Print the shares of ALL photos within 1, 25, 200, 750 and 2500 km, median, GeoScore, 95 % intervals.
 
     A photo without an answer stays in the denominator and counts as wrong.
     """

@@ -1,4 +1,4 @@
-"""These are the commands of ``rag-geotoken convert``."""
+"""These functions are the commands of ``rag-geotoken convert``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""These are the commands of ``rag-geotoken index``."""
+"""These functions are the commands of ``rag-geotoken index``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def index_build(
     weights: Weights = None,
     backbone: Backbone = None,
 ) -> None:
-    """Read and encode photos with known places and index them; goes on where it was stopped.
+    """Read, encode and index photos with known places; a stopped build resumes where it was.
 
     Sources: folder:DIR (places from photos.csv or EXIF), mp16-pro:DIR (CSV and tar as downloaded), im2gps3k:DIR,
     yfcc4k:DIR, hub:NAME (or hub:FOLDER) and the embedded satellite views of indexes/.
@@ -43,13 +43,13 @@ def index_build(
 
     source = limited(index_source(source), limit)
     alignment, plan = GeoAlignment.from_pretrained(weights or EARTH, backbone), Plan(factory, memory_gib, recall)
-    manifest = make_index(out, source, alignment, plan, thumbnails)
+    manifest = make_index(out, source, alignment, plan=plan, thumbnails=thumbnails)
     typer.echo(f"{manifest['rows']} photos indexed in {out}, {manifest['left_out']} left out")
 
 
 @index_app.command("info")
 def index_info(folder: Annotated[Path, typer.Argument(help="Folder of an index.")], as_json: Json = False) -> None:
-    """Check an index's files against its manifest and say what it holds."""
+    """Check an index's files against its manifest and print what it holds."""
     from rag_geotoken.index.describe import describe
     from rag_geotoken.index.geo_index import GeoIndex
 
@@ -70,13 +70,15 @@ def index_search(
     backbone: Backbone = None,
     as_json: Json = False,
 ) -> None:
-    """List the k gallery photos most like a picture, with places and scores; a photo never finds itself."""
+    """Show the k gallery photos most like a picture, with their places and scores; a photo never finds itself."""
     from rag_geotoken.options import Options, parse_option
     from rag_geotoken.run.locate import neighbors_of
     from rag_geotoken.storage.weights import EARTH
 
-    only = Options(within=parse_option("within", within)).within
-    rows = neighbors_of(folder, photo, k, weights or EARTH, only, not_author, dissimilar, backbone)
+    only, weights = Options(within=parse_option("within", within)).within, weights or EARTH
+    rows = neighbors_of(
+        folder, photo, k, weights=weights, backbone=backbone, within=only, not_author=not_author, dissimilar=dissimilar
+    )
     if as_json:
         typer.echo(json.dumps(rows, ensure_ascii=False, indent=2))
         return

@@ -1,4 +1,4 @@
-"""Several commands take these options; those of a run are made from :class:`.Options`."""
+"""These declarations are options that several commands take; those of a run are made from :class:`.Options`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Ask the multimodal model
 
 
 def takes_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command with a parameter ``options: Options`` an option for every field of it."""
+    """Replace a command's parameter ``options: Options`` by an option for each of its fields."""
     parameters = dict(inspect.signature(command, eval_str=True).parameters)
     del parameters["options"]
 
@@ -50,7 +50,7 @@ def takes_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _parameter(item: Any) -> inspect.Parameter:
-    """A field of ``Options`` as a parameter that typer reads."""
+    """Return a field of ``Options`` as a parameter that typer reads."""
     value, limits = item.default, item.metadata
     flag = limits["flag"] or "--" + item.name.replace("_", "-")
     help_ = limits["help"].format(", ".join(CHOICES.get(item.name, ())))

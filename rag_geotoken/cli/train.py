@@ -1,4 +1,4 @@
-"""These are the commands of ``rag-geotoken train``."""
+"""These functions are the commands of ``rag-geotoken train``."""
 
 from __future__ import annotations
 
@@ -37,31 +37,21 @@ def train_heads(recipe: Recipe = None, out: Out = Path("runs/weights")) -> None:
     _train("heads", recipe, out)
 
 
-@train_app.command("tokens")
-def train_tokens(recipe: Recipe = None, out: Out = Path("runs/weights"), index: Index = None) -> None:
-    """Train the token model on the alignment in OUT (about 15 minutes on 2 cores)."""
-    _train("tokens", recipe, out, index)
+def _add_command(name: str, help: str) -> None:
+    def command(recipe: Recipe = None, out: Out = Path("runs/weights"), index: Index = None) -> None:
+        _train(name, recipe, out, index=index)
+
+    train_app.command(name, help=help)(command)
 
 
-@train_app.command("reward")
-def train_reward(recipe: Recipe = None, out: Out = Path("runs/weights"), index: Index = None) -> None:
-    """Train the reward head on pools of gallery photos, for the models in OUT (a few minutes)."""
-    _train("reward", recipe, out, index)
-
-
-@train_app.command("tuning")
-def train_tuning(recipe: Recipe = None, out: Out = Path("runs/weights"), index: Index = None) -> None:
-    """Choose the pool's weights and scales on validation photos, for the models in OUT."""
-    _train("tuning", recipe, out, index)
-
-
-@train_app.command("verifier")
-def train_verifier(recipe: Recipe = None, out: Out = Path("runs/weights"), index: Index = None) -> None:
-    """Train the small multimodal model that verifies pools, for the models in OUT (about half an hour on 2 cores).
-
-    It is written into OUT-verifier, which transformers loads and vLLM serves.
-    """
-    _train("verifier", recipe, out, index)
+_add_command("tokens", "Train the token model on the alignment in OUT (about 15 minutes on 2 cores).")
+_add_command("reward", "Train the reward head on pools of gallery photos, for the models in OUT (a few minutes).")
+_add_command("tuning", "Choose the pool's weights and scales on validation photos, for the models in OUT.")
+_add_command(
+    "verifier",
+    "Train the small multimodal model that verifies pools, for the models in OUT (about half an hour on 2 cores).\n\n"
+    "It is written into OUT-verifier, which transformers loads and vLLM serves.",
+)
 
 
 @train_app.command("mllm")
@@ -73,15 +63,15 @@ def train_mllm(
     mllm_concurrent: MllmConcurrent = None,
     index: Index = None,
 ) -> None:
-    """Choose on validation photos what a multimodal model's verdicts are worth, for the models in OUT.
+    """Choose the weight of a multimodal model's verdicts on validation photos, for the models in OUT.
 
     Without --mllm: the verifier that was trained beside OUT.
     """
-    _train("mllm", recipe, out, index, where=mllm, model=mllm_model, concurrent=mllm_concurrent)
+    _train("mllm", recipe, out, index=index, where=mllm, model=mllm_model, concurrent=mllm_concurrent)
 
 
-def _train(what: str, recipe: Path | None, out: Path, index: Path | None = None, **more: Any) -> None:
+def _train(name: str, recipe: Path | None, out: Path, **more: Any) -> None:
     from rag_geotoken.storage.recipes import training_recipe
     from rag_geotoken.training.run import train
 
-    train(what, training_recipe(recipe, "g3" if what == "heads" else "earth"), out, index, **more)
+    train(name, training_recipe(recipe, "g3" if name == "heads" else "earth"), out, **more)

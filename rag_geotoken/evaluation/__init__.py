@@ -1,1 +1,1 @@
-"""This room says how good a run is: metrics, files of predictions, maps and the report."""
+"""This package measures how good a run is: metrics, files of predictions, maps and the report."""

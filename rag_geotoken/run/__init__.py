@@ -1,1 +1,1 @@
-"""This room is the road from photos to predictions, and who walks it."""
+"""This package holds the road, the stages from photos to predictions, and the functions that run them."""

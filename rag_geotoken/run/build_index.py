@@ -1,4 +1,4 @@
-"""A source becomes an index here: photos, embeddings or projections, thumbnails, then the index itself."""
+"""These functions build an index from a source: photos, embeddings or projections, thumbnails, then the index."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from rag_geotoken.types import Photos
 def make_index(
     folder: Path, source: str, alignment: GeoAlignment, plan: Plan | None = None, thumbnails: int | None = None
 ) -> dict[str, Any]:
-    """Read a source, encode its photos, write the index and return its manifest; what is done stays done.
+    """Read a source, encode its photos, write the index and return its manifest.
 
-    plan: what it may cost; an exact index where that is enough. thumbnails: keep the pictures too, their longer side so
-    many pixels. Stage tables lie beside it in ``stages``.
+    Stage tables are kept in ``stages``, so a stopped build resumes. plan: what the index may cost; an exact one where
+    that is enough. thumbnails: keep the pictures too, their longer side so many pixels.
     """
     check_writable(folder)
     tables, plan = folder / "stages", plan or Plan()
@@ -41,19 +41,19 @@ def make_index(
 
 
 def _stage(folder: Path, name: str, recipe: dict[str, Any], work: Callable[[Photos], pa.Table]) -> Path:
-    """A stage that reads photos alone, a block of which its work gets; see :func:`.run_stage`."""
+    """Make the table of a stage that reads nothing but photos, a block of which ``work`` gets."""
     photos = Photos.from_table(read_table(folder / "photos.parquet"))
-    return run_stage(folder, name, recipe, ["photos"], photos.ids, lambda at: work(photos[at]), many=True)
+    ids = photos.ids
+    return run_stage(folder, name, recipe, inputs=["photos"], ids=ids, work=lambda at: work(photos[at]), many=True)
 
 
 def _embeddings(folder: Path, alignment: GeoAlignment) -> Path:
-    """Photos -> embeddings, as the road has them."""
     recipe = {"encoder": alignment.identity, "version": road(Options())[0].version}
-    return _stage(folder, "embeddings", recipe, lambda some: embed_pictures(alignment, some.images).to_table(some.ids))
+    return _stage(folder, "embeddings", recipe, lambda part: embed_pictures(alignment, part.images).to_table(part.ids))
 
 
 def project(folder: Path, alignment: GeoAlignment) -> Path:
-    """Project photos to the one vector that the parts of an embedding follow from, in half precision.
+    """Write the table of projections: the one vector from which an embedding's three parts are computed, as float16.
 
     Columns id, projection (dim), digest, error: a sixth of the bytes of embeddings.
     """
@@ -69,10 +69,10 @@ def project(folder: Path, alignment: GeoAlignment) -> Path:
 
 
 def _thumbnails(folder: Path, size: int) -> Path:
-    """Photos -> thumbnails: id and the picture as WebP, its longer side at most ``size`` px; empty where unreadable."""
+    """Write the table of thumbnails: id and the picture as WebP, its longer side at most ``size`` pixels."""
 
     def work(photos: Photos) -> pa.Table:
-        made = make_thumbnails(photos.images, size)
-        return pa.table({"id": pa.array(photos.ids, pa.string()), "picture": pa.array(made, pa.binary())})
+        pictures = pa.array(make_thumbnails(photos.images, size), pa.binary())  # empty where unreadable
+        return pa.table({"id": pa.array(photos.ids, pa.string()), "picture": pictures})
 
     return _stage(folder, "thumbnails", {"size": size, "quality": QUALITY}, work)

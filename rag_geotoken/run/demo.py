@@ -1,4 +1,4 @@
-"""The demo is the main job on embedded data: a recipe of the ablation engine that ships with the package."""
+"""This function runs the demo: an ablation on embedded data, whose recipe ships with the package."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def run_demo(
     mllm: str | None = None,
     log: Log = print,
 ) -> dict[str, Any]:
-    """Run the demo's recipe into ``out`` and return what ``metrics.json`` holds; nothing is done twice.
+    """Run the demo's recipe into the folder ``out``, resume it where it was stopped, and return its metrics.
 
     test_n, seed: how many test photos are drawn, and which; half as many, 1,000 at most, of the other splits. gallery:
-    photos in the index. mllm: a multimodal model that verifies too, as :func:`.open_client` takes it; without one, its
-    variants are left out. Raises GeoError for a folder that cannot be written or broken weights.
+    photos in the index. mllm: a multimodal model that verifies too, as :meth:`.MllmSession.open` takes it; without one,
+    its variants are left out. Raises GeoError for a folder that cannot be written or broken weights.
     """
     recipe = read_recipe(shipped(RECIPE))
     few = max(1, min(1000, test_n // 2))

@@ -1,4 +1,4 @@
-"""Predictions are written as Parquet, CSV, JSON lines, GeoJSON or KML, by the file's ending."""
+"""These functions write predictions as Parquet, CSV, JSON lines, GeoJSON or KML, by the file's ending."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  #
 
 
 def check_output(path: Path) -> None:
-    """Raise GeoError, before any work, when predictions cannot be written to this file: its ending or its folder."""
+    """Raise GeoError when predictions cannot be written to this file, for its ending or its folder."""
     if path.suffix.lower() not in (".parquet", *_FORMATS):
         raise GeoError(f"cannot write {path.name}: choose an ending among .parquet, {', '.join(_FORMATS)}")
     check_writable(path.parent)
 
 
 def write_predictions(path: Path, predictions: pa.Table) -> None:
-    """Write a predictions table whole. A photo without an answer keeps its line, with its error and no place."""
+    """Write a table of predictions; a photo without an answer keeps its line, with its error and no place."""
     if path.suffix.lower() == ".parquet":
         write_table(path, predictions)
     else:
@@ -50,27 +50,22 @@ def _json_lines(table: pa.Table) -> str:
 
 
 def _geojson(table: pa.Table) -> str:
-    features = [
-        {
-            "type": "Feature",
-            "id": row["id"],
-            # GeoJSON is the one format that puts longitude first (RFC 7946).
-            "geometry": {"type": "Point", "coordinates": [row["lon"], row["lat"]]} if row["lat"] is not None else None,
-            "properties": {name: value for name, value in row.items() if name not in ("id", "lat", "lon")},
-        }
-        for row in table.to_pylist()
-    ]
+    features = []
+    for row in table.to_pylist():
+        name, lat, lon = (row.pop(key) for key in ("id", "lat", "lon"))
+        # GeoJSON is the one format that puts longitude first (RFC 7946).
+        point = None if lat is None else {"type": "Point", "coordinates": [lon, lat]}
+        features.append({"type": "Feature", "id": name, "geometry": point, "properties": row})
     return json.dumps({"type": "FeatureCollection", "features": features}, ensure_ascii=False) + "\n"
 
 
 def _kml(table: pa.Table) -> str:
-    marks = [
-        f"<Placemark><name>{escape(str(row['id']))}</name>"
-        + (f"<Point><coordinates>{row['lon']},{row['lat']}</coordinates></Point>" if row["lat"] is not None else "")
-        + (f"<description>{escape(row['error'])}</description>" if row["error"] else "")
-        + "</Placemark>"
-        for row in table.to_pylist()
-    ]
+    marks = []
+    for row in table.to_pylist():
+        lat, lon, error = row["lat"], row["lon"], row["error"]
+        place = "" if lat is None else f"<Point><coordinates>{lon},{lat}</coordinates></Point>"
+        reason = f"<description>{escape(error)}</description>" if error else ""
+        marks.append(f"<Placemark><name>{escape(str(row['id']))}</name>{place}{reason}</Placemark>")
     head = '<?xml version="1.0" encoding="UTF-8"?>\n<kml xmlns="http://www.opengis.net/kml/2.2"><Document>\n'
     return head + NO_XML.sub("\ufffd", "\n".join(marks)) + "\n</Document></kml>\n"
 

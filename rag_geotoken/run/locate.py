@@ -1,4 +1,4 @@
-"""A user's own photos are located here: from paths to a file of answers, stage tables kept beside it."""
+"""These functions locate a user's own photos, and find the gallery photos most similar to one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def locate_photos(table: pa.Table, models: Models, options: Options, out: Path, run: Path) -> tuple[int, list[str]]:
-    """Locate the photos of a table and write ``out``; return how many have an answer, and errors of the others.
+    """Locate the photos of a table, write ``out``, and return how many have an answer and the errors of the others.
 
     Every stage's table is kept in ``run``. Raises GeoError when nothing can be located or a file cannot be written:
     call :func:`.check_output` before models are opened.
@@ -40,28 +40,31 @@ def neighbors_of(
     index: Path,
     photo: Path,
     k: int,
+    *,
     weights: Path,
     within: tuple[float, float, float] | None = None,
     not_author: str | None = None,
     dissimilar: bool = False,
     backbone: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Return the k rows of an index most, or least, like a picture: rank, score, id, lat, lon, place.
+    """Return the k rows of an index most, or least, similar to a picture: rank, score, id, lat, lon, place.
 
-    within and not_author leave rows out before the search; where fewer than k are left, there are fewer.
+    within and not_author leave rows out before the search; where fewer than k are left, there are fewer. Raises
+    GeoError for a picture that cannot be read, or where no row is left.
     """
     models = Models.from_pretrained(index, weights, backbone)
     embeddings = embedded(models, Options(), Photos.of([str(photo)], [str(photo)])).embeddings
     if embeddings.errors[0]:
         raise GeoError(embeddings.errors[0])
-    gallery, own = models.index, embeddings.digests
+    gallery, weights_of_parts = models.index, models.tuning.search_weights
+    excluded: dict[str, Any] = {"digests": embeddings.digests}
     keep = gallery.mask(within, not_author)
     if keep is not None:
-        keep[copies(gallery.rows, own)] = False
-        k, own = min(k, int(keep.sum())), []
+        keep[copies(gallery.rows, embeddings.digests)] = False
+        k, excluded = min(k, int(keep.sum())), {"keep": keep}
         if k == 0:
             raise GeoError("the filter lets no photo of the index through: allow a wider region or another author")
-    found = gallery.search(embeddings.vectors, k, models.tuning.search_weights, own, keep, dissimilar=dissimilar)
-    rows = gallery.rows.take(found.rows[0]).select(["id", "lat", "lon", "place"]).to_pylist()
-    scores = found.scores[0].tolist()
-    return [{"rank": i + 1, "score": score, **row} for i, (row, score) in enumerate(zip(rows, scores, strict=True))]
+    neighbors = gallery.search(embeddings.vectors, k, weights_of_parts, dissimilar=dissimilar, **excluded)
+    rows = gallery.rows.take(neighbors.rows[0]).select(["id", "lat", "lon", "place"]).to_pylist()
+    scored = zip(neighbors.scores[0].tolist(), rows, strict=True)
+    return [{"rank": rank, "score": score, **row} for rank, (score, row) in enumerate(scored, 1)]

@@ -1,4 +1,4 @@
-"""Stages on disk are tables made once, block by block, and gone on with where they were stopped."""
+"""These functions make a stage's table on disk once, block by block, and resume where they were stopped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rag_geotoken.storage.side_by_side import side_by_side
 if TYPE_CHECKING:
     import pyarrow as pa
 
-BLOCK, LARGE_BLOCK, MANY = 256, 2048, 65_536  # photos a file while a stage runs, and of how many it has large ones
+BLOCK, LARGE_BLOCK, MANY = 256, 2048, 65_536  # photos in a block, in a large one, and from how many on they are large
 
 
 def run_stage(
@@ -34,16 +34,16 @@ def run_stage(
     block: int | None = None,
     alone: bool = False,
 ) -> Path:
-    """Run a stage with a progress bar: ``inputs`` are tables of its folder, ``ids`` the photos; see :func:`stage`.
+    """Make a stage's table with a progress bar; ``inputs`` name tables of its folder, for the rest see :func:`stage`.
 
-    many: whether its work takes little memory a photo, so that large runs have large blocks, where none is given.
-    alone: whether its blocks are made one after the other.
+    many: whether its work takes little memory a photo, so that large runs have large blocks where none is given.
     """
     files = [folder / f"{file}.parquet" for file in inputs]
     if block is None:
         block = LARGE_BLOCK if many and len(ids) > MANY else BLOCK
     with progress_bar(len(ids), f"{folder.name}: {name}") as advance:
-        return stage(folder, name, recipe, files, ids, work, block=block, progress=advance, alone=alone)
+        keywords: dict[str, Any] = {"block": block, "progress": advance, "alone": alone}
+        return stage(folder, name, recipe, inputs=files, keys=ids, work=work, **keywords)
 
 
 def stage(
@@ -58,73 +58,59 @@ def stage(
     progress: Callable[[int], object] = lambda done: None,
     alone: bool = False,
 ) -> Path:
-    """Make `folder/name.parquet` from blocks of photos, unless it is already made from the same things.
+    """Make ``folder/name.parquet`` from blocks of photos unless it exists with the same identity, and return its path.
 
-    The stage is known by the SHA-256 of its name, recipe, input files, keys and block. Every finished block is kept
-    as a file of its own until all are there, so a stage that was stopped goes on with the blocks that are missing and
-    ends in the same bytes as one that ran through. `name.json` is written last: without it the table does not count.
+    The identity is the SHA-256 of name, recipe, input files, keys and block. Every finished block is kept as a file of
+    its own until all are made, so a stage that was stopped resumes with the missing blocks and ends in the same bytes
+    as one that ran through. ``name.json`` is written last: without it the table does not count.
 
     Args:
         folder: The run's folder; made when missing.
         name: The stage's name, also the files' name.
         recipe: All that changes the result besides inputs and keys, as JSON values.
-        inputs: The files read by `work`.
+        inputs: The files read by ``work``.
         keys: The N photos' ids, in order.
-        work: Takes a slice of positions in `keys`, gives those photos' rows, any number, always of the same schema.
-        block: How many photos a call of `work` gets.
+        work: Takes a slice of positions in ``keys``, gives those photos' rows, any number, always of the same schema.
+        block: How many photos a call of ``work`` gets.
         progress: Called with the number of photos done since its last call.
         alone: Whether blocks are made one after the other, by the thread that calls, else side by side.
 
     Raises:
-        GeoError: there are no keys, an input is missing, or the folder cannot be written.
+        GeoError: There are no keys, an input is missing, or the folder cannot be written.
     """
     total = len(keys)
     if total == 0:
         raise GeoError(f"stage {name} has no photos to work on: the source is empty or everything was left out")
     shas = [file_sha256(file) for file in inputs]
-    known_by = {"stage": name, "recipe": recipe, "inputs": shas, "keys": _sha256(list(keys)), "block": block}
-    identity = _sha256(known_by)
-    path, parts = folder / f"{name}.parquet", folder / f".{name}.parts"
+    identity = _sha256({"stage": name, "recipe": recipe, "inputs": shas, "keys": _sha256(list(keys)), "block": block})
+    path, folder_of_parts = folder / f"{name}.parquet", folder / f".{name}.parts"
     if _is_done(path, identity):
         progress(total)
-        shutil.rmtree(parts, ignore_errors=True)
-        return path
-
-    files = [parts / f"{identity[:16]}-{number:05d}.parquet" for number in range(-(-total // block))]
-    for stray in set(parts.glob("*.parquet")) - set(files):
-        remove(stray)
-    blocks = [slice(i, min(i + block, total)) for i in range(0, total, block)]
-    seconds = _write_parts(list(zip(files, blocks, strict=True)), work, progress, alone)
-    rows = write_tables(path, (read_table(file) for file in files))
-    manifest = {
-        "stage": name,
-        "identity": identity,
-        "recipe": recipe,
-        **({"seed": recipe["seed"]} if "seed" in recipe else {}),
+    else:
+        blocks = [slice(start, min(start + block, total)) for start in range(0, total, block)]
+        parts = {folder_of_parts / f"{identity[:16]}-{i:05d}.parquet": at for i, at in enumerate(blocks)}
+        seconds = _write_parts(parts, work, progress, alone)
+        manifest: dict[str, Any] = {"stage": name, "identity": identity, "recipe": recipe}
+        manifest |= {"seed": recipe["seed"]} if "seed" in recipe else {}
         # File names only: a run folder can be moved, and says nothing of the machine it was made on.
-        "inputs": [{"file": file.name, "sha256": sha} for file, sha in zip(inputs, shas, strict=True)],
-        "rows": rows,
-        "parquet_bytes": path.stat().st_size,
-        "parquet_sha256": file_sha256(path),
-        "versions": versions(),
-        "seconds": seconds,
-    }
-    write_json(path.with_suffix(".json"), manifest)
-    shutil.rmtree(parts, ignore_errors=True)
+        manifest["inputs"] = [{"file": file.name, "sha256": sha} for file, sha in zip(inputs, shas, strict=True)]
+        manifest["rows"] = write_tables(path, map(read_table, parts))
+        manifest |= {"parquet_bytes": path.stat().st_size, "parquet_sha256": file_sha256(path)}
+        write_json(path.with_suffix(".json"), manifest | {"versions": versions(), "seconds": seconds})
+    shutil.rmtree(folder_of_parts, ignore_errors=True)
     return path
 
 
 def _write_parts(
-    parts: Sequence[tuple[Path, slice]],
-    work: Callable[[slice], pa.Table],
-    progress: Callable[[int], object],
-    alone: bool,
+    parts: dict[Path, slice], work: Callable[[slice], pa.Table], progress: Callable[[int], object], alone: bool
 ) -> float:
-    """Write the blocks that are missing -> the seconds that all of them took, those of an earlier run too."""
-    clock = parts[0][0].with_name("seconds.json")
+    """Write the blocks that are missing, and return the seconds that all took, those of an earlier run too."""
+    clock = next(iter(parts)).with_name("seconds.json")
+    for stray in set(clock.parent.glob("*.parquet")) - parts.keys():
+        remove(stray)
     seconds = float(read_json(clock)) if clock.is_file() else 0.0
-    missing = [(file, at) for file, at in parts if not _is_readable(file)]
-    if kept := sum(at.stop - at.start for file, at in parts if (file, at) not in missing):
+    missing = {file: at for file, at in parts.items() if not _is_readable(file)}
+    if kept := sum(at.stop - at.start for file, at in parts.items() if file not in missing):
         progress(kept)
 
     def write(part: tuple[Path, slice]) -> int:
@@ -132,15 +118,15 @@ def _write_parts(
         write_table(file, work(at))
         return int(at.stop - at.start)
 
-    begun = time.perf_counter()
-    for done in map(write, missing) if alone else side_by_side(write, missing, of=len(parts)):
+    begun, todo = time.perf_counter(), list(missing.items())
+    for done in map(write, todo) if alone else side_by_side(write, todo, of=len(parts)):
         write_json(clock, round(seconds + time.perf_counter() - begun, 3))
         progress(done)
     return round(seconds + time.perf_counter() - begun, 2)
 
 
 def _sha256(obj: object) -> str:
-    """The SHA-256 of an object's canonical JSON."""
+    """Return the SHA-256 of an object's canonical JSON."""
     return hashlib.sha256(json.dumps(obj, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Variants of an ablation come from a recipe's lists of options, crossed."""
+"""These classes and functions read an ablation's recipe and cross its lists of options into variants."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Name = Annotated[str, Field(pattern=r"^[^/.][^/]*$")]  # may be a part of a file
 
 @dataclass(frozen=True)
 class Variant:
-    """A variant is one cell of the crossing: options, and the splits that it is run on (all for none)."""
+    """This class holds one combination of options and the splits that it is run on, all if none is named."""
 
     name: str
     options: Options
@@ -28,21 +28,21 @@ class Variant:
 
     @property
     def unverified(self) -> Options:
-        """Return the same options without verification: what a gain is measured against."""
+        """Return the options without verification, against which the gain is measured."""
         sources = tuple(name for name in self.options.sources if name not in ("visual", "mllm"))
-        plain = {name: getattr(Options, name) for name in (*ASKING[1:], "select")}
-        return replace(self.options, sources=sources, verify=(), **plain)
+        defaults = {name: getattr(Options, name) for name in (*ASKING[1:], "select")}
+        return replace(self.options, sources=sources, verify=(), **defaults)
 
 
 class Block(BaseModel, extra="allow", strict=True):
-    """This is a table of ``[[variants]]``: besides name and splits, options whose values are crossed."""
+    """This class is a table of ``[[variants]]``: besides name and splits, options whose values are crossed."""
 
     name: Name | None = None
     photos: list[str] = []
 
 
 class Recipe(BaseModel, extra="forbid", strict=True):
-    """A recipe is an ablation: splits of photos by name, common options, the variants, and what the report says."""
+    """This class is an ablation's recipe: photos by split, common options, variants, and the report's words."""
 
     photos: dict[Name, str] = Field(min_length=1)
     blocks: list[Block] = Field(min_length=1, alias="variants")
@@ -56,12 +56,12 @@ class Recipe(BaseModel, extra="forbid", strict=True):
 
     @cached_property
     def variants(self) -> list[Variant]:
-        """Return every combination of every block's values."""
+        """Return all combinations of each block's values."""
         return [variant for block in self.blocks for variant in _crossed(block, self.options)]
 
 
 def read_variants(recipe: Mapping[str, Any], photos: str | None = None) -> Recipe:
-    """Check a recipe as TOML gives it, or raise GeoError for what does not fit.
+    """Check a recipe as read from TOML, and raise GeoError for what does not fit.
 
     photos: a source in the place of the recipe's own, on which every variant is run.
     """
@@ -94,17 +94,17 @@ def read_variants(recipe: Mapping[str, Any], photos: str | None = None) -> Recip
 
 
 def _crossed(block: Block, common: Mapping[str, Any]) -> Iterator[Variant]:
-    """Every combination of a block's values: lists of values, or tables of values by the names shown."""
-    names, lists = {item.name for item in fields(Options)}, list[list[tuple[str, str, Any]]]()
-    for key, value in (block.model_extra or {}).items():
+    """Yield all combinations of a block's values: lists of values, or tables of values by the names shown."""
+    crossed = block.model_extra or {}
+    names, labeled = {item.name for item in fields(Options)}, list[Mapping[str, Any]]()
+    for key, values in crossed.items():
         if key not in names:
             raise GeoError(f"a variant has no {key!r}: give options of locate, and name or photos")
-        values = value if isinstance(value, list) else [value]
-        named = value if isinstance(value, dict) else {_shown(key, one): one for one in values}
-        lists.append([(label, key, one) for label, one in named.items()])
-    for combination in product(*lists):
-        given = dict(common) | {key: one for _, key, one in combination}
-        label = block.name or " ".join(label for label, *_ in combination)
+        values = values if isinstance(values, list | dict) else [values]
+        labeled.append(values if isinstance(values, dict) else {_shown(key, value): value for value in values})
+    for combination in product(*(values.items() for values in labeled)):
+        given = dict(common) | {key: value for key, (_, value) in zip(crossed, combination, strict=True)}
+        label = block.name or " ".join(label for label, _ in combination)
         if not label or "/" in label or label.startswith("."):
             raise GeoError(f"a variant's name {label!r} is none: it is a part of files' names")
         try:

@@ -1,4 +1,4 @@
-"""The road is walked in memory, tables passed on, or in a folder, every finished block kept."""
+"""These functions walk the road: in memory, or in a folder where every finished block is kept and a run resumes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FEWEST = 8  # photos in a part of a batch
 
 
 def in_memory(models: Models, options: Options, photos: Photos, block: int = BLOCK) -> Answers:
-    """Answer photos in order, at most so many in a part."""
+    """Return the answers of photos in order, computed at most ``block`` photos at a time."""
 
     def work(part: Photos) -> Answers:
         tables = embedded(models, options, part)
@@ -38,19 +38,19 @@ def in_memory(models: Models, options: Options, photos: Photos, block: int = BLO
 
     size = min(block, max(FEWEST, -(-len(photos) // cores())))
     parts = [photos[start : start + size] for start in range(0, len(photos), size)]
-    found = list(map(work, parts) if options.asks_mllm else side_by_side(work, parts))
-    return Answers.join(found) if found else Answers.of(photos, [])
+    answers = list(map(work, parts) if options.asks_mllm else side_by_side(work, parts))
+    return Answers.join(answers) if answers else Answers.of(photos, [])
 
 
 def embedded(models: Models, options: Options, photos: Photos) -> Tables:
-    """Return tables that hold the embeddings of photos, those of unreadable ones among them."""
+    """Return tables that hold the photos' embeddings, those of unreadable photos too."""
     tables, first = Tables(photos), road(options)[0]
     tables.put(first.name, first.work(models, options, tables))
     return tables
 
 
 def answered(models: Models, options: Options, tables: Tables, until: str = "predictions") -> Any:
-    """Walk on from embeddings of readable photos to a later stage, and return its result."""
+    """Run the stages after the embeddings on readable photos, and return the result of the last one."""
     result: Any = Answers.of(tables.photos, [])
     for step in road(options)[1:] if len(tables.photos) else ():
         result = step.work(models, options, tables)
@@ -61,13 +61,13 @@ def answered(models: Models, options: Options, tables: Tables, until: str = "pre
 
 
 def complete(photos: Photos, errors: Sequence[str | None], decided: Answers | None) -> Answers:
-    """Complete the answers of the readable photos by the others, with their errors."""
+    """Return the answers of all photos: decisions of the readable ones, the errors of the others."""
     answers = Answers.of(photos, errors)
-    good = np.array([error is None for error in errors], bool)
-    if decided is not None and good.any():
+    readable = np.flatnonzero([error is None for error in errors])
+    if decided is not None:
         for name in ("lat_lon", "confidence", "source", "area_km2", "verified"):
-            getattr(answers, name)[good] = getattr(decided, name)
-        for i, error in zip(np.flatnonzero(good).tolist(), decided.errors, strict=True):
+            getattr(answers, name)[readable] = getattr(decided, name)
+        for i, error in zip(readable.tolist(), decided.errors, strict=True):
             answers.errors[i] = error
     return answers
 
@@ -75,8 +75,8 @@ def complete(photos: Photos, errors: Sequence[str | None], decided: Answers | No
 def write_photos(folder: Path, source: str) -> Path:
     """Write the photos table of a source: id, image, lat, lon, place, author.
 
-    The source is read each time and known by what it holds, since a folder can change under the same name. What it left
-    out stands by reason in ``left_out.json``, and in one line on standard error.
+    The source is read each time and known by its contents, since a folder can change under the same name. How many
+    photos it left out stands by reason in ``left_out.json``, and in one line on standard error.
     """
     table = read_source(source)
     left_out = read_left_out(table)
@@ -87,24 +87,26 @@ def write_photos(folder: Path, source: str) -> Path:
         write_json(folder / "left_out.json", {"photos": len(table), **vars(left_out)})
         return table
 
-    return stage(folder, "photos", {"source": source, "content": table_sha256(table)}, [], ["all"], work)
+    recipe = {"source": source, "content": table_sha256(table)}
+    return stage(folder, "photos", recipe, inputs=[], keys=["all"], work=work)
 
 
 class RunFolder:
-    """In this folder with ``photos.parquet`` the road is walked, with one set of options after another.
+    """This class walks the road in a folder with ``photos.parquet``, with one set of options after another.
 
-    Tables are shared where they follow from the same things. The first table of a stage bears its name, others that of
-    their contents behind it. ``reused``: those that were there already. ``seconds``: what making each took.
+    Options share the tables that follow from the same inputs. The first table of a stage bears the stage's name, later
+    ones that name and a part of their identity. ``reused``: the tables that an earlier run had made. ``seconds``: what
+    making each took.
     """
 
     def __init__(self, folder: Path, models: Models) -> None:
-        """Keep the answers of a multimodal model in the folder."""
+        """Open the folder, in which a multimodal model's answers are kept."""
         self.folder = folder
         self.models = models.replace(mllm=models.mllm.kept_in(folder)) if models.mllm else models
         self.reused: list[str] = []
         self.seconds: dict[str, float] = {}
-        self._names: dict[str, list[str]] = {}  # stage -> what its tables follow from, in order
-        self._read: dict[str, Any] = {}
+        self._identities: dict[str, list[str]] = {}  # by table name without identity, in order
+        self._results: dict[str, Any] = {}
 
     @cached_property
     def photos(self) -> Photos:
@@ -113,17 +115,17 @@ class RunFolder:
 
     @cached_property
     def errors(self) -> list[str | None]:
-        """Return why each photo cannot be read, once the road has passed the embeddings."""
+        """Return why each photo cannot be read; known once the embeddings are made."""
         errors: list[str | None] = read_table(self.folder / "embeddings.parquet", ["error"])["error"].to_pylist()
         return errors
 
     @cached_property
     def readable(self) -> NDArray[np.int64]:
-        """Return the positions of the readable photos among all, or raise GeoError when there is none."""
-        good = np.flatnonzero([error is None for error in self.errors])
-        if not len(good):
+        """Return the positions of the readable photos among all. Raises GeoError when there is none."""
+        readable = np.flatnonzero([error is None for error in self.errors])
+        if not len(readable):
             raise GeoError(f"none of the {len(self.errors)} pictures can be read; the first: {self.errors[0]}")
-        return good
+        return readable
 
     def walk(
         self,
@@ -133,14 +135,14 @@ class RunFolder:
         until: str = "predictions",
         given: Sequence[str] = (),
     ) -> dict[str, str]:
-        """Make the tables that the options ask for, and return stage to table.
+        """Make the tables that the options need, and return the table's name of every stage.
 
         Args:
             options: Of the decision.
             shared: Of the stages before it, where variants of the decision share them; else the same.
             label: Of the predictions, else by the options.
             until: The last stage.
-            given: Stages whose tables lie there already, however they were made.
+            given: Stages whose tables exist already, however they were made.
 
         Raises:
             GeoError: No picture can be read, or a stage fails.
@@ -149,19 +151,18 @@ class RunFolder:
         steps += [(step, options) for step in road(options) if step.own]
         files = {name: name for name in ("photos", *given)}
         for step, settings in steps:
-            if step.name in given:
-                continue
-            name = f"{step.name}-{label or options.label}" if step.name == "predictions" else step.name
-            files[step.name] = self._make(step, settings, files, name)
-            if step.name == until:
-                break
+            if step.name not in given:
+                name = f"{step.name}-{label or options.label}" if step.name == "predictions" else step.name
+                files[step.name] = self._make(step, settings, files, name)
+                if step.name == until:
+                    break
         return files
 
     def result(self, name: str, kind: type[Any]) -> Any:
         """Return a table of the folder as its type."""
-        if name not in self._read:
-            self._read[name] = kind.from_table(read_table(self.folder / f"{name}.parquet"))
-        return self._read[name]
+        if name not in self._results:
+            self._results[name] = kind.from_table(read_table(self.folder / f"{name}.parquet"))
+        return self._results[name]
 
     def tables(self, options: Options, files: dict[str, str], at: slice = slice(None)) -> Tables:
         """Return what :meth:`walk` made with these options before the decision, of readable photos."""
@@ -174,51 +175,42 @@ class RunFolder:
         return tables
 
     def _make(self, step: Stage, options: Options, files: dict[str, str], name: str) -> str:
-        file, new = self._name(step, options, files, name)
-        if not new:
+        """Make a stage's table unless this run has met it before, and return its file's name."""
+        recipe, reads = step.settings(self.models, options), {read: files[read] for read in step.reads}
+        facts = json.dumps([recipe, list(reads.values())], sort_keys=True)
+        key, known = hashlib.sha256(facts.encode()).hexdigest(), self._identities.setdefault(name, [])
+        file = name if known[:1] in ([], [key]) else f"{name}-{key[:8]}"
+        if key in known:
             return file
-        reads = {read: files[read] for read in step.reads}
+        known.append(key)
         manifest = self.folder / f"{file}.json"
         if step.kind is MllmVerdict and self.models.mllm and self.models.mllm.resume:
-            self._forget_failures(file)
+            table = self.folder / f"{file}.parquet"
+            if table.is_file() and set(read_table(table, ["status"])["status"].to_pylist()) != {"ok"}:
+                remove(table)
         before = manifest.stat().st_mtime_ns if manifest.is_file() else None
-        ids = self.photos.ids if step.whole else [self.photos.ids[i] for i in self.readable.tolist()]
-        recipe = step.settings(self.models, options)
-        inputs, many, alone = list(reads.values()), step.name == "embeddings", "mllm" in step.models
+        ids = self.photos.ids if step.whole else self.photos[self.readable].ids
 
         def work(at: slice) -> Any:
             return self._block(step, options, reads, at)
 
-        run_stage(self.folder, file, recipe, inputs, ids, work, many=many, alone=alone)
+        many, alone, inputs = step.name == "embeddings", "mllm" in step.models, list(reads.values())
+        run_stage(self.folder, file, recipe, inputs=inputs, ids=ids, work=work, many=many, alone=alone)
         self.seconds[file] = read_json(manifest).get("seconds", 0.0)
         if manifest.stat().st_mtime_ns == before:
             self.reused.append(file)
-        self._read.pop(file, None)
+        self._results.pop(file, None)
         return file
 
-    def _name(self, step: Stage, options: Options, files: dict[str, str], name: str) -> tuple[str, bool]:
-        """The file of a stage, and whether this run has not met it yet."""
-        facts = [step.settings(self.models, options), [files[read] for read in step.reads]]
-        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-        known = self._names.setdefault(name, [])
-        new = key not in known
-        if new:
-            known.append(key)
-        return name if known[0] == key else f"{name}-{key[:8]}", new
-
     def _block(self, step: Stage, options: Options, reads: dict[str, str], at: slice) -> Any:
-        """The table of a block of a stage's photos."""
+        """Return the table of a block of a stage's photos."""
         if step.name == "embeddings":
             return step.work(self.models, options, Tables(self.photos[at])).to_table(self.photos.ids[at])
         if not step.whole:
-            ids = [self.photos.ids[i] for i in self.readable[at].tolist()]
-            return step.work(self.models, options, self.tables(options, reads, at)).to_table(ids)
+            tables = self.tables(options, reads, at)
+            return step.work(self.models, options, tables).to_table(tables.photos.ids)
         part = slice(*np.searchsorted(self.readable, [at.start, at.stop]).tolist())
-        some = part.stop > part.start
-        decided = step.work(self.models, options, self.tables(options, reads, part)) if some else None
+        decided = None
+        if part.stop > part.start:
+            decided = step.work(self.models, options, self.tables(options, reads, part))
         return complete(self.photos[at], self.errors[at], decided).to_table()
-
-    def _forget_failures(self, file: str) -> None:
-        path = self.folder / f"{file}.parquet"
-        if path.is_file() and set(read_table(path, ["status"])["status"].to_pylist()) != {"ok"}:
-            remove(path)

@@ -41,8 +41,8 @@ SOURCES = {
                         *POOL],
     "verdicts-visual": ["verifiers/visual.py", *POOL],
     "verdicts-mllm-pool": ["verifiers/shortlist.py", "verifiers/alignment.py", *SHOWN, *POOL],
-    "predictions": ["run/stages.py:decide", "run/stages.py:_abstaining", "decision/strategies.py",
-                    "decision/confidence.py", "verifiers/router.py", "verifiers/mllm.py:decide_with_mllm",
+    "predictions": ["run/stages.py:decide", "decision/strategies.py", "decision/confidence.py",
+                    "verifiers/router.py", "verifiers/mllm.py:decide_with_mllm",
                     "tokens/posterior.py", *POOL],
 }  # fmt: skip
 
