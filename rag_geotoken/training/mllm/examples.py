@@ -125,7 +125,7 @@ def read_examples(tables: Tables, index: GeoIndex, tuning: Tuning) -> Examples:
         rows = nearby_rows(chosen, neighbors)
         pictures = np.full(rows.shape, None, object)
         pictures[rows >= 0] = index.rows["image"].take(rows[rows >= 0]).to_pylist()
-        known = evidence(chosen, pool, neighbors, alignment, tuning, matches)
+        known = evidence(chosen, pool, neighbors, aligned=alignment, tuning=tuning, matches=matches)
         images = [str(image) for image in tables.photos.images]
         return Examples(
             images,
