@@ -232,7 +232,7 @@ class Pool(Lines):
         return np.exp(self.log_weight.astype(np.float64))
 
     def present(self) -> NDArray[np.bool_]:
-        """Return ``mask``."""
+        """Return the mask (B, C)."""
         return self.mask
 
 

@@ -84,10 +84,6 @@ def train_verifier(
     model, processor = _make_model(examples, photos, vocabulary, seed)
     save_folder(model, processor, out)
     losses = Losses(model, alignment.config.dim)
-    trained = [p for p in losses.parameters() if p.requires_grad]
-    matrices = {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.05}
-    vectors = {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}
-    adam = torch.optim.AdamW([matrices, vectors], lr=rate, betas=(0.9, 0.98))
     earth, split = view_source(source)
     drawn = earth.draw_views(split, steps * views, seed).reshape(steps, views, -1)
     prompts = lru_cache(maxsize=1)(partial(draw_prompts, examples, photos, batch, seed))
@@ -112,8 +108,17 @@ def train_verifier(
 
     kept = Kept(out / "model.safetensors", out.with_name(f"{out.name}-checkpoint.safetensors"), identity)
     save = partial(save_weights, model, kept.weights)
-    run_steps(accelerator, losses, one_cycle(adam, rate, steps), steps=steps, checks=CHECKS, loss=loss, check=look,
-              save=save, kept=kept, log=log)  # fmt: skip
+    schedule = one_cycle(_optimizer(losses, rate), rate, steps)
+    run_steps(
+        accelerator, losses, schedule, steps=steps, checks=CHECKS, loss=loss, check=look, save=save, kept=kept, log=log
+    )
+
+
+def _optimizer(losses: nn.Module, rate: float) -> torch.optim.AdamW:
+    trained = [p for p in losses.parameters() if p.requires_grad]
+    matrices = {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.05}
+    vectors = {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}
+    return torch.optim.AdamW([matrices, vectors], lr=rate, betas=(0.9, 0.98))
 
 
 def _make_model(
