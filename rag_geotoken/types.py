@@ -353,6 +353,18 @@ class Answers(Predictions):
             true_lat_lon=photos.lat_lon,
         )
 
+    @classmethod
+    def complete(cls, photos: Photos, errors: Sequence[str | None], decided: Answers | None) -> Answers:
+        """Return the answers of all photos: decisions of the readable ones, the errors of the others."""
+        answers = cls.of(photos, errors)
+        readable = np.flatnonzero([error is None for error in errors])
+        if decided is not None:
+            for name in ("lat_lon", "confidence", "source", "area_km2", "verified"):
+                getattr(answers, name)[readable] = getattr(decided, name)
+            for i, error in zip(readable.tolist(), decided.errors, strict=True):
+                answers.errors[i] = error
+        return answers
+
     def rows(self) -> list[Prediction]:
         """Return one :class:`Prediction` per photo."""
         answers = []

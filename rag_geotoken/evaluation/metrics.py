@@ -13,12 +13,29 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rag_geotoken.errors import GeoError
-from rag_geotoken.geo.sphere import Floats
-from rag_geotoken.types import RADII_KM
+from rag_geotoken.geo.sphere import Floats, haversine_km
+from rag_geotoken.types import RADII_KM, Predictions
 
 GEOSCORE_SCALE_KM = 1492.7
+MENDED_KM = 200  # a photo is mended where its answer comes within so many km, broken where it leaves them
 BINS = 10  # of equal width, of stated confidences
 SHARES = (1.0, 0.9, 0.75, 0.5, 0.25)  # of the photos that are answered
+
+
+def inside(decided: Predictions, truth: Floats, first: int = 1) -> float:
+    """Return minus the mean logarithm of the shares of photos outside 25, 200, 750 and 2500 km.
+
+    Half a photo is always outside. first: 0 for 1 km too.
+    """
+    outside = (~hits(decided, truth)[:, first:]).sum(axis=0) + 0.5
+    return -float(np.log(outside / len(truth)).mean())
+
+
+def hits(decided: Predictions, truth: Floats) -> NDArray[np.bool_]:
+    """Return which of the radii (B, R) each answer lies within."""
+    km = haversine_km(*truth.T, *decided.lat_lon.T)
+    within: NDArray[np.bool_] = km[:, None] <= np.array(RADII_KM)
+    return within
 
 
 def accuracy(km: ArrayLike) -> dict[str, float]:
@@ -90,6 +107,27 @@ def _accuracy_and_median(distances: Floats) -> dict[str, Any]:
         "acc": {radius: round(value, 4) for radius, value in accuracy(distances).items()},
         "median_km": round(median, 4) if math.isfinite(median) else None,
     }
+
+
+def changed(after: Floats, before: Floats) -> dict[str, list[int]]:
+    """Return the photos that are mended or broken: within ``MENDED_KM`` (N,) after, but not before, or the reverse."""
+    right, was_right = after <= MENDED_KM, before <= MENDED_KM
+    return {
+        name: np.flatnonzero(mask).tolist()
+        for name, mask in (("mended", right & ~was_right), ("broken", ~right & was_right))
+    }
+
+
+def gain(after: Floats, before: Floats, best: Floats, bounds: Floats) -> dict[str, Any]:
+    """Return the gain over distances before (N,), its interval, its share of the gap to the best, and photos changed.
+
+    best (N,): distances of each photo's best candidate. bounds (R, 2): of the gain, see :class:`Intervals`.
+    """
+    more = {str(r): round(100 * float((after <= r).mean() - (before <= r).mean()), 4) for r in RADII_KM}
+    gap = float((best <= MENDED_KM).mean() - (before <= MENDED_KM).mean())
+    closed = round(more[str(MENDED_KM)] / 100 / gap, 4) if gap > 0 else None
+    counts = {name: len(photos) for name, photos in changed(after, before).items()}
+    return {"gain": more, "gain_ci95": interval_by_radius(bounds), "gap_closed": closed, **counts}
 
 
 def calibration(confidence: ArrayLike, km: ArrayLike) -> dict[str, dict[str, Any]]:

@@ -19,7 +19,14 @@ from numpy.typing import ArrayLike
 from rag_geotoken.decision.pool import chosen_pool
 from rag_geotoken.encoders.alignment import GeoAlignment
 from rag_geotoken.errors import GeoError
-from rag_geotoken.evaluation.metrics import abstention, bootstrap, calibration, interval_by_radius, summary
+from rag_geotoken.evaluation.metrics import (
+    abstention,
+    bootstrap,
+    calibration,
+    changed,
+    gain,
+    summary,
+)
 from rag_geotoken.geo.sphere import Floats, haversine_km
 from rag_geotoken.mllm.session import MllmSession
 from rag_geotoken.models import Models
@@ -38,7 +45,6 @@ Made = dict[str, dict[str, str]]
 Runs = list[tuple[RunFolder, Made]]  # one for each split, whose name is the folder's
 
 VERSION = 1  # of the contents of metrics.json
-MENDED_KM = 200  # a photo is mended where its answer comes within so many km, broken where it leaves them
 SHOWN = 8  # photos in the report
 # The options that only the decision depends on, at their defaults: variants that differ in no other share tables.
 DECISION = {name: getattr(Options, name) for name in (*DECIDING, *ASKING)}
@@ -165,20 +171,10 @@ def _results(plan: Recipe, run: RunFolder, made: Made) -> dict[str, Result]:
         row["cost"] = _cost(run, options, made[name])
         base = next((plain for plain in made if variants[plain].options == variants[name].unverified), None)
         if base is not None:
-            _add_gain(results[name], km[base], best, drawn.difference[i, order.index(base)])
+            bounds = drawn.difference[i, order.index(base)]
+            row |= gain(km[name], km[base], best, bounds)
+            results[name].changed = changed(km[name], km[base])
     return results
-
-
-def _add_gain(result: Result, before: Floats, best: Floats, bounds: Floats) -> None:
-    """Add to a result the gain over the same without verification, its interval, and the photos mended and broken."""
-    row, km, right, was_right = result.row, result.km, result.km <= MENDED_KM, before <= MENDED_KM
-    row["gain"] = {str(r): round(100 * float((km <= r).mean() - (before <= r).mean()), 4) for r in RADII_KM}
-    row["gain_ci95"] = interval_by_radius(bounds)
-    gap = float((best <= MENDED_KM).mean() - was_right.mean())
-    row["gap_closed"] = round(row["gain"][str(MENDED_KM)] / 100 / gap, 4) if gap > 0 else None
-    for name, changed in (("mended", right & ~was_right), ("broken", ~right & was_right)):
-        result.changed[name] = np.flatnonzero(changed).tolist()
-        row[name] = len(result.changed[name])
 
 
 def _cost(run: RunFolder, options: Options, files: dict[str, str]) -> dict[str, float]:

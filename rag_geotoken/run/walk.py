@@ -34,7 +34,7 @@ def in_memory(models: Models, options: Options, photos: Photos, block: int = BLO
     def work(part: Photos) -> Answers:
         tables = embedded(models, options, part)
         decided = answered(models, options, tables[tables.embeddings.readable])
-        return complete(part, tables.embeddings.errors, decided)
+        return Answers.complete(part, tables.embeddings.errors, decided)
 
     size = min(block, max(FEWEST, -(-len(photos) // cores())))
     parts = [photos[start : start + size] for start in range(0, len(photos), size)]
@@ -58,18 +58,6 @@ def answered(models: Models, options: Options, tables: Tables, until: str = "pre
         if step.name == until:
             break
     return result
-
-
-def complete(photos: Photos, errors: Sequence[str | None], decided: Answers | None) -> Answers:
-    """Return the answers of all photos: decisions of the readable ones, the errors of the others."""
-    answers = Answers.of(photos, errors)
-    readable = np.flatnonzero([error is None for error in errors])
-    if decided is not None:
-        for name in ("lat_lon", "confidence", "source", "area_km2", "verified"):
-            getattr(answers, name)[readable] = getattr(decided, name)
-        for i, error in zip(readable.tolist(), decided.errors, strict=True):
-            answers.errors[i] = error
-    return answers
 
 
 def write_photos(folder: Path, source: str) -> Path:
@@ -213,4 +201,4 @@ class RunFolder:
         decided = None
         if part.stop > part.start:
             decided = step.work(self.models, options, self.tables(options, reads, part))
-        return complete(self.photos[at], self.errors[at], decided).to_table()
+        return Answers.complete(self.photos[at], self.errors[at], decided).to_table()

@@ -21,21 +21,13 @@ LEAST = {"seed": 0, "rate": 1e-9, "decay": 0.0}  # every other number at least 1
 
 
 def train(what: str, recipe: dict[str, Any], out: Path, index: Path | None = None, **more: Any) -> None:
-    """Train ``alignment``, ``heads``, ``tokens``, ``reward``, ``tuning``, ``verifier`` or ``mllm``.
+    """Train ``alignment``, ``heads``, ``tokens``, ``reward``, ``tuning``, ``verifier`` or ``mllm`` into a folder.
 
     ``alignment`` (of satellite views) or ``heads`` (on a frozen backbone) is the first, the others follow in this order
-    in one folder; the multimodal verifier goes to ``OUT-verifier``. Lines on standard error bear the seconds since now.
-
-    Args:
-        what: The training; the recipe has a section of that name (``mllm``: that of ``tuning``).
-        recipe: See :func:`.training_recipe`.
-        out: The folder of the weights.
-        index: The gallery to train with; else one of the recipe's ``gallery`` is kept in ``OUT-index``.
-        more: The multimodal model for ``mllm``.
-
-    Raises:
-        GeoError: An earlier one is missing, the recipe does not fit, its source is kept for something else, or
-            OUT-index holds another index.
+    in one folder ``out``; the verifier goes to ``OUT-verifier``. recipe: has a section of that name (``mllm``: that of
+    ``tuning``). index: the gallery to train with; else one of the recipe's is kept in ``OUT-index``. more: the model
+    for ``mllm``. Raises GeoError when an earlier one is missing, the recipe does not fit, its source is kept for
+    something else, or OUT-index holds another index.
     """
     settings, out = _settings(recipe, "tuning" if what == "mllm" else what), out.resolve()  # so that "." has a name
     if what not in ("tokens", "heads") and world_size() > 1:

@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-
 from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.encoders.alignment import GeoAlignment
 from rag_geotoken.errors import GeoError
@@ -19,13 +16,10 @@ from rag_geotoken.index.build import Plan
 from rag_geotoken.index.files import MANIFEST
 from rag_geotoken.index.geo_index import GeoIndex
 from rag_geotoken.models import Models
-from rag_geotoken.photos.table import SCHEMA
 from rag_geotoken.run.build_index import make_index
-from rag_geotoken.run.resumable import run_stage, stage
 from rag_geotoken.storage.files import read_json
 from rag_geotoken.tokens.model import TokenModel
 from rag_geotoken.training.loop import Log
-from rag_geotoken.types import Embeddings
 
 
 @dataclass(frozen=True)
@@ -76,16 +70,3 @@ class Setup:
                 plan, thumbnails = Plan(**manifest["made_from"].get("plan", {})), manifest.get("thumbnails")
         make_index(folder, self.source, alignment, plan, thumbnails)
         return GeoIndex.load(folder, alignment.heads)
-
-
-def gallery_tables(folder: Path, index: GeoIndex) -> None:
-    """Write an index's own photos as the tables photos and embeddings of a run."""
-    recipe, rows = {"gallery": index.identity}, index.rows.select(SCHEMA.names)
-    stage(folder, "photos", recipe, [], ["all"], lambda _: rows)
-    ids, digests = rows["id"].to_pylist(), index.rows["digest"].to_pylist()
-
-    def work(block: slice) -> pa.Table:
-        vectors = index.vectors(np.arange(block.start, block.stop))
-        return Embeddings(vectors, digests[block], [None] * len(vectors)).to_table(ids[block])
-
-    run_stage(folder, "embeddings", recipe, ["photos"], ids, work, many=True)

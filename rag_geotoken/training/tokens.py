@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -20,13 +21,15 @@ from rag_geotoken.geo.sphere import Floats
 from rag_geotoken.index.geo_index import GeoIndex
 from rag_geotoken.models import Models
 from rag_geotoken.options import Options
+from rag_geotoken.photos.table import SCHEMA
+from rag_geotoken.run.resumable import run_stage, stage
 from rag_geotoken.run.walk import RunFolder, write_photos
 from rag_geotoken.storage.files import file_sha256
 from rag_geotoken.tokens.model import TokenConfig, TokenModel
 from rag_geotoken.training.loop import Kept, Log, batch_of, one_cycle, run_steps
 from rag_geotoken.training.processes import make_accelerator
-from rag_geotoken.training.setup import Setup, gallery_tables
-from rag_geotoken.types import Tables
+from rag_geotoken.training.setup import Setup
+from rag_geotoken.types import Embeddings, Tables
 
 CHECKS = 10  # validations in a training, each with a checkpoint
 
@@ -69,6 +72,19 @@ def train(setup: Setup) -> None:
     train_tokens(config, models.index, photos, validation=validation, out=setup.out, identity=identity, **numbers,
                  log=setup.log)  # fmt: skip
     accelerator.end_training()
+
+
+def gallery_tables(folder: Path, index: GeoIndex) -> None:
+    """Write an index's own photos as the tables photos and embeddings of a run."""
+    recipe, rows = {"gallery": index.identity}, index.rows.select(SCHEMA.names)
+    stage(folder, "photos", recipe, [], ["all"], lambda _: rows)
+    ids, digests = rows["id"].to_pylist(), index.rows["digest"].to_pylist()
+
+    def work(block: slice) -> pa.Table:
+        vectors = index.vectors(np.arange(block.start, block.stop))
+        return Embeddings(vectors, digests[block], [None] * len(vectors)).to_table(ids[block])
+
+    run_stage(folder, "embeddings", recipe, ["photos"], ids, work, many=True)
 
 
 def train_tokens(

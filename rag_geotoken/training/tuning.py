@@ -16,8 +16,9 @@ from rag_geotoken.decision.pool import extend, make_pool, scored_pool
 from rag_geotoken.decision.strategies import Given
 from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.errors import GeoError
+from rag_geotoken.evaluation.metrics import hits, inside
 from rag_geotoken.geo.cells import S2Tokenizer
-from rag_geotoken.geo.sphere import Floats, haversine_km
+from rag_geotoken.geo.sphere import Floats
 from rag_geotoken.models import Models
 from rag_geotoken.options import Options, verified_by
 from rag_geotoken.photos.sources import read_source
@@ -27,7 +28,7 @@ from rag_geotoken.storage.files import write_json
 from rag_geotoken.tokens.reward import RewardHead
 from rag_geotoken.training.loop import Log
 from rag_geotoken.training.setup import Setup
-from rag_geotoken.types import NEIGHBOR, RADII_KM, Photos, Predictions, Tables
+from rag_geotoken.types import NEIGHBOR, Photos, Predictions, Tables
 from rag_geotoken.verifiers.range_plus import bank, likeness
 from rag_geotoken.verifiers.visual import support
 
@@ -183,19 +184,3 @@ def _check_grid(grid: Mapping[str, Grid]) -> None:
                 raise GeoError(f"the recipe's [tuning.grid.{group}] {name} does not fit: give a list of numbers")
     if missing := [name for name in MIX if name not in grid["look"]]:
         raise GeoError(f"the recipe's [tuning.grid.look] lacks {missing[0]}: RANGE's mixtures are made of all three")
-
-
-def inside(decided: Predictions, truth: Floats, first: int = 1) -> float:
-    """Return minus the mean logarithm of the shares of photos outside 25, 200, 750 and 2500 km.
-
-    Half a photo is always outside. first: 0 for 1 km too.
-    """
-    outside = (~hits(decided, truth)[:, first:]).sum(axis=0) + 0.5
-    return -float(np.log(outside / len(truth)).mean())
-
-
-def hits(decided: Predictions, truth: Floats) -> NDArray[np.bool_]:
-    """Return which of the radii (B, R) each answer lies within."""
-    km = haversine_km(*truth.T, *decided.lat_lon.T)
-    within: NDArray[np.bool_] = km[:, None] <= np.array(RADII_KM)
-    return within

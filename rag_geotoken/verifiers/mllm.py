@@ -39,12 +39,9 @@ def log_probs(models: Models, options: Options, tables: Tables, pool: Pool) -> M
     return questions.ask_pool(pictures, chosen, ask, shown=shown, near=near, mask=pool.mask)
 
 
+TUNING = ("alignment_scale", "search_weights")
 VERIFIER = Verifier(
-    log_probs,
-    MllmVerdict,
-    reads=("embeddings", "neighbors"),
-    models=("mllm", "encoder", "index"),
-    tuning=("alignment_scale", "search_weights"),
+    log_probs, MllmVerdict, reads=("embeddings", "neighbors"), models=("mllm", "encoder", "index"), tuning=TUNING
 )
 
 

@@ -18,7 +18,6 @@ from rag_geotoken.decision.strategies import Given, Scores, bayes_risk, decide, 
 from rag_geotoken.decision.tuning import Tuning
 from rag_geotoken.geo.sphere import destination, haversine_km
 from rag_geotoken.options import STRATEGIES as NAMES
-from rag_geotoken.run.walk import complete
 from rag_geotoken.types import NEIGHBOR, RADII_KM, SOURCES, Answers, Neighbors, Photos, Pool, Predictions
 
 Strategy = Callable[[Pool, Tuning], Predictions]
@@ -275,7 +274,7 @@ def test_predictions_become_rows(pool: Pool) -> None:
     answers = Answers.of(photos[:PHOTOS], [None] * PHOTOS)
     for name, values in vars(decided).items():
         getattr(answers, name)[:] = values
-    rows = complete(photos, [None] * PHOTOS + ["broken"], answers).rows()
+    rows = Answers.complete(photos, [None] * PHOTOS + ["broken"], answers).rows()
     assert [row.id for row in rows] == ["0", "1", "2", "3", "4", "5", "6"]
     lat_lon: NDArray[np.float64] = np.array([[row.lat, row.lon] for row in rows[:PHOTOS]], float)
     np.testing.assert_array_equal(lat_lon, decided.lat_lon)

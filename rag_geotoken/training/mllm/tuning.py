@@ -14,6 +14,7 @@ from rag_geotoken.decision.confidence import fit_calibration
 from rag_geotoken.decision.pool import chosen_pool
 from rag_geotoken.decision.strategies import Given
 from rag_geotoken.decision.tuning import Tuning, load_tuning
+from rag_geotoken.evaluation.metrics import hits, inside
 from rag_geotoken.geo.sphere import haversine_km
 from rag_geotoken.mllm.session import MllmSession
 from rag_geotoken.models import Models
@@ -22,7 +23,6 @@ from rag_geotoken.run.walk import RunFolder, write_photos
 from rag_geotoken.storage.files import write_json
 from rag_geotoken.training.loop import Log
 from rag_geotoken.training.setup import Setup
-from rag_geotoken.training.tuning import hits, inside
 from rag_geotoken.types import MllmVerdict, Pool, Predictions
 from rag_geotoken.verifiers.mllm import gain_of
 from rag_geotoken.verifiers.router import features, fit_router
