@@ -1,1 +1,1 @@
-"""The gallery as an index that is built, searched and described."""
+"""This package builds, searches and describes the index of a gallery."""

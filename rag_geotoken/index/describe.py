@@ -1,4 +1,4 @@
-"""What an index folder's manifest says, for people."""
+"""This module describes the manifest of an index folder in plain text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def describe(manifest: dict[str, Any]) -> str:
-    """The checked manifest of an index -> lines of a name and what it is; what was not recorded is said to be so."""
+    """Return lines of a name and its value from the checked manifest of an index, also naming what was not recorded."""
     exact = manifest["factory"] == "Flat"
     parts = ", ".join(manifest.get("parts", [])) or "not recorded"
     lines = {
@@ -32,22 +32,24 @@ def describe(manifest: dict[str, Any]) -> str:
 def _recall(manifest: dict[str, Any]) -> str:
     if not manifest.get("queries"):
         return "not measured, too few rows"
-    asked = manifest["made_from"].get("plan", {}).get("recall")
-    wanted = f", {asked:g} was asked for" if asked else ""
-    return f"{manifest['recall@20']:.4f} on {manifest['queries']} photos held out{wanted}"
+    target = manifest["made_from"].get("plan", {}).get("recall")
+    text = f"{manifest['recall@20']:.4f} on {manifest['queries']} photos held out"
+    return f"{text}, {target:g} was asked for" if target else text
 
 
 def _effort(manifest: dict[str, Any]) -> str:
     name = manifest.get("effort_name")
-    looked = f"{name} {manifest['effort']}" if name else "every code"
-    return f"{looked}, then {manifest['refine']} times the rows wanted are compared exactly by all three parts"
+    visited = f"{name} {manifest['effort']}" if name else "every code"
+    return f"{visited}, then {manifest['refine']} times the rows wanted are compared exactly by all three parts"
 
 
 def _left_out(manifest: dict[str, Any]) -> str:
     if "left_out_why" not in manifest:
         return f"{manifest.get('left_out', 'not recorded')}"
-    why = ", ".join(f"{count:,} {reason}" for reason, count in manifest["left_out_why"].items())
-    source = ", ".join(f"{count:,} {reason}" for reason, count in manifest["source_left_out"].items())
+    why, source = (
+        ", ".join(f"{count:,} {reason}" for reason, count in manifest[name].items())
+        for name in ("left_out_why", "source_left_out")
+    )
     return f"{manifest['left_out']:,}" + (f" ({why})" if why else "") + (f"; by the source: {source}" if source else "")
 
 
@@ -55,7 +57,7 @@ def _built(manifest: dict[str, Any]) -> str:
     if "build_seconds" not in manifest:
         return "from whole tables, nothing to train"
     trained = f", trained on {manifest['trained_on']:,} rows" if "trained_on" in manifest else ""
-    times = [
-        f"{manifest[f'{what}_seconds']:g} s {what}ing" for what in ("train", "add") if f"{what}_seconds" in manifest
-    ]
-    return f"in {manifest['build_seconds']:g} s{trained}" + (f" ({', '.join(times)})" if times else "")
+    times = ", ".join(
+        f"{manifest[f'{step}_seconds']:g} s {step}ing" for step in ("train", "add") if f"{step}_seconds" in manifest
+    )
+    return f"in {manifest['build_seconds']:g} s{trained}" + (f" ({times})" if times else "")

@@ -1,1 +1,1 @@
-"""How things are kept: files, Parquet tables, weights, folders of models, recipes; and how long work is done."""
+"""This package keeps files, Parquet tables, weights, model folders and recipes, and shares work between threads."""

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and their checks."""
+"""These functions write files that appear whole or not at all, and read and check them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import secrets
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,10 @@ from rag_geotoken.errors import GeoError
 
 
 def write_whole(path: Path | str, write: Callable[[Path], object]) -> None:
-    """Calls `write` with a hidden sibling of `path`, then puts that file in the place of `path` in one step.
+    """Call `write` with a hidden sibling of `path`, then replace `path` by that file in one step.
 
-    Missing folders are made. Whatever goes wrong, `path` stays as it was and the sibling is removed.
-
-    Raises:
-        GeoError: the folder cannot be made or written.
+    Missing folders are made. Whatever goes wrong, `path` stays as it was and the sibling is removed. Raises GeoError
+    when the folder cannot be made or written.
     """
     path = Path(path)
     # The ending is kept, since some writers choose the format by it.
@@ -42,34 +41,28 @@ def write_whole(path: Path | str, write: Callable[[Path], object]) -> None:
 
 
 def check_writable(folder: Path | str) -> None:
-    """Makes a folder where it is missing and tries to write in it: better now than after the work.
-
-    Raises:
-        GeoError: the folder cannot be made or written.
-    """
-    probe = Path(folder) / f".{secrets.token_hex(4)}"
+    """Make a folder where it is missing and try to write in it, so that an error (GeoError) comes before the work."""
     try:
-        probe.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise GeoError(f"cannot write into {folder}: {_reason(error)}; choose a folder that can be written") from error
-    remove(probe)
 
 
 def shipped(name: str) -> Path:
-    """A file or folder that travels with the package: in a wheel it lies inside, in a checkout beside it."""
+    """Return a file or folder that ships with the package: inside it in a wheel, beside it in a checkout."""
     package = Path(__file__).parents[1]
     inside = package / name
     return inside if inside.exists() else package.parent / name
 
 
 def cache_folder() -> Path:
-    """Where things are kept that can be made again: ``$XDG_CACHE_HOME/rag-geotoken``, or under ``~/.cache``."""
+    """Return the folder of what can be made again: ``$XDG_CACHE_HOME/rag-geotoken``, or under ``~/.cache``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rag-geotoken"
 
 
 def remove(path: Path) -> None:
-    """Removes a file if it is there and can be removed."""
+    """Remove a file if it exists and can be removed."""
     # Where a folder is read-only or no folder, the file was never written, and the first error says why.
     with contextlib.suppress(OSError):
         path.unlink(missing_ok=True)
@@ -82,21 +75,17 @@ def _reason(error: OSError) -> str:
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Writes `text` as UTF-8, whole or not at all."""
+    """Write `text` as UTF-8, whole or not at all."""
     write_whole(path, lambda beside: beside.write_bytes(text.encode()))
 
 
 def write_json(path: Path | str, obj: object) -> None:
-    """Writes `obj` as indented JSON in the order given; NaN and infinity are refused, since JSON has none."""
+    """Write `obj` as indented JSON in the order given; NaN and infinity are refused, since JSON has none."""
     write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path | str) -> Any:
-    """Reads a JSON file.
-
-    Raises:
-        GeoError: the file is missing or is not JSON.
-    """
+    """Read a JSON file; GeoError when it is missing or is not JSON."""
     path = Path(path)
     try:
         return json.loads(path.read_bytes())
@@ -107,11 +96,7 @@ def read_json(path: Path | str) -> Any:
 
 
 def file_sha256(path: Path | str) -> str:
-    """The SHA-256 of a file, as 64 hexadecimal digits.
-
-    Raises:
-        GeoError: the file is missing or cannot be read.
-    """
+    """Return the SHA-256 of a file as 64 hexadecimal digits; GeoError when it cannot be read."""
     try:
         with Path(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
