@@ -118,13 +118,12 @@ def effort(index: Any, value: int, keep: NDArray[np.bool_] | None = None) -> Any
     """Return FAISS search parameters: nprobe or efSearch, and a mask (rows,) of the rows that may be returned."""
     faiss: Any = importlib.import_module("faiss")  # its type stubs do not know the arguments of these constructors
     selector = None if keep is None else faiss.IDSelectorBitmap(np.packbits(keep, bitorder="little"))
-    match effort_name(index):
-        case "nprobe":
-            parameters = faiss.SearchParametersIVF(nprobe=value, sel=selector)
-        case "efSearch":
-            parameters = faiss.SearchParametersHNSW(efSearch=value, sel=selector)
-        case _:  # a flat index on a GPU takes no parameters
-            parameters = faiss.SearchParameters(sel=selector) if selector else None
+    if inverted(index) is not None:
+        parameters = faiss.SearchParametersIVF(nprobe=value, sel=selector)
+    elif hasattr(index, "hnsw"):
+        parameters = faiss.SearchParametersHNSW(efSearch=value, sel=selector)
+    else:
+        parameters = faiss.SearchParameters(sel=selector) if selector else None  # a flat index on a GPU takes none
     return faiss.SearchParametersPreTransform(index_params=parameters) if hasattr(index, "chain") else parameters
 
 

@@ -8,6 +8,7 @@ from typing import Any
 def describe(manifest: dict[str, Any]) -> str:
     """Return lines of a name and its value from the checked manifest of an index, also naming what was not recorded."""
     exact = manifest["factory"] == "Flat"
+    recall, effort = ("1, every row is compared", "every row") if exact else _recall_and_effort(manifest)
     parts = ", ".join(manifest.get("parts", [])) or "not recorded"
     lines = {
         "format": manifest["format"],
@@ -16,8 +17,8 @@ def describe(manifest: dict[str, Any]) -> str:
         "dim": f"{manifest['dim']} numbers a part, of {parts}",
         "metric": manifest.get("metric", "not recorded"),
         "encoder": manifest["encoder"],
-        "recall@20": "1, every row is compared" if exact else _recall(manifest),
-        "effort": "every row" if exact else _effort(manifest),
+        "recall@20": recall,
+        "effort": effort,
         "memory": f"{manifest.get('memory_bytes', manifest['bytes']['index.faiss']):,} bytes when searched",
         "pictures": f"kept here, {manifest['thumbnails']} px" if manifest.get("thumbnails") else "in their source",
         "left out": _left_out(manifest),
@@ -29,18 +30,15 @@ def describe(manifest: dict[str, Any]) -> str:
     return "\n".join(f"{name:>{width}}  {text}" for name, text in lines.items())
 
 
-def _recall(manifest: dict[str, Any]) -> str:
-    if not manifest.get("queries"):
-        return "not measured, too few rows"
-    target = manifest["made_from"].get("plan", {}).get("recall")
-    text = f"{manifest['recall@20']:.4f} on {manifest['queries']} photos held out"
-    return f"{text}, {target:g} was asked for" if target else text
-
-
-def _effort(manifest: dict[str, Any]) -> str:
+def _recall_and_effort(manifest: dict[str, Any]) -> tuple[str, str]:
+    recall = "not measured, too few rows"
+    if manifest.get("queries"):
+        target = manifest["made_from"].get("plan", {}).get("recall")
+        recall = f"{manifest['recall@20']:.4f} on {manifest['queries']} photos held out"
+        recall += f", {target:g} was asked for" if target else ""
     name = manifest.get("effort_name")
     visited = f"{name} {manifest['effort']}" if name else "every code"
-    return f"{visited}, then {manifest['refine']} times the rows wanted are compared exactly by all three parts"
+    return recall, f"{visited}, then {manifest['refine']} times the rows wanted are compared exactly by all three parts"
 
 
 def _left_out(manifest: dict[str, Any]) -> str:

@@ -237,8 +237,7 @@ class GeoIndex:
         folder = Path(folder)
         manifest = check_manifest(folder)
         mismatch = GeoError(f"the index in {folder} does not match its manifest: build it again")
-        count, dim = manifest["rows"], manifest["dim"]
-        approximate = PROJECTIONS in FORMATS[manifest["format"]]
+        count, dim, approximate = manifest["rows"], manifest["dim"], PROJECTIONS in FORMATS[manifest["format"]]
         index = open_index(folder / VECTORS, manifest["bytes"][VECTORS], manifest["factory"])
         rows = read_table(folder / ROWS)
         # 0 is FAISS' name for the inner product.

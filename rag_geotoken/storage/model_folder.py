@@ -32,16 +32,11 @@ def model_identity(folder: Path) -> str:
 
 
 def find_folder(name: str, files: Sequence[str], needed: Sequence[str], option: str) -> Path:
-    """Return the folder of a model: the one of that name, or a hub's snapshot, downloaded the first time.
+    """Return the folder of a model: the one of that name, or a snapshot of OWNER/NAME from the hub.
 
-    Args:
-        name: A folder, or OWNER/NAME of the hub.
-        files: Patterns of what is fetched: no pickles.
-        needed: Patterns of which one must match in a snapshot on this machine, or the hub is asked.
-        option: How to name a folder instead, for the error.
-
-    Raises:
-        GeoError: There is no such model; within seconds where there is no network.
+    A snapshot on this machine is used where a file of it matches one of the patterns ``needed``; else ``files``, the
+    patterns of what is used (no pickles), are downloaded. option: how to name a folder instead, for the error. Raises
+    GeoError when there is no such model, within seconds where there is no network.
     """
     if Path(name).is_dir():
         return Path(name)

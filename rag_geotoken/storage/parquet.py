@@ -31,20 +31,18 @@ def write_tables(path: Path | str, tables: Iterable[pa.Table]) -> int:
     """Write tables of one schema below each other, no row group across two, and return the number of rows."""
     import pyarrow.parquet as pq
 
-    rows, rest = 0, iter(tables)
+    rest = iter(tables)
     first = next(rest)
     # A dictionary pays for words; for vectors it only costs time.
     words = [field.name for field in first.schema if str(field.type) in ("string", "large_string")]
 
     def write(beside: Path) -> None:
-        nonlocal rows
         with pq.ParquetWriter(beside, first.schema, compression="zstd", use_dictionary=words) as writer:
             for table in chain([first], rest):
                 writer.write_table(table.combine_chunks(), row_group_size=ROW_GROUP)
-                rows += table.num_rows
 
     write_whole(path, write)
-    return rows
+    return int(pq.read_metadata(path).num_rows)
 
 
 def read_table(path: Path | str, columns: Sequence[str] | None = None) -> pa.Table:

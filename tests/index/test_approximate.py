@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -286,11 +287,13 @@ def test_recall_counts_the_true_rows() -> None:
 def test_held_out_photos_are_not_in_the_index_while_it_is_measured(
     copy: Path, alignment: GeoAlignment, weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes = []
-    measure = indexing._measure
-    monkeypatch.setattr(
-        indexing, "_measure", lambda index, *rest: (sizes.append(index.ntotal), measure(index, *rest))[1]
-    )
+    sizes, measure = list[int](), indexing._measure
+
+    def measured(index: Any, *args: Any, **options: Any) -> dict[str, Any]:
+        sizes.append(index.ntotal)
+        return measure(index, *args, **options)
+
+    monkeypatch.setattr(indexing, "_measure", measured)
     make_index(copy, SOURCE, alignment, Plan("IVF8,SQfp16"))
     assert sizes == [N - N // 10]
 

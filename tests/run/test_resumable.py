@@ -75,7 +75,6 @@ def test_vectors_survive_parquet(tmp_path: Path, shape: tuple[int, ...], dtype: 
     path = tmp_path / "a.parquet"
     tables.write_table(path, pa.table({"image": tables.fixed_list(array), "n": np.arange(len(array))}))
     table = tables.read_table(path)
-    assert tables.to_numpy(table["image"]).dtype == dtype
     twice = pa.concat_tables([table, table])["image"], np.concatenate([array, array])
     for column, expected in (
         (table["image"], array),
