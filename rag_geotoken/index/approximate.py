@@ -25,7 +25,7 @@ ROUNDS = 10  # of k-means: what later ones gain is lost in the choice of nprobe
 def choose_factory(rows: int, dim: int, memory_gib: float = 16.0, recall: float = 0.95) -> str:
     """Return a FAISS factory string for so many vectors within a memory limit, after the rules of autofaiss.
 
-    Exact ``Flat`` on all three parts (12 * dim bytes a row) while rows are few, or for ``recall`` 1, if it fits; else
+    Exact ``Flat`` on all three parts (12 * dim bytes per row) while rows are few, or for ``recall`` 1, if it fits; else
     :func:`inverted_factory`, whose nprobe ``recall`` decides. Raises GeoError when nothing fits.
     """
     if (rows <= EXACT_ROWS or recall >= 1) and 12 * dim * rows <= memory_gib * GIB:
@@ -42,7 +42,7 @@ def inverted_factory(rows: int, dim: int, memory_gib: float = 16.0) -> str:
     """
     lists = inverted_lists(rows)
     coarse = f"IVF{lists}_HNSW32" if lists >= GRAPH_LISTS else f"IVF{lists}"
-    budget = (memory_gib * GIB - 4 * dim * lists) / rows - 8  # bytes a row, less its number and the lists' centers
+    budget = (memory_gib * GIB - 4 * dim * lists) / rows - 8  # bytes per row, less its number and the lists' centers
     for bytes_, codes in ((2 * dim, "SQfp16"), (dim, "SQ8")):
         if bytes_ <= budget:
             return f"{coarse},{codes}"
@@ -60,7 +60,7 @@ def inverted_lists(rows: int) -> int:
 
 
 def sample_size(factory: str, rows: int, dim: int) -> int:
-    """Return how many vectors to train on: 40 a list (FAISS asks for 39), at least 65,536, within ``SAMPLE_BYTES``."""
+    """Return how many vectors to train on: 40 per list (FAISS asks for 39), at least 65,536, within ``SAMPLE_BYTES``."""
     if factory.startswith("HNSW"):
         return min(rows, 1000)  # half precision learns nothing, but wants to be trained
     lists = int(factory.split("IVF")[1].split(",")[0].split("_")[0]) if "IVF" in factory else 0
@@ -133,9 +133,9 @@ def recall_at(rows: Numbers, truth: Numbers) -> float:
 
 
 def tune(index: Any, queries: Vectors, truth: Numbers, k: int, recall: float) -> tuple[int, float]:
-    """Return the least nprobe or efSearch with the given recall of the true rows (Q, T) among k, and its recall.
+    """Return the least nprobe or efSearch whose k results reach the recall of the true rows (Q, T), and that recall.
 
-    Where none reaches it, the largest.
+    Where none reaches it, return the largest and its recall.
     """
     lists = inverted(index)
     value, largest = (24, 1024) if lists is None else (1, lists.nlist)

@@ -179,7 +179,7 @@ def _measure(index: Any, path: Path, first: int, *, heads: Heads, recall: float)
 
 
 def _usable(photos_file: Path, vectors_file: Path) -> tuple[pa.Table, Mask, dict[str, Any]]:
-    """All photos with the columns of an index, a mask of those with a picture and a place, and why others have none."""
+    """Return all photos with the columns of an index, a mask of the usable ones, and why the others are not."""
     photos, embedded = read_table(photos_file), read_table(vectors_file, ["id", "digest", "error"])
     if not photos["id"].equals(embedded["id"]):
         raise GeoError(f"{vectors_file.name} is not of the photos in {photos_file.name}: run encode again")

@@ -30,7 +30,7 @@ def cell_vectors(gallery: Floats, embed: Callable[[Floats], NDArray[np.float32]]
 
 
 class GpsSearch:
-    """This class compares photos with all coarse cells around the gallery, then with the children of the best."""
+    """This class compares photos with all coarse cells around the gallery, then with children of the best cells."""
 
     def __init__(self, alignment: GeoAlignment, index: GeoIndex) -> None:
         """Take the cells' embeddings from the index, or compute them, which takes seconds."""

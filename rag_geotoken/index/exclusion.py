@@ -25,7 +25,7 @@ def copies(rows: pa.Table, digests: Sequence[str]) -> NDArray[np.int64]:
 
 
 def own_rows(rows: pa.Table, digests: Sequence[str]) -> NDArray[np.int64]:
-    """Return the rows with each query's digest as (B, most of a query), padded with -1."""
+    """Return the rows (B, M) that have each query's digest (B,), padded with -1 to the query with the most."""
     numbers = copies(rows, digests)
     same = rows["digest"].take(numbers).to_numpy() == np.array(digests, object)[:, None]
     width = same.sum(axis=1).max(initial=0)

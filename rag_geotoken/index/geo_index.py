@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 ROW_COLUMNS = ("id", "image", "lat", "lon", "place", "author", "digest")
 BLOCK = 16_384  # rows in memory at a time
 SPARE = 3  # times k more rows are retrieved where those of the query's author are excluded
-KEPT_BYTES = 2**29  # of pictures in memory, a size
+KEPT_BYTES = 2**29  # of pictures in memory, per size
 COPIES = 8  # of one photo in a gallery, as a search within a region allows for
 Heads = Callable[[Vectors], Vectors]
 Mask = NDArray[np.bool_]
@@ -40,7 +40,7 @@ class GeoIndex:
 
     faiss_index: inner product, exact over 3 * dim, or approximate over the image part alone. An approximate index has
     memory-mapped projections (rows, dim) float16, of which heads make the three parts (N, 3, dim) that its candidates
-    are compared by. rows: one line a photo (``ROW_COLUMNS``). cell_vectors: see :func:`.cell_search.cell_vectors`,
+    are compared by. rows: one line per photo (``ROW_COLUMNS``). cell_vectors: see :func:`.cell_search.cell_vectors`,
     None where the index keeps none.
     """
 
@@ -186,7 +186,7 @@ class GeoIndex:
         """More rows (B, M) than wanted, nearest by the image part (B, dim) alone; -1 where there are none."""
         available = len(self.rows) if keep is None else int(keep.sum())
         count = min(available, k * self.manifest["refine"])
-        # A filter leaves a region's neighbors further apart: as many need as many times more lists or nodes.
+        # A filter spreads the remaining neighbors: visit lists or nodes in proportion to the rows it excludes.
         value = self.manifest["effort"] * len(self.rows) // available
         if hasattr(self.faiss_index, "hnsw"):
             value = max(value, count)
