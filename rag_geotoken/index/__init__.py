@@ -1,1 +1,1 @@
-"""The gallery is an index that is built, searched and described here."""
+"""This package builds, searches and describes the index of a gallery."""

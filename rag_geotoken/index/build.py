@@ -1,10 +1,11 @@
-"""An index is built here, from the stage tables of photos to a folder that :class:`.GeoIndex` opens."""
+"""This module builds an index: from the stage tables of photos to a folder that :class:`.GeoIndex` opens."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -14,19 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rag_geotoken.errors import GeoError
-from rag_geotoken.index import approximate
+from rag_geotoken.index import approximate, files
 from rag_geotoken.index.cell_search import cell_vectors
-from rag_geotoken.index.exact import Vectors, scan
-from rag_geotoken.index.files import (
-    CELLS,
-    FORMATS,
-    MANIFEST,
-    PROJECTIONS,
-    ROWS,
-    VECTORS,
-    built_from,
-    write_manifest,
-)
+from rag_geotoken.index.exact import Numbers, Vectors, scan
+from rag_geotoken.index.files import CELLS, FORMATS, MANIFEST, PROJECTIONS, ROWS, VECTORS
 from rag_geotoken.index.geo_index import BLOCK, ROW_COLUMNS, Heads, Mask, unit
 from rag_geotoken.photos.table import read_left_out
 from rag_geotoken.photos.thumbnails import write_thumbnails
@@ -40,6 +32,7 @@ if TYPE_CHECKING:
 
 Embed = Callable[[NDArray[np.float64]], Vectors]
 EXACT, APPROXIMATE = FORMATS
+Built = tuple[Any, list[Mask], dict[str, Any]]  # a FAISS index, masks of its rows in their order, figures
 K, QUERIES = 20, 500  # recall@20 on so many photos that are held out
 TRUTH = 20  # the true neighbors are the best by all three parts of TRUTH * K by the image part
 REFINE = (2, 3, 5, 8, 12, TRUTH)
@@ -47,14 +40,14 @@ REFINE = (2, 3, 5, 8, 12, TRUTH)
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan says what an index may cost: memory, the share of true neighbors to be found, or a factory outright."""
+    """This class says what an index may cost: memory and the recall of true neighbors, or a fixed FAISS factory."""
 
     factory: str | None = None
     memory_gib: float = 16.0
     recall: float = 0.95
 
     def choose(self, rows: int, dim: int) -> str:
-        """Choose the factory for so many photos, or raise GeoError for a target out of range or no room."""
+        """Return the FAISS factory for so many photos; GeoError for a target out of range or too little memory."""
         if not (0 < self.recall <= 1 and self.memory_gib > 0):
             raise GeoError(
                 f"recall {self.recall:g}, memory {self.memory_gib:g} GiB: give 0 to 1, and more than nothing"
@@ -74,23 +67,25 @@ def build_index(
 ) -> dict[str, Any]:
     """Write an index of the photos that have a vector and a place, and return its manifest.
 
-    The files are stage tables, row for row; thumbnails are kept in the index where they were made. The vectors are
-    embeddings; or, with a plan and the model's heads, projections, whose image parts are searched approximately and the
-    best compared exactly. embed: of places; then the index keeps the embeddings of the cells around its photos. The
-    manifest is written last, so a folder without one is no index; one made from the same things is left as it is.
-    Raises GeoError when no photo can be used or the factory does not fit.
+    The files are stage tables, row for row. The vectors are embeddings; or, with a plan and the model's heads,
+    projections, whose image parts are searched approximately and the best compared exactly. embed: of places, for the
+    embeddings of the cells around the photos. The manifest is written last, so a folder without one is no index; an
+    index made from the same inputs is left as it is. Raises GeoError when no photo can be used or the factory does not
+    fit.
     """
     begun = time.monotonic()
     made_from: dict[str, Any] = {"plan": asdict(plan)} if plan else {}
     made_from |= {"photos": file_sha256(photos_file), "embeddings": file_sha256(vectors_file), "encoder": encoder}
     made_from |= {"thumbnails": file_sha256(thumbnails_file)} if thumbnails_file else {}
     made_from |= {"cells": "1"} if embed else {}
-    if manifest := built_from(folder, made_from):
-        return manifest
+    with suppress(GeoError):
+        manifest = files.check_manifest(folder)
+        if manifest["made_from"] == made_from:
+            return manifest
     rows, usable, left_out = _usable(photos_file, vectors_file)
-    remove(folder / MANIFEST)  # from here on the folder is no index
+    remove(folder / MANIFEST)  # from now on the folder is no index
     if plan and heads:
-        index, masks, facts = _approximate(folder, vectors_file, usable, plan, heads)
+        index, masks, facts = _approximate(folder, vectors_file, usable, plan=plan, heads=heads)
     else:
         index, masks, facts = _exact(vectors_file, usable)
     write_whole(folder / VECTORS, partial(_write_vectors, index))
@@ -101,17 +96,17 @@ def build_index(
         write_thumbnails(folder, thumbnails_file, masks)
         facts["thumbnails"] = read_json(thumbnails_file.with_suffix(".json"))["recipe"]["size"]
     if embed:
-        cells = cell_vectors(np.column_stack([rows["lat"].to_numpy(), rows["lon"].to_numpy()]), embed)
+        cells = cell_vectors(np.column_stack([rows["lat"], rows["lon"]]), embed)
         write_whole(folder / CELLS, lambda beside: np.save(beside, cells, allow_pickle=False))
         facts["cells"] = len(cells)
     if plan:
         facts["memory_bytes"] = (folder / VECTORS).stat().st_size
         facts["build_seconds"] = round(time.monotonic() - begun, 1)
-    return write_manifest(folder, facts, made_from)
+    return files.write_manifest(folder, facts, made_from)
 
 
-def _exact(table: Path, usable: Mask) -> tuple[Any, list[Mask], dict[str, Any]]:
-    """The usable embeddings of a table in one index -> it, masks of its rows, figures."""
+def _exact(table: Path, usable: Mask) -> Built:
+    """Index the usable embeddings of a table."""
     import faiss
 
     names = ["image", "gps", "text"]
@@ -122,20 +117,19 @@ def _exact(table: Path, usable: Mask) -> tuple[Any, list[Mask], dict[str, Any]]:
     return index, [usable], {"format": EXACT, "dim": parts[0].shape[1], "parts": names, "factory": "Flat"}
 
 
-def _approximate(
-    folder: Path, table: Path, usable: Mask, plan: Plan, heads: Heads
-) -> tuple[Any, list[Mask], dict[str, Any]]:
-    """Train an index, fill it with the usable projections of a table -> it, masks of its rows one by one, figures.
+def _approximate(folder: Path, table: Path, usable: Mask, *, plan: Plan, heads: Heads) -> Built:
+    """Train an index and fill it with the usable projections of a table.
 
-    Never more in memory than the FAISS index, a training sample and a block of rows. Photos drawn by a seed stay out
-    until nprobe or efSearch is chosen by searching for them, and come last in the index.
+    Never more in memory than the FAISS index, a training sample and a block of rows. Photos drawn by a seed are held
+    out until nprobe or efSearch is chosen by searching for them, and come last in the index.
     """
-    at = np.flatnonzero(usable)
-    held = np.zeros(len(usable), bool)
-    held[np.random.default_rng(0).choice(at, min(QUERIES, len(at) // 10), replace=False)] = True
-    path, first = folder / PROJECTIONS, len(at) - int(held.sum())
-    dim = _write_projections(path, table, usable, held)
-    factory = plan.factory or approximate.inverted_factory(len(at), dim, plan.memory_gib)
+    rows = np.flatnonzero(usable)
+    held_out = np.zeros(len(usable), bool)
+    held_out[np.random.default_rng(0).choice(rows, min(QUERIES, len(rows) // 10), replace=False)] = True
+    path, first = folder / PROJECTIONS, len(rows) - int(held_out.sum())
+    write_whole(path, partial(_write_projections, table, usable, held_out))
+    dim = _rows(path, slice(0)).shape[1]
+    factory = plan.factory or approximate.inverted_factory(len(rows), dim, plan.memory_gib)
     drawn = np.random.default_rng(1).choice(first, approximate.sample_size(factory, first, dim), replace=False)
     sample = unit(_rows(path, np.sort(drawn)))
     begun = time.monotonic()
@@ -143,7 +137,7 @@ def _approximate(
     facts = {"format": APPROXIMATE, "dim": dim, "parts": ["projection"], "factory": factory}
     facts |= {"trained_on": len(sample), "train_seconds": round(time.monotonic() - begun, 1)}
     del sample
-    with progress_bar(len(at), f"index: {factory}") as advance:
+    with progress_bar(len(rows), f"index: {factory}") as advance:
 
         def add(start: int, stop: int) -> None:
             for _, block in _blocks(path, start, stop):
@@ -153,91 +147,87 @@ def _approximate(
         begun = time.monotonic()
         add(0, first)
         facts["add_seconds"] = round(time.monotonic() - begun, 1)
-        facts |= _measure(index, path, first, heads, plan.recall)
-        add(first, len(at))
-    return index, [usable & ~held, held], facts
+        facts |= _measure(index, path, first, heads=heads, recall=plan.recall)
+        add(first, len(rows))
+    return index, [usable & ~held_out, held_out], facts
 
 
-def _measure(index: Any, path: Path, first: int, heads: Heads, recall: float) -> dict[str, Any]:
-    """Choose how many rows are compared exactly, then nprobe or efSearch, by the photos held out (those from first on).
+def _measure(index: Any, path: Path, first: int, *, heads: Heads, recall: float) -> dict[str, Any]:
+    """Choose how many rows are compared exactly, then nprobe or efSearch, by the photos held out (from ``first`` on).
 
-    Their true neighbors are the best by all three parts, with the default weights, of many by an exact search of the
-    image parts: measured on the embedded gallery, those are the best of all rows.
+    Of their nearest rows by an exact search of the image parts, the true neighbors are the best by all three parts with
+    the default weights: measured on the embedded gallery, those are the best of all rows.
     """
+    facts: dict[str, Any] = {"effort_name": approximate.effort_name(index)}
     queries = _rows(path, slice(first, None))
     if not len(queries):
-        return {"effort_name": approximate.effort_name(index), "effort": 64, "refine": 5, "queries": 0}
+        return facts | {"effort": 64, "refine": 5, "queries": 0}
     image, k = unit(queries), min(K, first)
-    many = scan(image, _blocks(path, 0, first), min(first, TRUTH * k))[1]
-    photo = heads(queries.astype(np.float32)) * np.asarray(SEARCH_WEIGHTS, np.float32)[:, None]
+    near = scan(image, _blocks(path, 0, first), min(first, TRUTH * k))[1]
+    weighted = heads(queries.astype(np.float32)) * np.asarray(SEARCH_WEIGHTS, np.float32)[:, None]
     truth = np.empty((len(queries), k), np.int64)
-    for i, rows in enumerate(many):  # a few hundred photos, whose candidates would be too many at once
-        scores = np.einsum("pd,mpd->m", photo[i], heads(_rows(path, rows).astype(np.float32)))
+    for i, rows in enumerate(near):  # the candidates of a few hundred photos would be too many at once
+        scores = np.einsum("pd,mpd->m", weighted[i], heads(_rows(path, rows).astype(np.float32)))
         truth[i] = rows[np.argsort(-scores, kind="stable")[:k]]
     # Half of what may be missed is left to the approximate search.
-    enough = (r for r in REFINE if approximate.recall_at(many[:, : r * k], truth) >= (1 + recall) / 2)
+    enough = (r for r in REFINE if approximate.recall_at(near[:, : r * k], truth) >= (1 + recall) / 2)
     refine = next(enough, REFINE[-1])
-    effort, reached = approximate.tune(index, image, truth, min(first, refine * k), recall)
+    effort, reached = approximate.tune(index, image, truth, k=min(first, refine * k), recall=recall)
     if reached < recall:
         print(f"index: finds {reached:.4f} of the true neighbors, less than asked: try SQfp16", file=sys.stderr)
-    measured = {"effort_name": approximate.effort_name(index), "effort": effort, "refine": refine}
-    return measured | {"recall@20": round(reached, 4), "queries": len(queries)}
+    return facts | {"effort": effort, "refine": refine, "recall@20": round(reached, 4), "queries": len(queries)}
 
 
 def _usable(photos_file: Path, vectors_file: Path) -> tuple[pa.Table, Mask, dict[str, Any]]:
-    """All photos with the columns of an index, which have a picture and a place, and why others do not. GeoError."""
+    """Return all photos with the columns of an index, a mask of the usable ones, and why the others are not."""
     photos, embedded = read_table(photos_file), read_table(vectors_file, ["id", "digest", "error"])
     if not photos["id"].equals(embedded["id"]):
         raise GeoError(f"{vectors_file.name} is not of the photos in {photos_file.name}: run encode again")
-    seen = embedded["error"].is_null().to_numpy()
-    usable = seen & photos["lat"].is_valid().to_numpy()
+    readable = embedded["error"].is_null().to_numpy()
+    usable = readable & photos["lat"].is_valid().to_numpy()
     if not usable.any():
         raise GeoError("no photo has both a readable picture and coordinates: nothing to index")
-    why = {"without a readable picture": int((~seen).sum()), "without coordinates": int((seen & ~usable).sum())}
+    why = {"without a readable picture": ~readable, "without coordinates": readable & ~usable}
     left_out = {
         "left_out": int((~usable).sum()),
-        "left_out_why": {reason: count for reason, count in why.items() if count},
-        # What became no photo at all: not among the number above.
+        "left_out_why": {reason: int(mask.sum()) for reason, mask in why.items() if mask.any()},
+        # What the source left out is not among the number above.
         "source_left_out": {reason: entry["photos"] for reason, entry in read_left_out(photos).reasons.items()},
     }
     return photos.append_column("digest", embedded["digest"]).select(ROW_COLUMNS), usable, left_out
 
 
-def _write_projections(path: Path, table: Path, usable: Mask, held: Mask) -> int:
-    """The usable rows of a projections table as one array (rows, dim) float16, those held out last -> dim."""
+def _write_projections(table: Path, usable: Mask, held_out: Mask, path: Path) -> None:
+    """Write the usable rows of a projections table as an array (rows, dim) float16, those held out last."""
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(table) as file:
-        dim = int(file.schema_arrow.field("projection").type.list_size)
-
-        def write(beside: Path) -> None:
-            last: list[NDArray[np.float16]] = []
-            with beside.open("wb") as out, progress_bar(len(usable), "index: projections") as advance:
-                shape = (int(usable.sum()), dim)
-                np.lib.format.write_array_header_1_0(out, {"descr": "<f2", "fortran_order": False, "shape": shape})
-                done = 0
-                for batch in file.iter_batches(BLOCK, columns=["projection"]):
-                    block, at = to_numpy(batch["projection"]), slice(done, done + len(batch))
-                    if not np.isfinite(block[usable[at]]).all():
-                        raise GeoError("an embedding is not finite: the encoder does not fit half precision")
-                    out.write(block[usable[at] & ~held[at]].tobytes())
-                    last.append(block[held[at]])
-                    done += len(batch)
-                    advance(len(batch))
-                out.write(np.concatenate(last).tobytes())
-
-        write_whole(path, write)
-    return dim
+    with (
+        path.open("wb") as out,
+        pq.ParquetFile(table) as file,
+        progress_bar(len(usable), "index: projections") as advance,
+    ):
+        shape = int(usable.sum()), int(file.schema_arrow.field("projection").type.list_size)
+        np.lib.format.write_array_header_1_0(out, {"descr": "<f2", "fortran_order": False, "shape": shape})
+        last, done = list[NDArray[np.float16]](), 0
+        for batch in file.iter_batches(BLOCK, columns=["projection"]):
+            block, at = to_numpy(batch["projection"]), slice(done, done + len(batch))
+            if not np.isfinite(block[usable[at]]).all():
+                raise GeoError("an embedding is not finite: the encoder does not fit half precision")
+            out.write(block[usable[at] & ~held_out[at]].tobytes())
+            last.append(block[held_out[at]])
+            done += len(batch)
+            advance(len(batch))
+        out.write(np.concatenate(last).tobytes())
 
 
-def _blocks(path: Path, first: int, last: int) -> Iterator[tuple[NDArray[np.int64], Vectors]]:
+def _blocks(path: Path, first: int, last: int) -> Iterator[tuple[Numbers, Vectors]]:
     """Numbers (B,) and image parts (B, dim) of the rows from ``first`` up to ``last``."""
     for start in range(first, last, BLOCK):
         stop = min(start + BLOCK, last)
         yield np.arange(start, stop), unit(_rows(path, slice(start, stop)))
 
 
-def _rows(path: Path, rows: slice | NDArray[np.int64]) -> NDArray[np.float16]:
+def _rows(path: Path, rows: slice | Numbers) -> NDArray[np.float16]:
     """Projections of some rows; the file is mapped anew each time, or all that was ever read would stay in memory."""
     return np.array(np.load(path, mmap_mode="r", allow_pickle=False)[rows], np.float16)
 
@@ -247,5 +237,5 @@ def _write_vectors(index: Any, path: Path) -> None:
 
     try:
         faiss.write_index(index, str(path))
-    except RuntimeError:  # what FAISS makes of a full disk or a folder that may not be written
+    except RuntimeError:  # raised by FAISS for a full disk or a folder without write permission
         raise OSError("the disk is full or the folder is read-only") from None

@@ -1,8 +1,7 @@
-"""An index folder consists of these files and of the manifest that vouches for them."""
+"""These functions check and write the manifest of an index folder, which lists its files with their SHA-256s."""
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,22 @@ FORMATS = {"rag-geotoken-index/1": (VECTORS, ROWS), "rag-geotoken-index/2": (VEC
 
 
 def check_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of an index folder, its files' sizes and SHA-256s verified, or raise GeoError."""
+    """Return the manifest of an index folder after checking the sizes and SHA-256s of its files.
+
+    Raises GeoError for a missing or malformed manifest, and for a missing or changed file.
+    """
     if not (folder / MANIFEST).is_file():
         raise GeoError(f"no index in {folder}: build one with rag-geotoken index build")
     manifest: dict[str, Any] = read_json(folder / MANIFEST)
     try:
         names = files_of(manifest)
         files = {name: (manifest["bytes"][name], manifest["sha256"][name]) for name in names}
-        known = {"encoder", "dim", "rows", "made_from", "factory"} <= manifest.keys()
-        known = known and (PROJECTIONS not in names or (int(manifest["refine"]) > 0 and int(manifest["effort"]) >= 0))
+        complete = {"encoder", "dim", "rows", "made_from", "factory"} <= manifest.keys()
+        if PROJECTIONS in names:
+            complete = complete and int(manifest["refine"]) > 0 and int(manifest["effort"]) >= 0
     except (TypeError, KeyError, ValueError, AttributeError):
-        known = False
-    if not known:
+        complete = False
+    if not complete:
         raise GeoError(f"{MANIFEST} in {folder} is not that of a {' or '.join(FORMATS)} index: build it again")
     for name, (size, sha256) in files.items():
         path = folder / name
@@ -40,22 +43,13 @@ def check_manifest(folder: Path) -> dict[str, Any]:
 
 
 def files_of(manifest: dict[str, Any]) -> tuple[str, ...]:
-    """Return the names of the files that an index of this manifest is made of."""
-    pictures, cells = (BYTES, OFFSETS) if manifest.get("thumbnails") else (), (CELLS,) if manifest.get("cells") else ()
-    return FORMATS[manifest["format"]] + pictures + cells
-
-
-def built_from(folder: Path, made_from: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the manifest of a sound index made from the same things, or None."""
-    with suppress(GeoError):
-        manifest = check_manifest(folder)
-        if manifest["made_from"] == made_from:
-            return manifest
-    return None
+    """Return the names of the files that an index with this manifest consists of."""
+    thumbnails = (BYTES, OFFSETS) if manifest.get("thumbnails") else ()
+    return FORMATS[manifest["format"]] + thumbnails + ((CELLS,) if manifest.get("cells") else ())
 
 
 def write_manifest(folder: Path, facts: dict[str, Any], made_from: dict[str, Any]) -> dict[str, Any]:
-    """Write and return the manifest of an index whose files are complete; files of another kind are removed."""
+    """Write and return the manifest of an index whose files are all written; remove files of another kind of index."""
     names = files_of(facts)
     for stray in {PROJECTIONS, BYTES, OFFSETS, CELLS} - set(names):
         (folder / stray).unlink(missing_ok=True)

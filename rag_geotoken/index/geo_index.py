@@ -1,4 +1,4 @@
-"""GeoIndex is a gallery to be searched: vectors, a Parquet table of its rows, and a JSON manifest."""
+"""This module opens and searches the index of a gallery; :mod:`.index.build` writes one."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from rag_geotoken.errors import GeoError
 from rag_geotoken.geo.sphere import haversine_km
-from rag_geotoken.index.approximate import EXACT_ROWS, effort, on_gpu, open_index
-from rag_geotoken.index.exact import Vectors, scan
-from rag_geotoken.index.exclusion import Authors, own_rows
+from rag_geotoken.index.approximate import EXACT_ROWS, effort, open_index
+from rag_geotoken.index.exact import Numbers, Ranking, Vectors, scan, top_k
+from rag_geotoken.index.exclusion import UNKNOWN, number_authors, own_rows
 from rag_geotoken.index.files import CELLS, FORMATS, PROJECTIONS, ROWS, VECTORS, check_manifest
 from rag_geotoken.photos.pictures import load_pictures
 from rag_geotoken.photos.thumbnails import Thumbnails
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 ROW_COLUMNS = ("id", "image", "lat", "lon", "place", "author", "digest")
 BLOCK = 16_384  # rows in memory at a time
-SPARE = 3  # times as many rows are looked at where those of the query's author are passed over
-KEPT_BYTES = 2**29  # of pictures in memory, a size
+SPARE = 3  # times k more rows are retrieved where those of the query's author are excluded
+KEPT_BYTES = 2**29  # of pictures in memory, per size
 COPIES = 8  # of one photo in a gallery, as a search within a region allows for
 Heads = Callable[[Vectors], Vectors]
 Mask = NDArray[np.bool_]
@@ -36,12 +36,12 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class GeoIndex:
-    """This is a gallery that can be searched: after G3, a photo is [image | gps | text], each part of length one.
+    """This class holds a gallery to be searched; as in G3, a photo is [image | gps | text], each part of length one.
 
-    faiss_index: inner product, exact over 3 * dim, or approximate over the image part alone. Of the latter kind,
-    projections (rows, dim) float16 are memory-mapped, and heads make the three parts (N, 3, dim) of them, by which what
-    the approximate search brings is compared exactly. rows: one line a photo (``ROW_COLUMNS``). manifest: what ``info``
-    prints. cell_vectors: see :func:`.gps_search.cell_vectors`, None where the index keeps none.
+    faiss_index: inner product, exact over 3 * dim, or approximate over the image part alone. An approximate index has
+    memory-mapped projections (rows, dim) float16, of which heads make the three parts (N, 3, dim) that its candidates
+    are compared by. rows: one line per photo (``ROW_COLUMNS``). cell_vectors: see :func:`.cell_search.cell_vectors`,
+    None where the index keeps none.
     """
 
     faiss_index: Any
@@ -52,11 +52,11 @@ class GeoIndex:
     thumbnails: Thumbnails | None = None
     cell_vectors: NDArray[np.float16] | None = None
     # Pictures (size, size, 3) by size and row.
-    _kept: dict[int, dict[int, NDArray[np.uint8]]] = field(init=False, repr=False, default_factory=dict)
+    _pictures: dict[int, dict[int, NDArray[np.uint8]]] = field(init=False, repr=False, default_factory=dict)
 
     @property
     def identity(self) -> Any:
-        """Return what results follow from: the digest of every file."""
+        """Return the digests of all files, which determine every result."""
         return self.manifest["sha256"]
 
     @cached_property
@@ -64,41 +64,64 @@ class GeoIndex:
         """Return the places (rows, 2) in degrees."""
         return np.column_stack([self.rows["lat"].to_numpy(), self.rows["lon"].to_numpy()])
 
-    def vectors(self, rows: NDArray[np.int64]) -> Vectors:
-        """Return the embeddings of rows of any shape as rows.shape + (3, dim): image, GPS and text.
+    def vectors(self, rows: Numbers) -> Vectors:
+        """Return the embeddings, rows.shape + (3, dim), of rows of any shape: image, gps and text.
 
         Raises GeoError when the index holds projections and was opened without heads.
         """
         if self.projections is None:
-            result: Vectors = self.faiss_index.reconstruct_batch(np.ascontiguousarray(rows.ravel()))
+            vectors: Vectors = self.faiss_index.reconstruct_batch(np.ascontiguousarray(rows.ravel()))
+        elif self.heads is None:
+            raise GeoError("this index holds projections only: open it with the model it was built with")
         else:
-            if self.heads is None:
-                raise GeoError("this index holds projections only: open it with the model it was built with")
-            unique, back = np.unique(rows, return_inverse=True)
-            result = self.heads(self.projections[unique].astype(np.float32))[back.ravel()]
-        return result.reshape(*rows.shape, 3, -1)
+            unique, inverse = np.unique(rows, return_inverse=True)
+            vectors = self.heads(self.projections[unique].astype(np.float32))[inverse.ravel()]
+        return vectors.reshape(*rows.shape, 3, -1)
 
-    def pictures(self, rows: NDArray[np.int64], size: int) -> NDArray[np.uint8]:
-        """Return the pictures of rows of any shape as rows.shape + (size, size, 3), zeros where one cannot be read.
+    def image_parts(self, rows: Numbers) -> Vectors:
+        """Return the image part (N, dim) of rows (N,)."""
+        return self.vectors(rows)[:, 0] if self.projections is None else unit(self.projections[rows])
 
-        They are kept for the next photos, whose neighbors are often the same, up to ``KEPT_BYTES``.
+    def pictures(self, rows: Numbers, size: int) -> NDArray[np.uint8]:
+        """Return the pictures, rows.shape + (size, size, 3), of rows of any shape; zeros for an unreadable one.
+
+        They are cached for the next photos, whose neighbors are often the same, up to ``KEPT_BYTES``.
         """
-        unique, back = np.unique(rows, return_inverse=True)
-        kept, wanted = self._kept.setdefault(size, {}), unique.tolist()
-        found = {row: picture for row in wanted if (picture := kept.get(row)) is not None}
-        new = [row for row in wanted if row not in found]
-        if (len(kept) + len(new)) * 3 * size**2 > KEPT_BYTES:
-            kept.clear()  # another thread has its own of what it needs
-        read = dict(zip(new, load_pictures(self.picture_files(np.array(new, np.int64)), size)[0], strict=True))
-        kept |= read
-        found |= read
-        return np.stack([found[row] for row in wanted])[back.reshape(rows.shape)]
+        unique, inverse = np.unique(rows, return_inverse=True)
+        cache, wanted = self._pictures.setdefault(size, {}), unique.tolist()
+        pictures = {row: picture for row in wanted if (picture := cache.get(row)) is not None}
+        missing = [row for row in wanted if row not in pictures]
+        if (len(cache) + len(missing)) * 3 * size**2 > KEPT_BYTES:
+            cache.clear()  # another thread holds the pictures that it needs itself
+        pixels, _ = load_pictures(self.picture_files(np.array(missing, np.int64)), size)
+        pictures |= zip(missing, pixels, strict=True)
+        cache |= pictures
+        return np.stack([pictures[row] for row in wanted])[inverse.reshape(rows.shape)]
 
-    def picture_files(self, rows: NDArray[np.int64]) -> Sequence[str | bytes]:
-        """Return what ``load_pictures`` reads for rows (N,): the index's own thumbnails, else references."""
+    def picture_files(self, rows: Numbers) -> Sequence[str | bytes]:
+        """Return what ``load_pictures`` reads for rows (N,): the index's own thumbnails, else source references."""
         if self.thumbnails is not None:
             return [self.thumbnails[row] for row in rows.tolist()]
         return list(self.rows["image"].take(rows).to_pylist())
+
+    def mask(
+        self, within: tuple[float, float, float] | None = None, not_author: str | None = None, at_least: int = 0
+    ) -> Mask | None:
+        """Return a mask (rows,) of the photos within (lat, lon, km) and not of an author; None where all are.
+
+        at_least: where fewer rows lie inside, that many rows nearest to the place.
+        """
+        keep = np.ones(len(self.rows), bool)
+        if not_author is not None:
+            authors, number_of = self._authors
+            keep &= authors != number_of.get(not_author, UNKNOWN)
+        if within is not None:
+            lat, lon, radius = within
+            distance = np.where(keep, haversine_km(self.lat_lon[:, 0], self.lat_lon[:, 1], lat, lon), np.inf)
+            if fewest := min(at_least, int(keep.sum())):
+                radius = max(radius, np.partition(distance, fewest - 1)[fewest - 1])
+            keep &= distance <= radius
+        return None if keep.all() else keep
 
     def search(
         self,
@@ -112,117 +135,89 @@ class GeoIndex:
         exact: bool = False,
         authors: list[str | None] | None = None,
     ) -> Neighbors:
-        """Return the k nearest rows of each query (B, 3, dim), the three inner products added with the given weights.
+        """Return the k nearest rows of each query (B, 3, dim) by the weighted sum of the three inner products.
 
-        A row with a query's own digest (the same pixels) is passed over: a photo never finds itself. keep: a mask
-        (rows,) of those that may be found. dissimilar: the k rows least like the query, the least first. exact: every
-        row is compared, also by an approximate index. Raises GeoError when the index holds fewer than k other photos or
-        the queries have another dimension.
+        Rows with a query's own digest (the same pixels) or author are excluded. keep: mask (rows,) of those that may be
+        returned. dissimilar: return the k least similar rows, the least first. exact: compare every row, also in an
+        approximate index. Raises GeoError when fewer than k other photos are left or the dimensions differ.
         """
         if queries.shape[1:] != (3, self.manifest["dim"]):
             raise GeoError(f"queries of {queries.shape[1:]} do not fit an index of (3, {self.manifest['dim']})")
         own = own_rows(self.rows, digests) if digests else np.full((len(queries), 0), -1)
-        wanted, there = k + own.shape[1], len(self.rows) if keep is None else int(keep.sum())
-        if wanted > there:
+        wanted, available = k + own.shape[1], len(self.rows) if keep is None else int(keep.sum())
+        if wanted > available:
             where = "the index holds" if keep is None else "the filter lets through"
-            raise GeoError(f"{where} {there} photos: ask for fewer than k={k} neighbors")
-        wanted = min(there, wanted + (SPARE * k if authors else 0))
+            raise GeoError(f"{where} {available} photos: ask for fewer than k={k} neighbors")
+        wanted = min(available, wanted + (SPARE * k if authors else 0))
         weighted = (-queries if dissimilar else queries) * np.asarray(weights, np.float32)[:, None]
-        scores, rows = self._best(weighted, wanted, keep, exact or dissimilar)
-        passed = (rows[:, :, None] == own[:, None, :]).any(axis=2)
+        scores, rows = self._nearest(weighted, wanted, keep=keep, exact=exact or dissimilar)
+        excluded = (rows[:, :, None] == own[:, None, :]).any(axis=2)
         if authors:
-            names = self._authors.named(authors)
-            passed |= self._authors.numbers[rows] == names[:, None]
-        order = np.argsort(passed, axis=1, kind="stable")[:, :k]
-        rows, scores = np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1)
-        found = Neighbors(rows, self.lat_lon[rows], -scores if dissimilar else scores)
-        for i in np.flatnonzero((~passed).sum(axis=1) < k):
-            # An author of many photos like this one: then all others are searched, for this query alone.
-            others = self._authors.numbers != names[i]
-            others = others if keep is None else keep & others
-            again = self.search(
-                queries[i : i + 1], k, weights, digests and [digests[i]], others, dissimilar=dissimilar, exact=exact
-            )
-            found.rows[i], found.lat_lon[i], found.scores[i] = again.rows[0], again.lat_lon[0], again.scores[0]
-        return found
+            author_of_row, number_of = self._authors
+            query_authors = np.array([number_of.get(name, UNKNOWN) for name in authors])
+            excluded |= author_of_row[rows] == query_authors[:, None]
+        scores, rows = top_k(np.where(excluded, -np.inf, scores), rows, k)
+        result = Neighbors(rows, self.lat_lon[rows], -scores if dissimilar else scores)
+        for i in np.flatnonzero((~excluded).sum(axis=1) < k):
+            # An author of many similar photos: search all photos of other authors, for this query alone.
+            allowed = (author_of_row != query_authors[i]) & (True if keep is None else keep)
+            digest = digests and [digests[i]]
+            one = self.search(queries[[i]], k, weights, digest, keep=allowed, dissimilar=dissimilar, exact=exact)
+            result.rows[i], result.lat_lon[i], result.scores[i] = one.rows[0], one.lat_lon[0], one.scores[0]
+        return result
 
-    def _best(self, queries: Vectors, k: int, keep: Mask | None, exact: bool) -> tuple[Vectors, NDArray[np.int64]]:
-        """Scores and rows (B, k) of weighted queries (B, 3, dim), best first."""
+    def _nearest(self, queries: Vectors, k: int, *, keep: Mask | None, exact: bool) -> Ranking:
+        """Rank the rows by weighted queries (B, 3, dim)."""
+        flat = queries.reshape(len(queries), -1)
         if self.projections is None:
-            return self._faiss_search(queries.reshape(len(queries), -1), k, keep)
+            return self._faiss_search(flat, k, keep)
         if exact or (keep is not None and keep.sum() <= EXACT_ROWS):
-            # The image part tells who may be near, but not who is far.
-            return scan(queries.reshape(len(queries), -1), self._blocks(keep, parts=True), k)
-        return self._refine(queries, self._shortlist(queries, k, keep), k)
-
-    def mask(
-        self, within: tuple[float, float, float] | None = None, not_author: str | None = None, at_least: int = 0
-    ) -> Mask | None:
-        """Return a mask (rows,) of those within (lat, lon, km) and not of an author, or None for all.
-
-        at_least: where fewer rows lie inside, as many as that, the nearest to the place.
-        """
-        keep = np.ones(len(self.rows), bool)
-        if not_author is not None:
-            keep &= self._authors.numbers != self._authors.named([not_author])
-        if within is not None:
-            away = np.where(keep, haversine_km(self.lat_lon[:, 0], self.lat_lon[:, 1], within[0], within[1]), np.inf)
-            fewest = min(at_least, int(keep.sum()))
-            nearest = float(np.partition(away, fewest - 1)[fewest - 1]) if fewest else 0.0
-            keep &= away <= max(within[2], nearest)
-        return None if keep.all() else keep
-
-    def _faiss_search(
-        self, queries: Vectors, k: int, keep: Mask | None, value: int = 0
-    ) -> tuple[Vectors, NDArray[np.int64]]:
-        """Scores and rows (B, k) by FAISS, -1 where there are none; ``value``: lists or nodes that it looks at."""
-        index, only = (self._searcher, None) if keep is None else (self.faiss_index, _selector(keep))
-        scores, rows = index.search(queries, k, params=effort(index, value, only))
-        return scores, rows
-
-    def _shortlist(self, queries: Vectors, k: int, keep: Mask | None) -> NDArray[np.int64]:
-        """By the image part alone, more rows than wanted -> (B, M), -1 where there are none."""
-        image, count = queries[:, 0], len(self.rows)
-        there = count if keep is None else int(keep.sum())
-        most = min(there, k * self.manifest["refine"])
-        # A filter leaves a region's neighbors further apart: it takes as many more lists or nodes to find as many.
-        value = self.manifest["effort"] * count // there
-        value = max(value, most) if hasattr(self.faiss_index, "hnsw") else value
-        found = self._faiss_search(image, most, keep, value)[1]
-        short = (found[:, k - 1] < 0).nonzero()[0]
-        if len(short):
-            found[short] = scan(image[short], self._blocks(keep), most)[1]
-        return found
-
-    def _refine(self, queries: Vectors, rows: NDArray[np.int64], k: int) -> tuple[Vectors, NDArray[np.int64]]:
-        """The best k of the rows (B, M) by all three parts -> scores and rows (B, k)."""
-        scores = np.empty(rows.shape, np.float32)
-        step = max(1, BLOCK // rows.shape[1])
+            # The image part alone retrieves candidates that are near, but not those that are far.
+            return scan(flat, self._blocks(keep, lambda rows: self.vectors(rows).reshape(len(rows), -1)), k)
+        rows = self._candidates(queries[:, 0], k, keep)
+        scores, step = np.empty(rows.shape, np.float32), max(1, BLOCK // rows.shape[1])
         for start in range(0, len(rows), step):
             at = slice(start, start + step)
             scores[at] = np.einsum("bpd,bmpd->bm", queries[at], self.vectors(np.maximum(rows[at], 0)), optimize=True)
         scores[rows < 0] = -np.inf
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
+        return top_k(scores, rows, k)
 
-    def _blocks(self, keep: Mask | None, parts: bool = False) -> Iterator[tuple[NDArray[np.int64], Vectors]]:
-        """Row numbers and image parts (R, dim), or all three (R, 3 * dim), of the rows that may be found."""
+    def _candidates(self, image: Vectors, k: int, keep: Mask | None) -> Numbers:
+        """More rows (B, M) than wanted, nearest by the image part (B, dim) alone; -1 where there are none."""
+        available = len(self.rows) if keep is None else int(keep.sum())
+        count = min(available, k * self.manifest["refine"])
+        # A filter spreads the remaining neighbors: visit lists or nodes in proportion to the rows it excludes.
+        value = self.manifest["effort"] * len(self.rows) // available
+        if hasattr(self.faiss_index, "hnsw"):
+            value = max(value, count)
+        rows = self._faiss_search(image, count, keep, value)[1]
+        short = (rows[:, k - 1] < 0).nonzero()[0]
+        if len(short):
+            rows[short] = scan(image[short], self._blocks(keep, self.image_parts), count)[1]
+        return rows
+
+    def _faiss_search(self, queries: Vectors, k: int, keep: Mask | None, value: int = 0) -> Ranking:
+        """Rank the rows by FAISS, -1 where there are none; ``value``: nprobe or efSearch."""
+        index = self._searcher if keep is None else self.faiss_index
+        scores, rows = index.search(queries, k, params=effort(index, value, keep))
+        return scores, rows
+
+    def _blocks(self, keep: Mask | None, vectors: Callable[[Numbers], Vectors]) -> Iterator[tuple[Numbers, Vectors]]:
+        """Numbers and vectors of the rows that may be returned, block by block."""
         rows = np.arange(len(self.rows)) if keep is None else np.flatnonzero(keep)
-        for start in range(0, len(rows), BLOCK):
-            some = rows[start : start + BLOCK]
-            yield some, self.vectors(some).reshape(len(some), -1) if parts else self.image_parts(some)
-
-    def image_parts(self, rows: NDArray[np.int64]) -> Vectors:
-        """Return the image part (N, dim) of rows (N,)."""
-        return self.vectors(rows)[:, 0] if self.projections is None else unit(self.projections[rows])
+        return ((block, vectors(block)) for block in np.split(rows, range(BLOCK, len(rows), BLOCK)))
 
     @cached_property
     def _searcher(self) -> Any:
-        return on_gpu(self.faiss_index)
+        """The FAISS index on all GPUs, where faiss-gpu is installed and supports its kind."""
+        import faiss
+
+        on_cpu = not hasattr(faiss, "StandardGpuResources") or hasattr(self.faiss_index, "hnsw")
+        return self.faiss_index if on_cpu else faiss.index_cpu_to_all_gpus(self.faiss_index)
 
     @cached_property
-    def _authors(self) -> Authors:
-        return Authors(self.rows["author"])
+    def _authors(self) -> tuple[NDArray[np.int32], dict[str | None, int]]:
+        return number_authors(self.rows["author"])
 
     def check_encoder(self, encoder: str) -> None:
         """Raise GeoError when the index was built with another encoder."""
@@ -241,26 +236,33 @@ class GeoIndex:
         """
         folder = Path(folder)
         manifest = check_manifest(folder)
-        wrong = GeoError(f"the index in {folder} does not match its manifest: build it again")
-        count, dim, kept = manifest["rows"], manifest["dim"], PROJECTIONS in FORMATS[manifest["format"]]
+        mismatch = GeoError(f"the index in {folder} does not match its manifest: build it again")
+        count, dim, approximate = manifest["rows"], manifest["dim"], PROJECTIONS in FORMATS[manifest["format"]]
         index = open_index(folder / VECTORS, manifest["bytes"][VECTORS], manifest["factory"])
         rows = read_table(folder / ROWS)
         # 0 is FAISS' name for the inner product.
-        if (index.d, index.ntotal, len(rows), index.metric_type) != (dim if kept else 3 * dim, count, count, 0):
-            raise wrong
-        small = Thumbnails.load(folder, count) if manifest.get("thumbnails") else None
+        expected = (dim if approximate else 3 * dim, count, count, 0)
+        if (index.d, index.ntotal, len(rows), index.metric_type) != expected:
+            raise mismatch
 
-        def halves(name: str, length: int) -> NDArray[np.float16] | None:
+        def memory_map(name: str, length: int) -> NDArray[np.float16] | None:
             try:
                 array = np.load(folder / name, mmap_mode="r", allow_pickle=False) if length else None
             except (OSError, ValueError):
-                raise wrong from None
+                raise mismatch from None
             if array is not None and (array.shape, array.dtype) != ((length, dim), np.float16):
-                raise wrong
+                raise mismatch
             return array
 
-        projections, cells = halves(PROJECTIONS, count * kept), halves(CELLS, manifest.get("cells", 0))
-        return cls(index, rows, manifest, projections, heads if kept else None, small, cells)
+        return cls(
+            index,
+            rows,
+            manifest,
+            projections=memory_map(PROJECTIONS, count * approximate),
+            heads=heads if approximate else None,
+            thumbnails=Thumbnails.load(folder, count) if manifest.get("thumbnails") else None,
+            cell_vectors=memory_map(CELLS, manifest.get("cells", 0)),
+        )
 
 
 def unit(projections: NDArray[np.float16]) -> Vectors:
@@ -268,10 +270,3 @@ def unit(projections: NDArray[np.float16]) -> Vectors:
     vectors = projections.astype(np.float32)
     vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     return vectors
-
-
-def _selector(keep: Mask) -> Any:
-    import faiss
-
-    selector: Any = faiss.IDSelectorBitmap  # whose Python side takes the bits alone
-    return selector(np.packbits(keep, bitorder="little"))

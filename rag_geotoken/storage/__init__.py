@@ -1,1 +1,1 @@
-"""This room keeps things: files, Parquet tables, weights, folders of models, recipes."""
+"""This package keeps files, Parquet tables, weights, model folders and recipes, and shares work between threads."""

@@ -1,4 +1,4 @@
-"""Files written here appear whole or not at all."""
+"""These functions write files that appear whole or not at all, and read and check them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import secrets
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,10 @@ from rag_geotoken.errors import GeoError
 
 
 def write_whole(path: Path | str, write: Callable[[Path], object]) -> None:
-    """Call `write` with a hidden sibling of `path`, then put that file in the place of `path` in one step.
+    """Call `write` with a hidden sibling of `path`, then replace `path` by that file in one step.
 
-    Missing folders are made. Whatever goes wrong, `path` stays as it was and the sibling is removed.
-
-    Raises:
-        GeoError: the folder cannot be made or written.
+    Missing folders are made. Whatever goes wrong, `path` stays as it was and the sibling is removed. Raises GeoError
+    when the folder cannot be made or written.
     """
     path = Path(path)
     # The ending is kept, since some writers choose the format by it.
@@ -42,29 +41,23 @@ def write_whole(path: Path | str, write: Callable[[Path], object]) -> None:
 
 
 def check_writable(folder: Path | str) -> None:
-    """Make a folder where it is missing and try to write in it: better now than after the work.
-
-    Raises:
-        GeoError: the folder cannot be made or written.
-    """
-    probe = Path(folder) / f".{secrets.token_hex(4)}"
+    """Make a folder where it is missing and try to write in it, so that an error (GeoError) comes before the work."""
     try:
-        probe.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise GeoError(f"cannot write into {folder}: {_reason(error)}; choose a folder that can be written") from error
-    remove(probe)
 
 
 def shipped(name: str) -> Path:
-    """Return a file or folder that travels with the package: inside it in a wheel, beside it in a checkout."""
+    """Return a file or folder that ships with the package: inside it in a wheel, beside it in a checkout."""
     package = Path(__file__).parents[1]
     inside = package / name
     return inside if inside.exists() else package.parent / name
 
 
 def cache_folder() -> Path:
-    """Return where things are kept that can be made again: ``$XDG_CACHE_HOME/rag-geotoken``, or in ``~/.cache``."""
+    """Return the folder of what can be made again: ``$XDG_CACHE_HOME/rag-geotoken``, or under ``~/.cache``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rag-geotoken"
 
 
@@ -92,11 +85,7 @@ def write_json(path: Path | str, obj: object) -> None:
 
 
 def read_json(path: Path | str) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        GeoError: the file is missing or is not JSON.
-    """
+    """Read a JSON file; GeoError when it is missing or is not JSON."""
     path = Path(path)
     try:
         return json.loads(path.read_bytes())
@@ -107,11 +96,7 @@ def read_json(path: Path | str) -> Any:
 
 
 def file_sha256(path: Path | str) -> str:
-    """Return the SHA-256 of a file, as 64 hexadecimal digits.
-
-    Raises:
-        GeoError: the file is missing or cannot be read.
-    """
+    """Return the SHA-256 of a file as 64 hexadecimal digits; GeoError when it cannot be read."""
     try:
         with Path(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

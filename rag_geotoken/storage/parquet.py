@@ -1,4 +1,4 @@
-"""Tables are kept as Parquet: the same rows give the same bytes, and a broken file is never read."""
+"""These functions write Parquet tables, the same rows as the same bytes, and read them, refusing a broken file."""
 
 from __future__ import annotations
 
@@ -23,35 +23,32 @@ ROW_GROUP = 65_536  # rows
 
 
 def write_table(path: Path | str, table: pa.Table) -> None:
-    """Write `table` as Parquet; the same table gives the same bytes."""
+    """Write a table as Parquet; the same table gives the same bytes."""
     write_tables(path, [table])
 
 
 def write_tables(path: Path | str, tables: Iterable[pa.Table]) -> int:
-    """Write tables of one schema below each other, no row group across two; return the number of rows."""
+    """Write tables of one schema below each other, no row group across two, and return the number of rows."""
     import pyarrow.parquet as pq
 
-    rows, rest = 0, iter(tables)
+    rest = iter(tables)
     first = next(rest)
     # A dictionary pays for words; for vectors it only costs time.
     words = [field.name for field in first.schema if str(field.type) in ("string", "large_string")]
 
     def write(beside: Path) -> None:
-        nonlocal rows
         with pq.ParquetWriter(beside, first.schema, compression="zstd", use_dictionary=words) as writer:
             for table in chain([first], rest):
                 writer.write_table(table.combine_chunks(), row_group_size=ROW_GROUP)
-                rows += table.num_rows
 
     write_whole(path, write)
-    return rows
+    return int(pq.read_metadata(path).num_rows)
 
 
 def read_table(path: Path | str, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read a Parquet table, or only some of its columns in the order given.
+    """Read a Parquet table, or some of its columns in the order given.
 
-    Raises:
-        GeoError: the file is missing or broken, or a column is not in it.
+    Raises GeoError when the file is missing or broken, or a column is not in it.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -59,19 +56,18 @@ def read_table(path: Path | str, columns: Sequence[str] | None = None) -> pa.Tab
     path = Path(path)
     try:
         with pq.ParquetFile(path) as file:
-            missing = [name for name in columns or () if name not in file.schema_arrow.names]
-            if missing:
+            if missing := [name for name in columns or () if name not in file.schema_arrow.names]:
                 raise GeoError(f"{path} has no column {', '.join(missing)}: delete it and run its stage again")
-            table = file.read(columns=None if columns is None else list(columns))
+            table = file.read(columns=columns)
+            return table if columns is None else table.select(columns)
     except FileNotFoundError as error:
         raise GeoError(f"there is no {path}: run the stage that writes it") from error
     except (pa.ArrowException, OSError) as error:
         raise GeoError(f"{path} is not a whole Parquet table: delete it and run its stage again") from error
-    return table if columns is None else table.select(list(columns))
 
 
 def table_sha256(table: pa.Table) -> str:
-    """Return the SHA-256 of a table's schema and rows, as 64 hexadecimal digits."""
+    """Return the SHA-256 of a table's schema and rows as 64 hexadecimal digits."""
     import pyarrow as pa
 
     sink = pa.BufferOutputStream()
@@ -81,7 +77,7 @@ def table_sha256(table: pa.Table) -> str:
 
 
 def fixed_list(array: NDArray[Any]) -> pa.FixedSizeListArray:
-    """Return vectors (N, D) or (N, D, E, ...) as a column of N nested lists of fixed size, without a copy."""
+    """Return numbers (N, D) or (N, D, E, ...) as a column of N nested lists of fixed size, without a copy."""
     import pyarrow as pa
 
     if array.ndim < 2 or 0 in array.shape[1:]:
@@ -95,10 +91,7 @@ def fixed_list(array: NDArray[Any]) -> pa.FixedSizeListArray:
 def to_numpy(column: pa.ChunkedArray | pa.Array) -> NDArray[Any]:
     """Return the array (N, D, ...) behind a column of `fixed_list`, or (N,) behind a plain one.
 
-    A view that cannot be written where the column is one chunk of numbers, else a copy.
-
-    Raises:
-        GeoError: a vector is missing.
+    A read-only view where the column is one chunk of numbers, else a copy. Raises GeoError when a vector is missing.
     """
     import pyarrow as pa
 
@@ -115,7 +108,10 @@ def to_numpy(column: pa.ChunkedArray | pa.Array) -> NDArray[Any]:
 
 
 def spread(values: NDArray[Any], mask: NDArray[np.bool_], fill: float | None = None) -> NDArray[Any]:
-    """Spread values (L, ...) over the L true places of a mask (N, M), elsewhere ``fill`` or the first value."""
+    """Return an array (N, M, ...) with values (L, ...) at the L true places of a mask (N, M).
+
+    The other places are ``fill`` or the first value.
+    """
     if mask.all():
         return values.reshape(*mask.shape, *values.shape[1:])
     whole = np.full((*mask.shape, *values.shape[1:]), values[0] if fill is None else fill, values.dtype)
@@ -124,7 +120,7 @@ def spread(values: NDArray[Any], mask: NDArray[np.bool_], fill: float | None = N
 
 
 def pad_lists(lists: pa.ChunkedArray, fill: float = np.nan) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-    """Pad a column of N lists of numbers to (N, M), M at least 1, with ``fill``, and say where values are (N, M)."""
+    """Return N lists of numbers as an array (N, M) padded with ``fill``, and the mask of their places; M at least 1."""
     import pyarrow.compute as pc
 
     lengths = pc.list_value_length(lists).to_numpy()
@@ -133,11 +129,11 @@ def pad_lists(lists: pa.ChunkedArray, fill: float = np.nan) -> tuple[NDArray[Any
 
 
 def versions(*more: str) -> dict[str, str]:
-    """Return the versions of Python and of the libraries that results depend on, found without importing them."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python, of the libraries that results depend on and of more, without importing them."""
+    installed = {"python": platform.python_version()}
     for library in ("numpy", "torch", "transformers", "faiss-cpu", "pillow", "pyarrow", *more):
         try:
-            found[library] = importlib.metadata.version(library)
+            installed[library] = importlib.metadata.version(library)
         except importlib.metadata.PackageNotFoundError:
-            found[library] = "not installed"
-    return found
+            installed[library] = "not installed"
+    return installed

@@ -1,4 +1,4 @@
-"""All long work shows one kind of progress bar."""
+"""This module shows the progress of all long work."""
 
 from __future__ import annotations
 
@@ -12,41 +12,32 @@ LINE_EVERY = 10.0  # seconds
 
 @contextmanager
 def progress_bar(total: int, description: str) -> Iterator[Callable[[int], None]]:
-    """Yield `advance(n)`, which says how many more of `total` are done.
+    """Yield `advance(n)`, which reports that n more of `total` are done, on standard error.
 
-    A bar with the time left on a terminal; elsewhere a plain line at most every ten seconds. All on standard error.
+    A terminal shows a bar with the time left; elsewhere a plain line appears at most every ten seconds.
     """
-    if sys.stderr.isatty():
-        yield from _bar(total, description)
-    else:
+    if not sys.stderr.isatty():
         yield _lines(total, description)
-
-
-def _bar(total: int, description: str) -> Iterator[Callable[[int], None]]:
+        return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    name, left = TextColumn("{task.description}", markup=False), TimeRemainingColumn(elapsed_when_finished=True)
+    with Progress(name, BarColumn(), MofNCompleteColumn(), left, console=Console(stderr=True)) as progress:
         task = progress.add_task(description, total=total)
         yield lambda n: progress.advance(task, n)
 
 
 def _lines(total: int, description: str) -> Callable[[int], None]:
     done, begun = 0, time.monotonic()
-    said = begun
+    printed = begun
 
     def advance(n: int) -> None:
-        nonlocal done, said
+        nonlocal done, printed
         done += n
         now = time.monotonic()
-        if now - said >= LINE_EVERY:
-            said = now
+        if now - printed >= LINE_EVERY:
+            printed = now
             left = (now - begun) * (total - done) / max(done, 1)
             print(f"{description}: {done} of {total}, about {left:.0f} s left", file=sys.stderr, flush=True)
 

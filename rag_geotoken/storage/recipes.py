@@ -1,4 +1,4 @@
-"""Recipes are TOML files that say what to index or how to train."""
+"""These functions read recipes: TOML files that say what to index or how to train."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rag_geotoken.storage.files import shipped
 
 
 def index_source(text: str) -> str:
-    """Return a source as it is, or that of a recipe file ``NAME.toml`` with ``source = "SCHEME:REST"``."""
+    """Return a source as it is, or the ``source`` of a recipe file ``NAME.toml``; GeoError where it has none."""
     if not text.endswith(".toml"):
         return text
     source = read_recipe(Path(text)).get("source")
@@ -21,12 +21,12 @@ def index_source(text: str) -> str:
 
 
 def training_recipe(path: Path | None, name: str = "earth") -> dict[str, Any]:
-    """Return the settings of a training recipe: a file, or else what ships, ``earth`` or ``g3``."""
+    """Return the settings of a training recipe: a file, or without one what ships, ``earth`` or ``g3``."""
     return read_recipe(path or shipped(f"training/{name}.toml"))
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Read a TOML file, or raise GeoError when it is missing or broken."""
+    """Read a TOML file; GeoError when it is missing or broken."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:

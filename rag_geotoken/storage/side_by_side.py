@@ -1,4 +1,4 @@
-"""Parts of a batch are computed side by side, one a core, so that no thread waits for another at every layer."""
+"""This module computes parts of a batch in parallel, one per core, so that no thread waits for another at every layer."""
 
 from __future__ import annotations
 
@@ -24,13 +24,12 @@ def cores() -> int:
 
 
 def side_by_side(work: Callable[[Part], Result], parts: Sequence[Part], of: int = 0) -> Iterator[Result]:
-    """Yield what ``work`` makes of each part, in order; several parts are computed at a time.
+    """Yield what ``work`` returns for each part, in order; several parts are computed at a time.
 
-    Threads that share one product wait for each other after every layer, and beside a busy process for the one that
-    was put aside. Parts that follow from nothing but themselves need not: each has its share of PyTorch's threads.
-    of: how many parts there were before some were done; sums round differently by another number of threads, so the
-    rest has the share that it would have had. What ``work`` raises is raised here, once the parts begun have ended;
-    the others are not begun.
+    Threads that share one product wait for each other after every layer, and for one that a busy process interrupts;
+    independent parts do not, each with its share of PyTorch's threads. of: how many parts there were before some were
+    done; sums round differently with another number of threads, so the rest gets the share that it would have had.
+    What ``work`` raises is raised again once the parts begun have ended; the others are not begun.
     """
     workers = min(cores(), max(of, len(parts)))
     if workers <= 1:
@@ -38,19 +37,19 @@ def side_by_side(work: Callable[[Part], Result], parts: Sequence[Part], of: int 
         return
     threads, inference, grad = torch.get_num_threads(), torch.is_inference_mode_enabled(), torch.is_grad_enabled()
 
-    def alike(part: Part) -> Result:
+    def run(part: Part) -> Result:
         _worker.busy = True
-        _use(threads // workers)
+        _set_threads(threads // workers)
         with torch.inference_mode(inference), torch.set_grad_enabled(grad):
             return work(part)
 
-    begun = [_pool(workers).submit(alike, part) for part in parts]
+    futures = [_pool(workers).submit(run, part) for part in parts]
     try:
-        for future in begun:
+        for future in futures:
             yield future.result()
     finally:
-        wait([future for future in begun if not future.cancel()])
-        _use(threads)
+        wait([future for future in futures if not future.cancel()])
+        _set_threads(threads)
 
 
 @cache  # threads that stay keep what oneDNN has prepared for them
@@ -58,8 +57,8 @@ def _pool(workers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(workers, "side-by-side")
 
 
-def _use(threads: int) -> None:
-    """Let this thread's products be shared by so many threads; MKL's too, and those of threads to come."""
+def _set_threads(threads: int) -> None:
+    """Let this thread's products use so many threads; MKL's too, and those of threads started later."""
     torch.set_num_threads(threads)
     if faiss := sys.modules.get("faiss"):
         faiss.omp_set_num_threads(threads)

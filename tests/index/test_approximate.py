@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -41,16 +42,13 @@ def exact(tmp_path_factory: pytest.TempPathFactory, alignment: GeoAlignment, wei
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory, alignment: GeoAlignment, weights: Path) -> dict[str, Path]:
     """An index of each factory, from the same tables."""
-    first = tmp_path_factory.mktemp("first")
-    found = {}
-    for factory in FACTORIES:
-        found[factory] = tmp_path_factory.mktemp("index")
-        if factory != FACTORIES[0]:
-            shutil.copytree(first / "stages", found[factory] / "stages")
-        else:
-            found[factory] = first
-        make_index(found[factory], SOURCE, alignment, Plan(factory, recall=0.9))
-    return found
+    folders = {factory: tmp_path_factory.mktemp("index") for factory in FACTORIES}
+    first = folders[FACTORIES[0]]
+    for factory, folder in folders.items():
+        if folder != first:
+            shutil.copytree(first / "stages", folder / "stages")
+        make_index(folder, SOURCE, alignment, Plan(factory, recall=0.9))
+    return folders
 
 
 @pytest.fixture(scope="module", params=FACTORIES)
@@ -75,14 +73,19 @@ def ids(index: GeoIndex, rows: NDArray[np.int64]) -> list[list[str]]:
     return [index.rows["id"].take(row).to_pylist() for row in rows]
 
 
-def share(one: list[list[str]], other: list[list[str]]) -> float:
-    return float(np.mean([len(set(a) & set(b)) / len(b) for a, b in zip(one, other, strict=True)]))
+def with_authors(index: GeoIndex, names: list[str | None]) -> GeoIndex:
+    column = index.rows.column_names.index("author")
+    return replace(index, rows=index.rows.set_column(column, "author", pa.array(names, pa.string())))
+
+
+def overlap(ids: list[list[str]], expected: list[list[str]]) -> float:
+    return float(np.mean([len(set(a) & set(b)) / len(b) for a, b in zip(ids, expected, strict=True)]))
 
 
 def test_every_photo_is_there_once_with_its_embedding(index: GeoIndex, exact: GeoIndex) -> None:
     assert sorted(index.rows["id"].to_pylist()) == sorted(exact.rows["id"].to_pylist())
-    at = {name: row for row, name in enumerate(exact.rows["id"].to_pylist())}
-    same = np.array([at[name] for name in index.rows["id"].to_pylist()])
+    row_of = {name: row for row, name in enumerate(exact.rows["id"].to_pylist())}
+    same = np.array([row_of[name] for name in index.rows["id"].to_pylist()])
     assert index.rows.equals(exact.rows.take(same))
     np.testing.assert_allclose(index.vectors(np.arange(N)), exact.vectors(same), atol=2e-3)
     twice = index.vectors(np.array([[5, 3], [3, 0]]))
@@ -92,10 +95,10 @@ def test_every_photo_is_there_once_with_its_embedding(index: GeoIndex, exact: Ge
 def test_it_finds_what_an_exact_search_finds(index: GeoIndex, exact: GeoIndex, alignment: GeoAlignment) -> None:
     photo = queries(index, alignment)
     near, truth = index.search(photo, K, WEIGHTS), exact.search(photo, K, WEIGHTS)
-    assert share(ids(index, near.rows), ids(exact, truth.rows)) > 0.8
-    every = index.search(photo, K, WEIGHTS, exact=True)
-    assert share(ids(index, every.rows), ids(exact, truth.rows)) > 0.99
-    np.testing.assert_allclose(every.scores, truth.scores, atol=2e-3)
+    assert overlap(ids(index, near.rows), ids(exact, truth.rows)) > 0.8
+    compared = index.search(photo, K, WEIGHTS, exact=True)
+    assert overlap(ids(index, compared.rows), ids(exact, truth.rows)) > 0.99
+    np.testing.assert_allclose(compared.scores, truth.scores, atol=2e-3)
     # What the approximate search brings is compared by all three parts.
     parts = np.einsum("bpd,bkpd,p->bk", photo, index.vectors(near.rows), WEIGHTS)
     np.testing.assert_allclose(near.scores, parts, atol=1e-5)
@@ -104,10 +107,10 @@ def test_it_finds_what_an_exact_search_finds(index: GeoIndex, exact: GeoIndex, a
 
 def test_the_least_similar_are_exact(index: GeoIndex, exact: GeoIndex, alignment: GeoAlignment) -> None:
     photo = queries(index, alignment)
-    far, truth = (some.search(photo, K, WEIGHTS, dissimilar=True) for some in (index, exact))
-    assert share(ids(index, far.rows), ids(exact, truth.rows)) > 0.99
-    everything = exact.search(photo, N, WEIGHTS)
-    np.testing.assert_allclose(truth.scores, everything.scores[:, : -K - 1 : -1], atol=1e-5)
+    far, truth = (gallery.search(photo, K, WEIGHTS, dissimilar=True) for gallery in (index, exact))
+    assert overlap(ids(index, far.rows), ids(exact, truth.rows)) > 0.99
+    scores = exact.search(photo, N, WEIGHTS).scores
+    np.testing.assert_allclose(truth.scores, scores[:, : -K - 1 : -1], atol=1e-5)
 
 
 @pytest.mark.parametrize("few", [True, False])
@@ -121,29 +124,27 @@ def test_a_filter_comes_before_the_search(
     assert keep is not None and kept is not None and K < keep.sum() == kept.sum() < N / 2
     near, truth = index.search(photo, K, WEIGHTS, keep=keep), exact.search(photo, K, WEIGHTS, keep=kept)
     assert keep[near.rows].all() and kept[truth.rows].all()
-    assert share(ids(index, near.rows), ids(exact, truth.rows)) > (0.99 if few else 0.75)
+    assert overlap(ids(index, near.rows), ids(exact, truth.rows)) > (0.99 if few else 0.75)
     order = exact.search(photo, N, WEIGHTS).rows
-    expected = [row[kept[row]][:K].tolist() for row in order]
-    assert truth.rows.tolist() == expected
+    assert truth.rows.tolist() == [rows[kept[rows]][:K].tolist() for rows in order]
 
 
-def test_an_authors_photos_are_passed_over(index: GeoIndex, exact: GeoIndex, alignment: GeoAlignment) -> None:
-    """Also of one who took most of the gallery, so that hardly any of the nearest are another's."""
+def test_an_authors_photos_are_excluded(index: GeoIndex, exact: GeoIndex, alignment: GeoAlignment) -> None:
+    """One author took most of the gallery, so that hardly any of the nearest photos are another's."""
     photo = queries(index, alignment, 12)
     names = [None if i % 10 == 0 else "rare" if i % 10 == 1 else "most" for i in range(N)]
-    searched = [replace(some, rows=some.rows.set_column(5, "author", pa.array(names))) for some in (index, exact)]
+    galleries = [with_authors(gallery, names) for gallery in (index, exact)]
     authors = ["most", "rare", None, "unheard of"] * 3
-    for some in searched:
-        near = some.search(photo, K, WEIGHTS, authors=authors, exact=True)
-        order = some.search(photo, N, WEIGHTS, exact=True).rows
+    for gallery in galleries:
+        near = gallery.search(photo, K, WEIGHTS, authors=authors, exact=True)
+        order = gallery.search(photo, N, WEIGHTS, exact=True).rows
         for i, author in enumerate(authors):
             allowed = [row for row in order[i].tolist() if author is None or names[row] != author]
             assert near.rows[i].tolist() == allowed[:K]
-        np.testing.assert_array_equal(near.lat_lon, some.lat_lon[near.rows])
-    near = searched[0].search(photo, K, WEIGHTS, authors=authors)
-    assert not any(
-        names[row] == author for rows, author in zip(near.rows, authors, strict=True) if author for row in rows
-    )
+        np.testing.assert_array_equal(near.lat_lon, gallery.lat_lon[near.rows])
+    near = galleries[0].search(photo, K, WEIGHTS, authors=authors)
+    for rows, author in zip(near.rows, authors, strict=True):
+        assert author is None or author not in [names[row] for row in rows]
 
 
 def test_a_photo_never_finds_itself(index: GeoIndex) -> None:
@@ -191,9 +192,9 @@ def test_few_photos_left_of_many_are_searched_approximately_too(copy: Path, alig
     assert manifest["factory"] == "IVF128,SQfp16" and manifest["recall@20"] >= 0.9
 
 
-@pytest.mark.parametrize("name", ["projections.npy", "cells.npy"])
+@pytest.mark.parametrize("name", ["index.faiss", "rows.parquet", "projections.npy", "cells.npy"])
 @pytest.mark.parametrize("harm", ["cut", "changed", "missing"])
-def test_broken_vectors_are_named(copy: Path, name: str, harm: str, one_line: OneLine) -> None:
+def test_truncated_changed_and_missing_files_are_named(copy: Path, name: str, harm: str, one_line: OneLine) -> None:
     path = copy / name
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
@@ -286,11 +287,13 @@ def test_recall_counts_the_true_rows() -> None:
 def test_held_out_photos_are_not_in_the_index_while_it_is_measured(
     copy: Path, alignment: GeoAlignment, weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes = []
-    measure = indexing._measure
-    monkeypatch.setattr(
-        indexing, "_measure", lambda index, *rest: (sizes.append(index.ntotal), measure(index, *rest))[1]
-    )
+    sizes, measure = list[int](), indexing._measure
+
+    def measured(index: Any, *args: Any, **options: Any) -> dict[str, Any]:
+        sizes.append(index.ntotal)
+        return measure(index, *args, **options)
+
+    monkeypatch.setattr(indexing, "_measure", measured)
     make_index(copy, SOURCE, alignment, Plan("IVF8,SQfp16"))
     assert sizes == [N - N // 10]
 
@@ -307,9 +310,7 @@ def test_a_region_is_widened_to_the_nearest_photos(exact: GeoIndex) -> None:
 
 
 def test_an_author_is_left_out(exact: GeoIndex) -> None:
-    authors = ["Ada" if row % 3 else None for row in range(N)]
-    at = exact.rows.column_names.index("author")
-    rows = exact.rows.set_column(at, "author", pa.array(authors, pa.string()))
-    keep = replace(exact, rows=rows).mask(not_author="Ada")
+    gallery = with_authors(exact, ["Ada" if row % 3 else None for row in range(N)])
+    keep = gallery.mask(not_author="Ada")
     assert keep is not None and np.flatnonzero(keep).tolist() == list(range(0, N, 3))
-    assert replace(exact, rows=rows).mask(not_author="Bob") is None
+    assert gallery.mask(not_author="Bob") is None

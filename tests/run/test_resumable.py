@@ -1,4 +1,4 @@
-"""Stage tables: whole files, resuming to the same bytes, one clear line for what is broken."""
+"""Stage tables are whole files, resume to the same bytes, and name in one line what is broken."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ RECIPE = {"encoder": "tiny", "seed": 7}
 
 
 def rows(at: slice) -> pa.Table:
-    """Two rows a photo, so that rows and photos differ in number."""
+    """Make two rows a photo, so that rows and photos differ in number."""
     position = np.repeat(np.arange(at.start, at.stop), 2)
     vectors = np.sin(np.arange(6) + position[:, None]).astype(np.float32)
     return pa.table({"id": [KEYS[i] for i in position], "image": tables.fixed_list(vectors)})
 
 
 class Worker:
-    """Counts its calls and stops at a given one, as a killed run would."""
+    """Work that records its blocks and stops at a given one, as a killed run would."""
 
     def __init__(self, stop_at: int | None = None) -> None:
         self.stop_at = stop_at
-        self.seen: list[tuple[int, int]] = []
+        self.blocks: list[tuple[int, int]] = []
 
     def __call__(self, at: slice) -> pa.Table:
-        if len(self.seen) == self.stop_at:
+        if len(self.blocks) == self.stop_at:
             raise KeyboardInterrupt
-        self.seen.append((at.start, at.stop))
+        self.blocks.append((at.start, at.stop))
         return rows(at)
 
 
@@ -57,7 +57,7 @@ def make(folder: Path, source: Path, work: Worker, **change: object) -> Path:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """Every file's bytes, and manifests without how long it took."""
+    """Every file's bytes, and manifests without their seconds."""
     return {path.name: timeless(path) if path.suffix == ".json" else path.read_bytes() for path in folder.iterdir()}
 
 
@@ -74,14 +74,15 @@ def test_vectors_survive_parquet(tmp_path: Path, shape: tuple[int, ...], dtype: 
     array: NDArray[Any] = (np.random.default_rng(0).normal(size=shape) * 100).astype(dtype)
     path = tmp_path / "a.parquet"
     tables.write_table(path, pa.table({"image": tables.fixed_list(array), "n": np.arange(len(array))}))
-    back = tables.read_table(path)
-    read = tables.to_numpy(back["image"])
-    assert read.dtype == dtype and read.shape == shape
-    np.testing.assert_array_equal(read, array)
-    np.testing.assert_array_equal(tables.to_numpy(back["n"]), np.arange(len(array)))
-    np.testing.assert_array_equal(tables.to_numpy(back.slice(2)["image"]), array[2:])
-    twice = pa.concat_tables([back, back])["image"]
-    np.testing.assert_array_equal(tables.to_numpy(twice), np.concatenate([array, array]))
+    table = tables.read_table(path)
+    twice = pa.concat_tables([table, table])["image"], np.concatenate([array, array])
+    for column, expected in (
+        (table["image"], array),
+        (table["n"], np.arange(len(array))),
+        (table.slice(2)["image"], array[2:]),
+        twice,
+    ):
+        np.testing.assert_array_equal(tables.to_numpy(column), expected, strict=True)
 
 
 def test_vectors_are_not_copied() -> None:
@@ -129,9 +130,9 @@ def test_missing_and_broken_tables_give_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("alone", [True, False])
 def test_a_stage_gives_its_rows_and_a_manifest(tmp_path: Path, source: Path, alone: bool) -> None:
-    work, told = Worker(), list[int]()
-    path = make(tmp_path / "run", source, work, progress=told.append, alone=alone)
-    assert sorted(work.seen) == [(0, 3), (3, 6), (6, 9), (9, 10)] and told == [3, 3, 3, 1]
+    work, reported = Worker(), list[int]()
+    path = make(tmp_path / "run", source, work, progress=reported.append, alone=alone)
+    assert sorted(work.blocks) == [(0, 3), (3, 6), (6, 9), (9, 10)] and reported == [3, 3, 3, 1]
     assert tables.read_table(path).equals(rows(slice(0, 10)))
     assert sorted(contents(path.parent)) == ["encode.json", "encode.parquet"]
     manifest = files.read_json(path.with_suffix(".json"))
@@ -142,12 +143,12 @@ def test_a_stage_gives_its_rows_and_a_manifest(tmp_path: Path, source: Path, alo
     assert str(tmp_path) not in path.with_suffix(".json").read_text()
 
 
-def test_asked_again_a_stage_does_nothing(tmp_path: Path, source: Path) -> None:
+def test_a_finished_stage_does_nothing(tmp_path: Path, source: Path) -> None:
     path = make(tmp_path / "run", source, Worker())
-    before, told = path.stat(), list[int]()
+    before, reported = path.stat(), list[int]()
     work = Worker()
-    assert make(tmp_path / "run", source, work, progress=told.append) == path
-    assert work.seen == [] and sum(told) == len(KEYS) and path.stat() == before
+    assert make(tmp_path / "run", source, work, progress=reported.append) == path
+    assert work.blocks == [] and sum(reported) == len(KEYS) and path.stat() == before
 
 
 @pytest.mark.parametrize(
@@ -157,7 +158,7 @@ def test_another_recipe_keys_or_block_makes_it_anew(tmp_path: Path, source: Path
     make(tmp_path / "run", source, Worker())
     work = Worker()
     make(tmp_path / "run", source, work, **change)
-    assert len(work.seen) >= 3
+    assert len(work.blocks) >= 3
 
 
 def test_another_input_or_a_damaged_table_makes_it_anew(tmp_path: Path, source: Path) -> None:
@@ -170,7 +171,7 @@ def test_another_input_or_a_damaged_table_makes_it_anew(tmp_path: Path, source: 
     tables.write_table(source, pa.table({"id": [*KEYS, "more"]}))
     work = Worker()
     make(tmp_path / "run", source, work)
-    assert len(work.seen) == 4
+    assert len(work.blocks) == 4
 
 
 @pytest.mark.parametrize("stop_at", [0, 1, 3])
@@ -179,9 +180,9 @@ def test_stopped_and_resumed_gives_the_same_bytes(tmp_path: Path, source: Path, 
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path / "run", source, Worker(stop_at))
     assert not (tmp_path / "run" / "encode.parquet").exists()
-    work, told = Worker(), list[int]()
-    make(tmp_path / "run", source, work, progress=told.append)
-    assert len(work.seen) == 4 - stop_at and sum(told) == len(KEYS)
+    work, reported = Worker(), list[int]()
+    make(tmp_path / "run", source, work, progress=reported.append)
+    assert len(work.blocks) == 4 - stop_at and sum(reported) == len(KEYS)
     assert contents(tmp_path / "run") == contents(tmp_path / "through")
 
 
@@ -198,7 +199,7 @@ def test_stopped_between_table_and_manifest(tmp_path: Path, source: Path, monkey
         make(tmp_path / "run", source, Worker())
     work = Worker()
     make(tmp_path / "run", source, work)
-    assert work.seen == [] and contents(tmp_path / "run") == contents(tmp_path / "through")
+    assert work.blocks == [] and contents(tmp_path / "run") == contents(tmp_path / "through")
 
 
 def test_broken_parts_are_made_again_and_strange_ones_removed(tmp_path: Path, source: Path) -> None:
@@ -211,7 +212,7 @@ def test_broken_parts_are_made_again_and_strange_ones_removed(tmp_path: Path, so
     parts[0].write_bytes(parts[0].read_bytes()[:-9])
     work = Worker()
     make(tmp_path / "run", source, work)
-    assert work.seen == [(0, 3), (6, 9), (9, 10)]
+    assert work.blocks == [(0, 3), (6, 9), (9, 10)]
     assert contents(tmp_path / "run") == contents(tmp_path / "through")
 
 
@@ -233,7 +234,7 @@ def test_killed_outright_and_resumed_gives_the_same_bytes(tmp_path: Path, source
     assert killed.returncode == -signal.SIGKILL
     work = Worker()
     make(tmp_path / "run", source, work)
-    assert work.seen == [(6, 9), (9, 10)] and contents(tmp_path / "run") == contents(tmp_path / "through")
+    assert work.blocks == [(6, 9), (9, 10)] and contents(tmp_path / "run") == contents(tmp_path / "through")
 
 
 def test_seconds_are_those_of_the_work_whenever_it_was_done(
@@ -243,12 +244,11 @@ def test_seconds_are_those_of_the_work_whenever_it_was_done(
     monkeypatch.setattr("rag_geotoken.run.resumable.time.perf_counter", lambda: now[0])
 
     class Slow(Worker):
-        """A block takes two seconds."""
+        """Work whose block takes two seconds."""
 
         def __call__(self, at: slice) -> pa.Table:
-            made = super().__call__(at)
             now[0] += 2.0
-            return made
+            return super().__call__(at)
 
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path / "run", source, Slow(3))
@@ -256,8 +256,7 @@ def test_seconds_are_those_of_the_work_whenever_it_was_done(
     path = make(tmp_path / "run", source, Slow())
     assert files.read_json(path.with_suffix(".json"))["seconds"] == 8.0
     before = path.with_suffix(".json").read_bytes()
-    make(tmp_path / "run", source, Slow())
-    assert path.with_suffix(".json").read_bytes() == before
+    assert make(tmp_path / "run", source, Slow()).with_suffix(".json").read_bytes() == before
 
 
 def test_no_keys_and_missing_inputs(tmp_path: Path, source: Path) -> None:
@@ -299,5 +298,5 @@ def test_a_terminal_gets_a_bar_and_errors_pass_through(
     with pytest.raises(GeoError, match="stop"), progress.progress_bar(2, "encode [b]") as advance:
         advance(1)
         raise GeoError("stop")
-    said = capsys.readouterr()
-    assert said.out == "" and "encode [b]" in said.err and "1/2" in said.err
+    out, err = capsys.readouterr()
+    assert out == "" and "encode [b]" in err and "1/2" in err

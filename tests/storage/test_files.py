@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, and say in one line what is wrong."""
+"""Files appear whole or not at all, and errors say in one line what is wrong."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from tiny import OneLine
 
 from rag_geotoken.errors import GeoError
 from rag_geotoken.storage import files
@@ -29,13 +30,10 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     assert contents(path.parent) == {"a.txt": b"old"}
 
 
-def test_a_folder_that_cannot_be_made_gives_one_line(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_gives_one_line(tmp_path: Path, one_line: OneLine) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(
-        GeoError, match=r"cannot write .*x\.json: a file stands where a folder is needed; choose"
-    ) as error:
+    with one_line(r"cannot write .*x\.json: a file stands where a folder is needed; choose"):
         files.write_json(tmp_path / "file" / "x.json", {})
-    assert "\n" not in str(error.value)
     (tmp_path / "taken").mkdir()
     with pytest.raises(GeoError, match="cannot write"):
         files.write_text(tmp_path / "taken", "text")
@@ -76,8 +74,8 @@ def test_json_round_trip_and_its_errors(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
-    left, other = tmp_path / ".a+b.0123abcd.json", tmp_path / ".a.0123abcd.json"
-    left.write_text("half")
-    other.write_text("another file's")
+    stray, foreign = tmp_path / ".a+b.0123abcd.json", tmp_path / ".a.0123abcd.json"
+    stray.write_text("half")
+    foreign.write_text("another file's")
     files.write_json(tmp_path / "a+b.json", {})
-    assert not left.exists() and other.exists()
+    assert not stray.exists() and foreign.exists()

@@ -1,4 +1,4 @@
-"""Recipes: those that ship fit what reads them, broken ones are named."""
+"""Recipes that ship fit what reads them, and errors name broken ones."""
 
 from __future__ import annotations
 
@@ -56,19 +56,13 @@ def test_a_training_recipe_of_ones_own(tmp_path: Path) -> None:
     [b"source = ", b"source = 'a'\nsource = 'b'", b"\xff\xfe", b"source = " + b"[" * 100_000],
     ids=["cut", "twice", "bytes", "deep"],
 )
-def test_broken_recipes_are_named(content: bytes, tmp_path: Path, one_line: OneLine) -> None:
+def test_broken_and_missing_recipes_are_named(content: bytes, tmp_path: Path, one_line: OneLine) -> None:
     path = tmp_path / "mine.toml"
     path.write_bytes(content)
-    for read in (read_recipe, training_recipe):
-        with one_line("cannot read the recipe .*mine.toml"):
-            read(path)
-    with one_line("cannot read the recipe .*mine.toml"):
-        index_source(str(path))
-
-
-def test_a_missing_recipe_is_named(tmp_path: Path, one_line: OneLine) -> None:
-    with one_line("cannot read the recipe .*none.toml"):
-        index_source(str(tmp_path / "none.toml"))
+    for read in (read_recipe, training_recipe, lambda path: index_source(str(path))):
+        for name in (path, tmp_path / "none.toml"):
+            with one_line(f"cannot read the recipe .*{name.name}"):
+                read(name)
     with one_line("cannot read the recipe"):
         read_recipe(tmp_path)
 

@@ -1,4 +1,4 @@
-"""Parts side by side: in order, each with its share of the threads, and nothing begun after a failure."""
+"""Parts are computed side by side in order, each with its share of the threads, and none after a failure."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def test_results_come_in_order_from_several_threads() -> None:
 
 
 def test_a_part_alone_keeps_all_threads() -> None:
-    here = threading.get_ident()
-    assert list(side_by_side(lambda part: (threading.get_ident(), torch.get_num_threads()), [0])) == [(here, 2)]
+    thread = threading.get_ident()
+    assert list(side_by_side(lambda part: (threading.get_ident(), torch.get_num_threads()), [0])) == [(thread, 2)]
     assert list(side_by_side(str, [])) == []
 
 
@@ -44,7 +44,7 @@ def test_inside_a_part_nothing_is_divided_again() -> None:
     def work(part: int) -> list[int]:
         return list(side_by_side(lambda _: threading.get_ident(), range(4)))
 
-    assert all(len(set(found)) == 1 for found in side_by_side(work, range(3)))
+    assert all(len(set(threads)) == 1 for threads in side_by_side(work, range(3)))
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -55,9 +55,9 @@ def test_a_part_knows_what_the_caller_knows_of_gradients(grad: bool) -> None:
         return weight * part
 
     with torch.set_grad_enabled(grad):
-        assert all(found.requires_grad == grad for found in side_by_side(work, range(4)))
+        assert all(product.requires_grad == grad for product in side_by_side(work, range(4)))
     with torch.inference_mode():
-        assert all(found.is_inference() for found in side_by_side(work, range(4)))
+        assert all(product.is_inference() for product in side_by_side(work, range(4)))
 
 
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])

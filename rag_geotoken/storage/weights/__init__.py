@@ -1,4 +1,4 @@
-"""Weights are JSON beside safetensors; the trained ones that travel with the package lie here too."""
+"""This package ships trained weights and reads and writes such files: JSON beside safetensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EARTH = Path(__file__).parent / "earth"
 
 
 class Pretrained(nn.Module):
-    """Such a model lies in a folder as ``FILE.json``, which holds its ``config``, and ``FILE.safetensors``."""
+    """This class is a model that a folder keeps as ``FILE.json``, its ``config``, and ``FILE.safetensors``."""
 
     file: ClassVar[str]
     config_type: ClassVar[type[Any]]
@@ -25,7 +25,7 @@ class Pretrained(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """Read both files of a folder, in evaluation mode.
+        """Read both files of a folder into a model in evaluation mode.
 
         Raises GeoError when a file is missing or broken, or when its tensors are not the model's.
         """
@@ -38,16 +38,16 @@ class Pretrained(nn.Module):
         try:
             config = cls.config_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
             with torch.random.fork_rng(devices=[]):
-                built = cls(config)
+                model = cls(config)
             tensors = load_file(path)
-            built.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
+            model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
         except (OSError, SafetensorError, RuntimeError, TypeError, ValueError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise GeoError(f"{path.name} in {folder.name} cannot be used as {cls.__name__} weights: {reason}") from None
-        return built.eval()
+        return model.eval()
 
     def save_pretrained(self, folder: str | Path, half: bool = False) -> None:
-        """Write both files: parameters in half precision if asked, buffers as they are."""
+        """Write both files, the parameters in half precision if ``half``, the buffers as they are."""
         from safetensors.torch import save
 
         parameters = {key for key, _ in self.named_parameters()} if half else set()
