@@ -60,7 +60,7 @@ def inverted_lists(rows: int) -> int:
 
 
 def sample_size(factory: str, rows: int, dim: int) -> int:
-    """Return how many vectors to train on: 40 per list (FAISS asks for 39), at least 65,536, within ``SAMPLE_BYTES``."""
+    """Return how many vectors to train on: 40 a list (FAISS asks for 39), at least 65,536, within ``SAMPLE_BYTES``."""
     if factory.startswith("HNSW"):
         return min(rows, 1000)  # half precision learns nothing, but wants to be trained
     lists = int(factory.split("IVF")[1].split(",")[0].split("_")[0]) if "IVF" in factory else 0

@@ -1,4 +1,4 @@
-"""This module computes parts of a batch in parallel, one per core, so that no thread waits for another at every layer."""
+"""This module computes parts of a batch in parallel, one per core, so that threads need not wait for each other."""
 
 from __future__ import annotations
 
