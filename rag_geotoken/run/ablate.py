@@ -40,7 +40,7 @@ Runs = list[tuple[RunFolder, Made]]  # one for each split, whose name is the fol
 VERSION = 1  # of the contents of metrics.json
 MENDED_KM = 200  # a photo is mended where its answer comes within so many km, broken where it leaves them
 SHOWN = 8  # photos in the report
-# The options that only the decision depends on, at their defaults: variants that differ in no other share tables.
+# The options that only the decision depends on, at their defaults: variants that differ in these alone share tables.
 DECISION = {name: getattr(Options, name) for name in (*DECIDING, *ASKING)}
 
 
