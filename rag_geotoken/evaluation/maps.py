@@ -94,18 +94,18 @@ def _marks(example: Mapping[str, Any]) -> list[dict[str, Any]]:
     heaviest = candidates[-1]["weight"] if candidates else 0.0
     marks: list[dict[str, Any]] = []
 
-    def add(kind: str, title: str, lat: float, lon: float, opacity: float = 1.0) -> None:
-        x, y = _world_xy(lat, lon)
+    def add(kind: str, title: str, place: tuple[float, float], opacity: float = 1.0) -> None:
+        (lat, lon), (x, y) = place, _world_xy(*place)
         marks.append({"kind": kind, "lat": lat, "lon": lon, "x": x, "y": y, "title": title, "opacity": opacity})
 
     for c in candidates:
         opacity = 0.5 + 0.5 * c["weight"] / heaviest if heaviest > 0 else 1.0
-        add("candidate", f"candidate ({c['source']}), weight {c['weight']:.3f}", c["lat"], c["lon"], opacity)
+        add("candidate", f"candidate ({c['source']}), weight {c['weight']:.3f}", (c["lat"], c["lon"]), opacity=opacity)
     for rank, n in enumerate(example["neighbors"], 1):
-        add("neighbor", f"neighbor {rank}, {format_km(n['km'])} from the truth", n["lat"], n["lon"])
+        add("neighbor", f"neighbor {rank}, {format_km(n['km'])} from the truth", (n["lat"], n["lon"]))
     if math.isfinite(example["km"]):
-        add("answer", f"the answer, {format_km(example['km'])} off", *example["answer"])
-    add("truth", "the truth", *example["true"])
+        add("answer", f"the answer, {format_km(example['km'])} off", example["answer"])
+    add("truth", "the truth", example["true"])
     return marks
 
 

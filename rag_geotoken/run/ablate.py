@@ -46,7 +46,7 @@ Runs = list[tuple[RunFolder, Made]]  # one for each split, whose name is the fol
 
 VERSION = 1  # of the contents of metrics.json
 SHOWN = 8  # photos in the report
-# The options that only the decision depends on, at their defaults: variants that differ in no other share tables.
+# The options that only the decision depends on, at their defaults: variants that differ in these alone share tables.
 DECISION = {name: getattr(Options, name) for name in (*DECIDING, *ASKING)}
 
 
