@@ -380,7 +380,7 @@ def test_a_hub_that_says_nothing(name: str, hub: Path, monkeypatch: pytest.Monke
         start = time.monotonic()
         with one_line("someone/[a-z]+ is not on this machine and could not be downloaded .*hf download someone/"):
             load_backbone(name)
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 8  # imports among it; the hub alone would be waited for for ten seconds
 
 
 class _Hub(BaseHTTPRequestHandler):
