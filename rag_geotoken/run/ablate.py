@@ -103,7 +103,8 @@ def walk_variants(run: RunFolder, variants: list[Variant]) -> Made:
     groups, made = defaultdict[tuple[Options, bool, bool], list[Variant]](list), Made()
     for variant in variants:
         options = variant.options
-        groups[replace(options, **DECISION), options.visual, options.diverse].append(variant)
+        own = DECISION | ({"picture_size": options.picture_size} if options.diverse else {})  # asked before the pool
+        groups[replace(options, **own), options.visual, options.diverse].append(variant)
     for (common, visual, diverse), group in groups.items():
         verify = {name for variant in group for name in variant.options.verify if name != "mllm"}
         verify |= {"visual"} if visual else set()

@@ -368,7 +368,7 @@ class _Silent(BaseHTTPRequestHandler):
     """Takes a request, and hangs up after three seconds."""
 
     def do_GET(self) -> None:
-        time.sleep(3)
+        time.sleep(12)
 
     do_HEAD = do_GET
 

@@ -7,12 +7,14 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from tiny import OPTIONS, OneLine
 
 from rag_geotoken.cli.app import main
@@ -108,6 +110,23 @@ def folder_of(run: Path, models: Models, client: Client, resume: bool = False) -
 def rows(run: Path, name: str = VERDICTS) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = read_table(run / f"{name}.parquet").to_pylist()
     return found
+
+
+def test_variants_that_ask_for_places_of_the_models_own_differ_by_the_size_of_the_picture(
+    run: Path, geolocator: Geolocator, client: Client
+) -> None:
+    options = replace(OPTIONS, verify=(), mllm_mode="diversify", answers=1)
+    variants = [Variant(str(size), replace(options, picture_size=size)) for size in (32, 64)]
+    watched = Watched(client)
+    made = walk_variants(folder_of(run, geolocator, watched), variants)
+    assert made["32"]["verdicts-mllm-diversify"] != made["64"]["verdicts-mllm-diversify"]
+    sizes = {
+        max(Image.open(BytesIO(part)).size)
+        for request in watched.seen
+        for part in request.parts
+        if isinstance(part, bytes)
+    }
+    assert sizes == {32, 64}
 
 
 def test_a_line_a_photo_with_its_scores_and_cost(run: Path, geolocator: Geolocator, client: Client) -> None:
