@@ -9,8 +9,9 @@ import bench_cells as bench
 import numpy as np
 import pytest
 import s2sphere  # type: ignore[import-untyped, unused-ignore]
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import repeatable
 
 from rag_geotoken.errors import GeoError
 from rag_geotoken.geo import cells
@@ -23,7 +24,6 @@ latitudes = st.floats(-90, 90)
 longitudes = st.floats(-180, 180)
 levels = st.integers(0, 30)
 groups = st.integers(1, 7)
-repeatable = settings(derandomize=True, deadline=None, max_examples=200, database=None)
 
 
 def leaf(lat: float, lon: float) -> Any:

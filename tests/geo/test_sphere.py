@@ -8,8 +8,9 @@ from typing import Any
 import geopy.distance  # type: ignore[import-untyped, unused-ignore]
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import repeatable
 
 from rag_geotoken.errors import GeoError
 from rag_geotoken.geo.sphere import (
@@ -28,7 +29,6 @@ pytestmark = pytest.mark.filterwarnings("error")
 METER = 1e-3
 HALF_ROUND = EARTH_RADIUS_KM * math.pi
 points = st.tuples(st.floats(-90, 90), st.floats(-180, 180))
-repeatable = settings(derandomize=True, deadline=None, max_examples=200, database=None)
 
 
 def some_points(n: int, seed: int = 0) -> tuple[Any, Any]:
