@@ -92,8 +92,8 @@ class Plain:
         start = model.start_token_embedding.expand(n, 1, -1)
         states = torch.cat([start, model.embedding(tokens + model.offsets[:t])], dim=1) + model.positions[: t + 1]
         mask = nn.Transformer.generate_square_subsequent_mask(t + 1, memory.device, memory.dtype)
-        heard = self.decoder(states.transpose(0, 1), memory, tgt_mask=mask, tgt_is_causal=True)
-        logits: Tensor = model.output_layers[t](heard[-1])
+        decoded = self.decoder(states.transpose(0, 1), memory, tgt_mask=mask, tgt_is_causal=True)
+        logits: Tensor = model.output_layers[t](decoded[-1])
         return logits.float()
 
     @torch.inference_mode()

@@ -76,12 +76,12 @@ def timed(task: str, policy: dict[str, str], index: Path, busy: bool) -> float:
     neighbor = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
     try:
         command = [sys.executable, __file__, "--task", task, "--index", str(index)]
-        told = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+        output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
     finally:
         if neighbor:
             neighbor.kill()
             neighbor.wait()
-    return float(told.split()[-1])
+    return float(output.split()[-1])
 
 
 def ratio(seconds: list[float], of: list[float]) -> float:

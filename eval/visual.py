@@ -170,12 +170,12 @@ def _quality(matches: Places, away: NDArray[np.float64], truth: NDArray[np.float
     km = haversine_km(truth[:, :1], truth[:, 1:], matches.lat_lon[..., 0], matches.lat_lon[..., 1])
     right, believed, result = km <= RIGHT_KM, matches.scores > 0.5, {}
     for low, high in ((0, 50), (50, 100), (100, 150), (150, 200), (200, 20_040)):
-        there = (away >= low) & (away < high)
+        band = (away >= low) & (away < high)
         result[f"{low}-{high} km"] = {
-            "pairs": int(there.sum()),
-            f"within_{RIGHT_KM:g}_km": round(float(right[there].mean()), 4),
-            "score_above_half": round(float(believed[there].mean()), 4),
-            "of_these_right": round(float(right[there & believed].mean()), 4) if (there & believed).any() else None,
+            "pairs": int(band.sum()),
+            f"within_{RIGHT_KM:g}_km": round(float(right[band].mean()), 4),
+            "score_above_half": round(float(believed[band].mean()), 4),
+            "of_these_right": round(float(right[band & believed].mean()), 4) if (band & believed).any() else None,
         }
     return result
 

@@ -26,11 +26,13 @@ def copies(rows: pa.Table, digests: Sequence[str]) -> NDArray[np.int64]:
 
 def own_rows(rows: pa.Table, digests: Sequence[str]) -> NDArray[np.int64]:
     """Return the rows (B, M) that have each query's digest (B,), padded with -1 to the query with the most."""
-    numbers = copies(rows, digests)
-    same = rows["digest"].take(numbers).to_numpy() == np.array(digests, object)[:, None]
-    width = same.sum(axis=1).max(initial=0)
-    order = np.argsort(~same, axis=1, kind="stable")[:, :width]
-    return np.where(np.take_along_axis(same, order, axis=1), numbers[order], -1)
+    numbers, by_digest = copies(rows, digests), dict[str, list[int]]()
+    # By digest, not each against each: a training searches its whole gallery, and there every photo has a row.
+    for row, digest in zip(numbers.tolist(), rows["digest"].take(numbers).to_pylist(), strict=True):
+        by_digest.setdefault(digest, []).append(row)
+    own = [by_digest.get(digest, []) for digest in digests]
+    width = max(map(len, own), default=0)
+    return np.array([some + [-1] * (width - len(some)) for some in own], np.int64).reshape(len(digests), width)
 
 
 def number_authors(names: pa.ChunkedArray) -> tuple[NDArray[np.int32], dict[str | None, int]]:

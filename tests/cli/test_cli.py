@@ -117,13 +117,13 @@ def test_index_of_another_encoder_or_truncated(
     manifest = json.loads((other / "manifest.json").read_text())
     (other / "manifest.json").write_text(json.dumps(manifest | {"encoder": "somebody-else"}))
     out = tmp_path / "o.csv"
-    there = ("--out", out, "--weights", weights)
-    assert "encoder" in fails(capsys, "locate", photos, "--index", other, *there)
+    common = ("--out", out, "--weights", weights)
+    assert "encoder" in fails(capsys, "locate", photos, "--index", other, *common)
     shutil.copytree(index_folder, tmp_path / "short")
     with (tmp_path / "short" / "index.faiss").open("rb+") as file:
         file.truncate(1000)
-    assert "truncated" in fails(capsys, "locate", photos, "--index", tmp_path / "short", *there)
-    assert "no index" in fails(capsys, "locate", photos, "--index", tmp_path, *there)
+    assert "truncated" in fails(capsys, "locate", photos, "--index", tmp_path / "short", *common)
+    assert "no index" in fails(capsys, "locate", photos, "--index", tmp_path, *common)
     assert not out.exists()
 
 
