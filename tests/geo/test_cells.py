@@ -30,12 +30,28 @@ def leaf(lat: float, lon: float) -> Any:
     return s2sphere.CellId.from_lat_lng(s2sphere.LatLng.from_degrees(lat, lon))
 
 
-def test_random_and_special_points_equal_s2sphere_at_every_level() -> None:
+def test_the_benchmark_finds_no_difference_at_special_points() -> None:
     record = bench.bench(10_000, seed=12)
     assert set(record["different_ids_by_level"].values()) == {0}
     assert record["parents_checked"]["different"] == 0
     assert record["special_points"] > 15_000
     assert record["largest_center_difference_deg"] < 1e-12
+
+
+def test_random_points_equal_s2sphere_at_every_level() -> None:
+    lat, lon = bench.random_points(20_000, np.random.default_rng(11))
+    theirs = [leaf(a, b) for a, b in zip(lat.tolist(), lon.tolist(), strict=True)]
+    for level in range(31):
+        expected = np.array([cell.parent(level).id() for cell in theirs], np.uint64)
+        np.testing.assert_array_equal(cell_ids(lat, lon, level), expected, err_msg=f"level {level}")
+        assert (cell_level(expected) == level).all()
+
+
+def test_poles_date_line_and_corners_by_name() -> None:
+    corner = math.degrees(math.asin(1 / math.sqrt(3)))
+    for lat in (-90.0, -corner, -0.0, 0.0, corner, 90.0):
+        for lon in (-180.0, -135.0, -90.0, -45.0, -0.0, 0.0, 45.0, 90.0, 135.0, 180.0):
+            assert int(cell_ids(lat, lon)) == leaf(lat, lon).id(), (lat, lon)
 
 
 def test_quick_sine_is_within_its_bound() -> None:
