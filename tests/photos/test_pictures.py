@@ -302,3 +302,11 @@ def test_no_gps_tags_and_no_picture(tmp_path: Path) -> None:
     assert exif_lat_lon(save(tmp_path / "a.jpg")) is None
     assert exif_lat_lon(tmp_path / "text.jpg") is None
     assert exif_lat_lon(tmp_path / "none.jpg") is None
+
+
+@pytest.mark.parametrize("shape", [(100, 40), (40, 100), (41, 100)])
+def test_the_central_square_is_taken(tmp_path: Path, shape: tuple[int, int]) -> None:
+    picture = np.zeros((*shape, 3), np.uint8)
+    top, left = (shape[0] - 40) // 2, (shape[1] - 40) // 2
+    picture[top : top + 40, left : left + 40] = 200
+    assert load(save(tmp_path / "a.png", picture), 16)[1:-1, 1:-1].min() == 200

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from command import call
 from tiny import OneLine
 from tiny_clip import save_clip
 from tiny_training import Stop, files, save_pictures, single_precision, start, stop_after, write_recipe
-from torch.nn.functional import normalize
+from torch.nn.functional import cross_entropy, normalize
 
 from rag_geotoken.encoders.alignment import G3, GeoAlignment, LocationEncoder
 from rag_geotoken.encoders.location import LocationConfig
@@ -23,7 +24,7 @@ from rag_geotoken.photos.pictures import load_pictures
 from rag_geotoken.pipeline import Geolocator
 from rag_geotoken.storage.parquet import read_table
 from rag_geotoken.training import run
-from rag_geotoken.training.contrast import Losses, text_loss
+from rag_geotoken.training.contrast import Losses, gps_loss, text_loss
 from rag_geotoken.training.examples import STREET_VIEW, Examples, read_examples
 from rag_geotoken.training.heads import train_heads
 from rag_geotoken.training.processes import make_accelerator
@@ -51,6 +52,31 @@ def train(out: Path, log: Any = lambda line: None, identity: str = "a", **change
 
 def unit(rows: int, seed: int) -> torch.Tensor:
     return normalize(torch.randn(rows, DIM, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def test_the_losses_are_those_of_g3() -> None:
+    """Where every photo has a text of its own: symmetric cross-entropy against the diagonal."""
+    photo, places, scale = unit(6, 0), unit(6, 1), torch.tensor(1.5)
+    logits, target = math.exp(1.5) * photo @ places.T, torch.arange(6)
+    wanted = (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
+    torch.testing.assert_close(gps_loss(photo, places, scale), wanted)
+    torch.testing.assert_close(text_loss(photo, places, target, scale), wanted)
+
+
+def test_a_text_shared_by_photos_is_right_for_each() -> None:
+    photo, words, scale = unit(4, 0), unit(3, 1)[[0, 1, 0, 2]], torch.tensor(0.7)
+    logits = (math.exp(0.7) * photo @ words.T).double()
+    same = torch.tensor([[1, 0, 1, 0], [0, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]]).double()
+    same /= same.sum(1, keepdim=True)
+    wanted = -(same * logits.log_softmax(1)).sum() / 8 - (same * logits.T.log_softmax(1)).sum() / 8
+    assert text_loss(photo, words, torch.tensor([0, 1, 0, 2]), scale).item() == pytest.approx(wanted.item(), abs=1e-5)
+
+
+def test_another_identity_begins_anew(tmp_path: Path) -> None:
+    train(tmp_path / "w", identity="b", rate=1e-3)
+    train(tmp_path / "w")
+    train(tmp_path / "whole" / "w")
+    assert files(tmp_path / "w", CHECKPOINT) == files(tmp_path / "whole" / "w", CHECKPOINT)
 
 
 def test_a_photo_without_text_changes_nothing_for_others() -> None:
